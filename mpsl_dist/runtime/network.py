@@ -1,0 +1,101 @@
+"""Which network interface leads where, by the standard library alone."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+import sys
+
+#: ``SIOCGIFADDR`` of Linux: the IPv4 address of a named interface.
+_GET_INTERFACE_ADDRESS = 0x8915
+
+#: An address of the documentation range: the way to it is the default route. Nothing is sent.
+_ELSEWHERE = "192.0.2.1"
+
+
+class LaunchError(ValueError):
+    """The processes cannot find themselves or each other; says what to set."""
+
+
+def interfaces() -> list[str]:
+    """List this host's network interfaces."""
+    return [name for _, name in socket.if_nameindex()]
+
+
+def existing_interface(name: str, source: str) -> str:
+    """Give ``name`` back if this host has it; ``source`` says in the error who asked for it."""
+    if name not in interfaces():
+        raise LaunchError(
+            f"{source}: {socket.gethostname()} has no network interface '{name}'; "
+            f"it has {', '.join(interfaces())}"
+        )
+    return name
+
+
+def loopback() -> str:
+    """Name the loopback interface."""
+    for name in ("lo", "lo0"):
+        if name in interfaces():
+            return name
+    raise LaunchError(f"no loopback interface among {', '.join(interfaces())}: {_advice()}")
+
+
+def interface_towards(address: str) -> str:
+    """Name the interface that routes to a host.
+
+    A host whose own name leads to its loopback (Debian writes 127.0.1.1 into /etc/hosts) would be
+    unreachable for the others, so then the interface of the default route is taken; a loopback
+    address given as such is taken at its word.
+    """
+    local = _local_address(address)
+    if _is_loopback(local) and not (address == "localhost" or _is_loopback(address)):
+        local = _local_address(_ELSEWHERE)
+    if _is_loopback(local):
+        return loopback()
+    for name in interfaces():
+        if _interface_address(name) == local:
+            return name
+    raise LaunchError(
+        f"no interface of {socket.gethostname()} has {local}, which leads to the master address "
+        f"'{address}': {_advice()}"
+    )
+
+
+def _local_address(address: str) -> str:
+    """Give the address of this host from which packets to ``address`` would leave."""
+    try:
+        target = socket.getaddrinfo(address, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # chooses the route; a datagram socket sends nothing yet
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise LaunchError(
+            f"{socket.gethostname()} finds no way to the master address '{address}' "
+            f"({error.strerror or error}): set MASTER_ADDR to one that it can reach, or {_advice()}"
+        ) from error
+
+
+def _interface_address(name: str) -> str | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    import fcntl  # not on every platform
+
+    request = struct.pack("256s", name.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe.fileno(), _GET_INTERFACE_ADDRESS, request)
+        except OSError:  # an interface without an IPv4 address
+            return None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _advice() -> str:
+    return "name the interface with runtime.interface or TP_SOCKET_IFNAME"
