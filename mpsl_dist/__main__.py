@@ -1,0 +1,127 @@
+"""The command line: ``python -m mpsl_dist COMMAND CONFIG.yaml [key.path=value ...]``.
+
+Exit status 0 success, 2 the user's to mend (a message, no traceback), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit status."""
+    parser = argparse.ArgumentParser(prog="mpsl_dist", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train an experiment (under torchrun or Slurm)")
+    _add_experiment(train)
+    train.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    evaluate = commands.add_parser("evaluate", help="test the model that a run left, without RPC")
+    evaluate.add_argument("run", help="a run directory, runs/<name>")
+    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value")
+    options, rest = parser.parse_known_args(arguments)
+    for word in rest:  # argparse takes no positionals after an option
+        if word.startswith("-") or "=" not in word:
+            parser.error(f"unrecognized argument: {word}")
+        options.overrides.append(word)
+    try:
+        return {"train": _train, "evaluate": _evaluate}[options.command](options)
+    except ValueError as error:
+        if type(error) is ValueError:
+            raise
+        return _user_error(str(error))
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="an experiment, configs/*.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+
+def _user_error(message: str) -> int:
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    return 2
+
+
+def _train(options: argparse.Namespace) -> int:
+    from mpsl_dist import config
+
+    experiment = config.load(options.config, options.overrides)
+    if options.resume and options.overwrite:
+        raise config.ConfigError("--resume and --overwrite exclude each other")
+    from mpsl_dist.methods import run as runs
+
+    world = runs.place_in_world(experiment, options.config)
+    if world.rank > 0:
+        runs.serve_as_worker(experiment, world)
+        return 0
+    return _train_as_server(options, experiment, world)
+
+
+def _train_as_server(options: argparse.Namespace, experiment, world) -> int:
+    from mpsl_dist.analysis.plots import learning_curve
+    from mpsl_dist.methods import loop
+    from mpsl_dist.methods import run as runs
+    from mpsl_dist.runtime.process import StopRequest, leave
+
+    run = runs.open_run(experiment, options.resume, options.overwrite)
+    stop = StopRequest()
+    stop.listen()
+    try:
+        summary = runs.train_as_server(experiment, world, run, stop)
+    except Exception as error:
+        user_error = getattr(error, "user_error", isinstance(error, ValueError))
+        details = getattr(error, "details", "") or traceback.format_exc()
+        (run.path / "error.txt").write_text(details, encoding="utf-8")
+        reason = str(error) or type(error).__name__
+        loop.failed_summary(experiment, run, reason)
+        print(f"error: {reason}\n(traceback in {run.path / 'error.txt'})", file=sys.stderr)
+        leave(2 if user_error else 1)
+    learning_curve(run)
+    _report(summary, run.path)
+    return 0 if summary["status"] == "completed" else 1
+
+
+def _report(summary: dict, path) -> None:
+    test = ", ".join(f"{name} {value:.3f}" for name, value in summary["test"].items())
+    against = ", ".join(f"{name} {value:.3f}" for name, value in summary["baselines"].items())
+    print(f"{summary['status']}: test {test or 'not yet'}")
+    if against:
+        print(f"baselines: {against}")
+    traffic = summary["communication"]
+    print(
+        f"{summary['clients']} clients, {summary['epochs_completed']} epochs, "
+        f"{summary['seconds']['total']:.0f} s; per client and epoch "
+        f"{traffic['up_bytes_per_client_per_epoch'] / 2**20:.2f} MiB up, "
+        f"{traffic['down_bytes_per_client_per_epoch'] / 2**20:.2f} MiB down"
+    )
+    print(f"everything lies in {path}")
+    if summary["status"] == "stopped":
+        print("stopped on request; the same command with --resume continues")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mpsl_dist import config
+    from mpsl_dist.actors import deployable
+    from mpsl_dist.methods.setup import load_data
+
+    folder = Path(options.run) / "model"
+    if not (folder / "config.json").is_file():
+        raise config.ConfigError(f"{options.run}: no model/ there; the run must be completed")
+    model, experiment, _ = deployable.load(folder)
+    splits = load_data(experiment)
+    accuracy = model.accuracy(splits.test, experiment.training.test_batch_size)
+    print(f"accuracy {accuracy:.4f} on the test set of {experiment.data.name}")
+    for name, value in splits.baselines.items():
+        print(f"{name} {value:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

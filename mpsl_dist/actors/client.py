@@ -1,0 +1,227 @@
+"""The client: it owns its raw data, its labels and its tokenizers.
+
+The boundary
+------------
+Everything that a client ever sends is what a method of :class:`Client` returns:
+
+========================  =====================================================================
+``describe``              how many training and test samples it holds
+``tokenize``              smashed activations of the cut layer (training)
+``loss``                  one number, its mean loss over its mini-batch
+``tokenize_test``         smashed activations (evaluation, where clients hold the test set)
+``score``                 how many of its test predictions were right
+``tokenizer_weights``     its trained tokenizer parameters, for FedAvg
+``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``)
+========================  =====================================================================
+
+and, by distributed autograd in the backward, the gradient of its loss with respect to its
+predictions. That gradient reads every label (softmax minus one-hot: the one negative entry is the
+label), in this protocol as in the paper's. Raw inputs and labels themselves are never returned.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpsl_dist.actors.local_data import LocalData
+from mpsl_dist.actors.optimizer import Stepper
+from mpsl_dist.data import Batch
+from mpsl_dist.models.average import load_trainable, trainable_state
+from mpsl_dist.models.tokenizers import Tokenizers, fuse
+
+
+class Reference(Protocol):
+    """A handle on an object that lives here: an RRef on a worker."""
+
+    def local_value(self) -> Any:
+        """Give the object."""
+        ...
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a client tells of its data: two numbers."""
+
+    samples: int
+    test_samples: int
+
+
+class Client:
+    """One client.
+
+    Parameters
+    ----------
+    number : int
+        From 0.
+    data, test_data : LocalData
+        Its own samples; ``test_data`` may be empty.
+    tokenizers : Reference
+        Its reference to its :class:`Tokenizers`.
+    stepper : Stepper
+        Steps its tokenizers.
+    fusion : "early" or "late"
+    device : str
+    """
+
+    def __init__(
+        self,
+        number: int,
+        data: LocalData,
+        test_data: LocalData,
+        tokenizers: Reference,
+        stepper: Stepper,
+        fusion: str,
+        device: str = "cpu",
+    ) -> None:
+        self.number = number
+        self.data = data
+        self.test_data = test_data
+        self.tokenizers = tokenizers
+        self.stepper = stepper
+        self.fusion = fusion
+        self.device = device
+        self._accumulated: Tensor | None = None
+        self._visiting: Tokenizers | None = None
+
+    # -- what a client sends ---------------------------------------------------------------
+
+    def describe(self) -> Description:
+        """Say how many samples it holds."""
+        return Description(len(self.data), len(self.test_data))
+
+    def tokenize(self, step: int) -> list[Tensor]:
+        """Tokenize the mini-batch of this step of the epoch (Eq. 1).
+
+        Returns
+        -------
+        list of Tensor
+            The smashed activations, on CPU: early fusion one (b, l, d), late fusion one per
+            modality.
+        """
+        return self._smash(self.tokenizers.local_value(), self.data.batch(step))
+
+    def loss(self, step: int, predictions_bk: Tensor) -> Tensor:
+        """Compare predictions with its own labels: the mean cross-entropy (Eq. 2), a scalar."""
+        labels_b = self.data.batch(step).labels.to(self.device)
+        return functional.cross_entropy(predictions_bk.to(self.device), labels_b).cpu()
+
+    def tokenize_test(self, step: int) -> list[Tensor]:
+        """Tokenize a batch of its test samples with the tokenizers of :meth:`begin_test`."""
+        assert self._visiting is not None
+        with torch.no_grad():
+            return self._smash(self._visiting, self.test_data.batch(step))
+
+    def score(self, step: int, predictions_bk: Tensor) -> int:
+        """Count right predictions of a batch of its test samples."""
+        labels_b = self.test_data.batch(step).labels
+        return int((predictions_bk.argmax(1) == labels_b).sum())
+
+    def tokenizer_weights(self) -> dict[str, Tensor]:
+        """Give its trained tokenizer parameters, for an average."""
+        return trainable_state(self.tokenizers.local_value())
+
+    def take_gradients(self, gradients: Mapping[Tensor, Tensor]) -> Tensor | None:
+        """Give its gradients accumulated with this step's, one vector; start again from zero.
+
+        None if it took part in no step since the last time.
+        """
+        self.accumulate(gradients)
+        vector, self._accumulated = self._accumulated, None
+        return vector
+
+    # -- what a client is told -------------------------------------------------------------
+
+    def begin_training(self, steps_per_epoch: int, epochs: int) -> None:
+        """Learn what its schedule spans."""
+        self.stepper.plan(steps_per_epoch, epochs)
+
+    def begin_epoch(self, epoch: int, counts: Sequence[int], first_step: int) -> None:
+        """Lay out its part of every step of the epoch."""
+        self.data.begin_epoch(epoch, counts, first_step)
+
+    def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Step its own optimizer on the gradients that the cut layer brought."""
+        self.stepper.step(gradients, step)
+
+    def accumulate(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Keep the gradients of a step until they are taken."""
+        own = [p for p in self.stepper.parameters if p in gradients]
+        if not own:
+            return
+        vector = torch.cat(
+            [gradients.get(p, torch.zeros_like(p)).flatten().cpu() for p in self.stepper.parameters]
+        )
+        self._accumulated = vector if self._accumulated is None else self._accumulated + vector
+
+    def step_on_sum(self, step: int, vector: Tensor) -> None:
+        """Step its optimizer on the sum of all clients' gradients."""
+        parts = vector.to(self.device).split([p.numel() for p in self.stepper.parameters])
+        self.stepper.step(
+            {p: part.view_as(p) for p, part in zip(self.stepper.parameters, parts, strict=True)},
+            step,
+        )
+
+    def set_tokenizer_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace its tokenizers' trained parameters, as by an average."""
+        load_trainable(self.tokenizers.local_value(), weights)
+
+    def begin_test(self, weights: Mapping[str, Tensor] | None, counts: Sequence[int]) -> None:
+        """Lay out its test batches, with averaged tokenizers, or its own where None."""
+        self._visiting = self.tokenizers.local_value()
+        if weights is not None:
+            frozen = {id(p): p for p in self._visiting.parameters() if not p.requires_grad}
+            self._visiting = copy.deepcopy(self._visiting, memo=frozen)
+            load_trainable(self._visiting, weights)
+        self.test_data.begin_epoch(0, counts)
+
+    # -- checkpoints, written where the client is ------------------------------------------
+
+    def save(self, folder: str) -> None:
+        """Write its state to ``folder``; it stays on the client's machine."""
+        target = Path(folder) / f"client-{self.number:04d}.pt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        state = {
+            "tokenizers": trainable_state(self.tokenizers.local_value()),
+            "optimizer": self.stepper.state(),
+            "accumulated": self._accumulated,
+        }
+        torch.save(state, partial)
+        partial.replace(target)
+
+    def restore(self, folder: str) -> None:
+        """Continue from what :meth:`save` wrote."""
+        path = Path(folder) / f"client-{self.number:04d}.pt"
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.set_tokenizer_weights(state["tokenizers"])
+        self.stepper.load(state["optimizer"])
+        self._accumulated = state["accumulated"]
+
+    # -- its own business ------------------------------------------------------------------
+
+    def _smash(self, tokenizers: Tokenizers, batch: Batch) -> list[Tensor]:
+        dtype = next(tokenizers.parameters()).dtype
+        inputs = {
+            name: x.to(self.device, dtype if x.is_floating_point() else None)
+            for name, x in batch.inputs.items()
+        }
+        return [smashed_bld.cpu() for smashed_bld in fuse(tokenizers(inputs), self.fusion)]
+
+
+@dataclass(frozen=True)
+class Local:
+    """A :class:`Reference` where no RPC runs: one process, tests."""
+
+    value: nn.Module
+
+    def local_value(self) -> nn.Module:
+        """Give the object."""
+        return self.value

@@ -1,0 +1,97 @@
+"""One deployable model, [F_C; F_S] of section 3.3: loads and predicts without any RPC."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpsl_dist.actors.assembly import build_server, build_tokenizers, device_of
+from mpsl_dist.config import Experiment, from_dict, to_dict
+from mpsl_dist.data import Dataset, Splits, load_batches
+from mpsl_dist.models.server_model import ServerModel
+from mpsl_dist.models.tokenizers import Tokenizers, fuse
+
+
+class Deployable(nn.Module):
+    """Tokenizers, encoder and head in one module.
+
+    Parameters
+    ----------
+    tokenizers : Tokenizers
+    server_model : ServerModel
+    """
+
+    def __init__(self, tokenizers: Tokenizers, server_model: ServerModel) -> None:
+        super().__init__()
+        self.tokenizers = tokenizers
+        self.server_model = server_model
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Give logits (b, classes) for inputs as in :class:`mpsl_dist.data.Batch`."""
+        return self.server_model(fuse(self.tokenizers(inputs), self.server_model.fusion))
+
+    @torch.no_grad()
+    def accuracy(self, dataset: Dataset, batch_size: int) -> float:
+        """Give the accuracy over a whole split."""
+        positions = list(range(len(dataset.labels)))
+        batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
+        parameter = next(self.parameters())
+        right = 0
+        for batch in load_batches(dataset, batches, seed=None):
+            inputs = {
+                name: x.to(parameter.device, parameter.dtype if x.is_floating_point() else None)
+                for name, x in batch.inputs.items()
+            }
+            right += int((self(inputs).argmax(1).cpu() == batch.labels).sum())
+        return right / len(positions)
+
+    def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
+        """Write ``model.safetensors`` and ``config.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        partial = folder / "model.safetensors.partial"
+        save_file(state, partial)
+        partial.replace(folder / "model.safetensors")
+        description = {
+            "experiment": to_dict(experiment),
+            "shapes": {name: list(shape) for name, shape in splits.shapes.items()},
+            "classes": list(splits.classes),
+        }
+        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+
+
+def load(folder: str | Path) -> tuple[Deployable, Experiment, tuple[str, ...]]:
+    """Load what :meth:`Deployable.save` wrote.
+
+    Returns
+    -------
+    model, experiment, classes
+        The model in evaluation mode, on the experiment's device.
+    """
+    folder = Path(folder)
+    description: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    experiment = from_dict(description["experiment"])
+    shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
+    splits = Splits(_NOTHING, _NOTHING, shapes, tuple(description["classes"]))
+    tokenizers = build_tokenizers(experiment, splits)
+    model = Deployable(tokenizers, build_server(experiment, splits, tokenizers.lengths).model)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.to(device_of(experiment)).eval(), experiment, splits.classes
+
+
+class _Nothing:
+    """The absent splits of a model that is only used."""
+
+    labels = torch.empty(0, dtype=torch.long)
+
+    def fetch(self, indices: Any, seed: int | None = None) -> Any:
+        raise AssertionError("a deployed model has no data")
+
+
+_NOTHING = _Nothing()

@@ -1,0 +1,75 @@
+"""How an owner steps its own parameters on gradients that are handed to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsl_dist.config import Optimizer as Settings
+
+
+def rate_factor(settings: Settings, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Give the learning rate of ``step`` (from 0) as a multiple of ``settings.lr``."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if settings.schedule == "step":
+        return settings.gamma ** (step // steps_per_epoch // settings.every_epochs)
+    if settings.schedule == "cosine":
+        span = max(1, steps_per_epoch * epochs - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / span)))
+    return 1.0
+
+
+class Stepper:
+    """A plain torch optimizer whose rate follows the run's step, not its own count of calls.
+
+    Parameters
+    ----------
+    parameters : iterable of nn.Parameter
+        Only those that require a gradient are kept; there may be none.
+    settings : Settings
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: Settings) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.settings = settings
+        self.span = (1, 1)
+        self.optimizer = _build(self.parameters, settings) if self.parameters else None
+
+    def plan(self, steps_per_epoch: int, epochs: int) -> None:
+        """Say what the schedule spans; before the first step."""
+        self.span = (steps_per_epoch, epochs)
+
+    def step(self, gradients: Mapping[Tensor, Tensor], step: int) -> None:
+        """Step once; parameters without a gradient stay as they are."""
+        if self.optimizer is None:
+            return
+        rate = self.settings.lr * rate_factor(self.settings, step, *self.span)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for parameter in self.parameters:
+            parameter.grad = gradients.get(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint must hold."""
+        return self.optimizer.state_dict() if self.optimizer else {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state`."""
+        if self.optimizer:
+            self.optimizer.load_state_dict(state)
+
+
+def _build(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.name == "sgd":
+        return torch.optim.SGD(parameters, momentum=settings.momentum, **common)
+    kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
+    return kind(parameters, **common)

@@ -1,0 +1,66 @@
+"""The server: it owns the encoder W_b and the head W_t, and sees smashed activations only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpsl_dist.actors.optimizer import Stepper
+from mpsl_dist.models.average import load_trainable, trainable_state
+from mpsl_dist.models.server_model import ServerModel
+
+#: Smashed activations by client: early fusion one tensor each, late fusion one per modality.
+Smashed = Mapping[int, list[Tensor]]
+
+
+class Server:
+    """The server side of the model.
+
+    Parameters
+    ----------
+    model : ServerModel
+    stepper : Stepper
+        Steps the model's trainable parameters.
+    device : str
+    """
+
+    def __init__(self, model: ServerModel, stepper: Stepper, device: str = "cpu") -> None:
+        self.model = model.to(device)
+        self.stepper = stepper
+        self.device = device
+
+    def forward(self, smashed: Smashed) -> dict[int, Tensor]:
+        """Run the encoder once over the global batch of all clients (Eq. 3).
+
+        Returns
+        -------
+        dict of int to Tensor
+            Every client's own slice of the predictions, (b_n, classes), on CPU.
+        """
+        sizes = [len(tensors[0]) for tensors in smashed.values()]
+        together = [torch.cat(parts) for parts in zip(*smashed.values(), strict=True)]
+        predictions_bk = self.model([tokens.to(self.device) for tokens in together]).cpu()
+        return dict(zip(smashed, predictions_bk.split(sizes), strict=True))
+
+    def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Step the server's own optimizer."""
+        self.stepper.step(gradients, step)
+
+    def save(self, folder: str) -> None:
+        """Write encoder, head and optimizer to ``folder``."""
+        target = Path(folder) / "server.pt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        torch.save(
+            {"model": trainable_state(self.model), "optimizer": self.stepper.state()}, partial
+        )
+        partial.replace(target)
+
+    def restore(self, folder: str) -> None:
+        """Continue from what :meth:`save` wrote."""
+        state = torch.load(Path(folder) / "server.pt", map_location=self.device, weights_only=True)
+        load_trainable(self.model, state["model"])
+        self.stepper.load(state["optimizer"])

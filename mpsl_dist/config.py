@@ -1,0 +1,377 @@
+"""One experiment: frozen dataclasses <- YAML <- ``key.path=value``.
+
+The dataclasses below *are* the reference of every key: name, type, default and meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """Every problem of a configuration at once, one a line."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How the training samples are spread over the clients."""
+
+    kind: Literal["dirichlet", "iid"] = "dirichlet"
+    #: Concentration of the Dirichlet draw per class; smaller is more skewed.
+    alpha: float = 0.1
+    #: Every client holds at least this many samples.
+    minimum: int = 1
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a sample is and where it lies."""
+
+    name: str = "digits-qa"
+    #: Folder of the datasets that are read from disk.
+    root: str | None = None
+    #: Who holds the test set: the server (a public benchmark), or the clients, a part each.
+    test_at: Literal["server", "clients"] = "server"
+    partition: Partition = field(default_factory=Partition)
+    #: Length of a text in CLIP byte-pair tokens, start and end included.
+    text_length: int = 16
+    #: Loader processes per client; 0 loads in the worker itself.
+    loaders: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The server's ViT encoder W_b."""
+
+    #: A ViT of the paper, or ``custom`` with the width, depth and heads below.
+    size: Literal["Ti", "S", "B", "L", "H", "custom"] = "Ti"
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    #: The last k blocks are trained; ``all`` trains every block.
+    trainable_blocks: int | Literal["all"] = "all"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Tokenizers (W_h, at the clients), encoder (W_b) and head (W_t), both at the server."""
+
+    encoder: Encoder = field(default_factory=Encoder)
+    #: ``early`` concatenates the modalities' tokens before the encoder, ``late`` after it (Eq. 1).
+    fusion: Literal["early", "late"] = "early"
+    #: ``cls`` averages every modality's first token, ``mean`` all tokens (GAP of Eq. 3).
+    pooling: Literal["cls", "mean"] = "cls"
+    #: Side of a square image patch, in pixels.
+    image_patch: int = 16
+    #: Side and stride of an audio patch, in frames and mel bins (AST: 16 and 10).
+    audio_patch: int = 16
+    audio_stride: int = 10
+    #: Trained LayerNorm over the tokens, at the client.
+    pre_norm: bool = True
+    #: Trained LayerNorm after the encoder, at the server.
+    post_norm: bool = False
+    #: Train the 49,408-row text token table too (heavy on a client and on the wire).
+    train_token_table: bool = False
+    #: ``false`` freezes every tokenizer: clients only send.
+    train_tokenizers: bool = True
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One owner's optimizer and schedule."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    #: ``step`` multiplies the rate by ``gamma`` every ``every_epochs`` epochs.
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    warmup_steps: int = 0
+    every_epochs: int = 5
+    gamma: float = 0.1
+
+
+@dataclass(frozen=True)
+class TokenizerSync:
+    """Whether and how often the clients' tokenizers are brought together in training."""
+
+    mode: Literal["none", "gradients", "weights"] = "none"
+    #: In steps.
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """Length, batches and optimizers of a training run."""
+
+    epochs: int = 15
+    #: Samples of the global batch, all clients together.
+    batch_size: int = 128
+    server: Optimizer = field(default_factory=Optimizer)
+    client: Optimizer = field(default_factory=Optimizer)
+    precision: Literal["float32", "float64"] = "float32"
+    #: Evaluate each client's own tokenizers too, besides their average.
+    evaluate_own: bool = False
+    #: Test samples per evaluation batch.
+    test_batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state of every rank is written."""
+
+    #: 0 turns the rule off; both rules may stand together.
+    every_epochs: int = 1
+    every_steps: int = 0
+    #: Complete checkpoints kept; older ones are removed.
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The connection between the processes."""
+
+    #: Seconds until a call to a client counts as failed.
+    rpc_timeout: float = 300.0
+    #: Seconds until all processes must have met at the start.
+    start_timeout: float = 300.0
+    #: Network interface of the RPC traffic; null picks loopback on one host.
+    interface: str | None = None
+    #: ``tcp`` keeps same-host payloads on the socket, so that interface counters see them.
+    channels: Literal["auto", "tcp"] = "auto"
+    #: Compute threads of the server, and of each worker; null divides the host's cores.
+    server_threads: int | None = None
+    worker_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run depends on."""
+
+    name: str = "run"
+    method: Literal["mpsl", "centralized"] = "mpsl"
+    seed: int = 2024
+    #: Folder of the run directories.
+    output: str = "runs"
+    #: ``auto`` takes CUDA where there is one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    clients: int = 4
+    clients_per_worker: int = 1
+    #: ``proportional``: every client's part of a global batch follows its share of the data;
+    #: ``equal``: ceil(B/N) each until it runs dry, the released code's rule.
+    client_share: Literal["proportional", "equal"] = "proportional"
+    tokenizer_sync: TokenizerSync = field(default_factory=TokenizerSync)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    runtime: Runtime = field(default_factory=Runtime)
+
+    @property
+    def workers(self) -> int:
+        """RPC workers that host the clients."""
+        return -(-self.clients // self.clients_per_worker)
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run leaves everything."""
+        return Path(self.output) / self.name
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment: defaults < YAML < ``key.path=value``.
+
+    Parameters
+    ----------
+    path : str or Path
+        A YAML file whose keys are the fields of :class:`Experiment`.
+    overrides : sequence of str
+        ``key.path=value`` with the value in YAML.
+
+    Raises
+    ------
+    ConfigError
+        With every problem at once: unknown keys (the nearest valid one named), wrong types and
+        values out of range.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    errors: list[str] = []
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
+    for override in overrides:
+        _override(values, override, errors)
+    experiment = _build(Experiment, values, "", errors)
+    if not errors:
+        errors = problems(experiment)
+    if errors:
+        raise ConfigError("\n".join(f"{path}: {error}" for error in errors))
+    return experiment
+
+
+def from_dict(values: Mapping[str, Any]) -> Experiment:
+    """Build an experiment from nested mappings, as :func:`load` does from a file."""
+    errors: list[str] = []
+    experiment = _build(Experiment, values, "", errors)
+    errors = errors or problems(experiment)
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return experiment
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """Give the resolved experiment as nested plain mappings."""
+    return dataclasses.asdict(experiment)
+
+
+def _override(values: dict[str, Any], override: str, errors: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        errors.append(f"'{override}': an override is key.path=value")
+        return
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if not isinstance(child, dict):
+            child = node[parent] = {}
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        errors.append(f"{key}: '{text}' is not a YAML value")
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [entry.name for entry in dataclasses.fields(cls)]
+    arguments = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"valid: {', '.join(names)}"
+            errors.append(f"{path}: unknown key; {hint}")
+            continue
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if isinstance(value, Mapping):
+                arguments[key] = _build(hint, value, f"{path}.", errors)
+            else:
+                errors.append(f"{path}: expected keys and values, found {value!r}")
+        else:
+            try:
+                arguments[key] = _convert(hint, value)
+            except ValueError:
+                errors.append(f"{path}: expected {_describe(hint)}, found {value!r}")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """Give ``value`` as ``hint`` asks, or raise ValueError."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return _convert(option, value)
+            except ValueError:
+                continue
+        raise ValueError
+    if origin is Literal:
+        if value in typing.get_args(hint) and not isinstance(value, bool):
+            return value
+        raise ValueError
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)  # YAML reads 1e-4 as a string
+    if hint is type(None):
+        hint = types.NoneType
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise ValueError
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(option) for option in typing.get_args(hint))
+    if hint is types.NoneType:
+        return "null"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+
+
+def problems(experiment: Experiment) -> list[str]:
+    """List what a well-typed experiment asks for that cannot be done."""
+    found: list[str] = []
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            found.append(message)
+
+    clients, batch = experiment.clients, experiment.training.batch_size
+    training, encoder = experiment.training, experiment.model.encoder
+    for path, value in {
+        "clients": clients,
+        "clients_per_worker": experiment.clients_per_worker,
+        "tokenizer_sync.every": experiment.tokenizer_sync.every,
+        "training.epochs": training.epochs,
+        "training.batch_size": batch,
+        "training.test_batch_size": training.test_batch_size,
+        "model.image_patch": experiment.model.image_patch,
+        "model.audio_patch": experiment.model.audio_patch,
+        "model.audio_stride": experiment.model.audio_stride,
+        "data.partition.minimum": experiment.data.partition.minimum,
+        "checkpoint.keep": experiment.checkpoint.keep,
+    }.items():
+        require(value >= 1, f"{path}: must be at least 1, found {value}")
+    for path, number in {
+        "data.partition.alpha": experiment.data.partition.alpha,
+        "training.server.lr": training.server.lr,
+        "training.client.lr": training.client.lr,
+        "runtime.rpc_timeout": experiment.runtime.rpc_timeout,
+        "runtime.start_timeout": experiment.runtime.start_timeout,
+    }.items():
+        require(number > 0, f"{path}: must be greater than 0, found {number}")
+    require(
+        experiment.name not in ("", ".", "..") and not set(experiment.name) & set("/\\"),
+        f"name: '{experiment.name}' must be one folder name",
+    )
+    require(
+        batch >= clients,
+        f"training.batch_size: {batch} is smaller than the {clients} clients; "
+        f"give every client at least one sample: training.batch_size={clients}",
+    )
+    if experiment.client_share == "equal" and clients >= 1 and batch >= clients:
+        require(
+            batch % clients == 0,
+            f"training.batch_size: {batch} is no multiple of the {clients} clients, as "
+            f"client_share=equal needs; take {batch // clients * clients} or "
+            f"{-(-batch // clients) * clients}, or client_share=proportional",
+        )
+    shape = {name: getattr(encoder, name) for name in ("width", "depth", "heads")}
+    if encoder.size == "custom":
+        missing = [f"model.encoder.{name}" for name, value in shape.items() if value is None]
+        require(not missing, f"model.encoder.size=custom needs {', '.join(missing)}")
+        if not missing:
+            require(min(shape.values()) >= 1, "model.encoder: width, depth, heads must be >= 1")
+            require(
+                encoder.heads < 1 or encoder.width % encoder.heads == 0,
+                f"model.encoder.width: {encoder.width} is no multiple of {encoder.heads} heads",
+            )
+    else:
+        given = [f"model.encoder.{name}" for name, value in shape.items() if value is not None]
+        require(not given, f"{', '.join(given)}: only with model.encoder.size=custom")
+    return found

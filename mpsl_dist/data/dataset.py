@@ -1,0 +1,121 @@
+"""What a sample is: the contract between every dataset and the rest of the house.
+
+Shape legend: ``b`` batch, ``c`` channels, ``h`` height, ``w`` width, ``t`` frames, ``m`` mel bins,
+``l`` text length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+
+class DataError(ValueError):
+    """Data that is missing, damaged or too small, said in the user's terms."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples.
+
+    Attributes
+    ----------
+    inputs : mapping of str to Tensor
+        ``image`` (b, c, h, w) float32; ``audio`` (b, t, m) float32, log-mel; ``text`` (b, l)
+        int64, CLIP byte-pair tokens.
+    labels : Tensor
+        (b,) int64: the class; in retrieval, which image a caption belongs to.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Dataset(Protocol):
+    """A split: samples by position, with all labels at hand for the partition."""
+
+    #: (samples,) int64.
+    labels: Tensor
+
+    def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
+        """Give these samples.
+
+        ``seed`` draws the random frames, crops and flips of training, the same for the same seed
+        and sample; None gives the deterministic view of testing.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A dataset as the methods see it.
+
+    Attributes
+    ----------
+    shapes : mapping of str to tuple of int
+        One sample's shape per modality, in the order in which modalities are fused.
+    classes : tuple of str
+        Class names in label order.
+    baselines : mapping of str to float
+        Test accuracies that need no model, by name.
+    """
+
+    train: Dataset
+    test: Dataset
+    shapes: Mapping[str, tuple[int, ...]]
+    classes: tuple[str, ...]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorDataset:
+    """A split that lies in memory; ``inputs`` as in :class:`Batch`."""
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+
+    def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
+        """Give these samples; nothing here is random."""
+        rows = torch.as_tensor(indices, dtype=torch.long)
+        return Batch({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
+
+
+@dataclass(frozen=True)
+class _Fetcher:
+    """What a loader process runs: one item is one whole mini-batch."""
+
+    dataset: Dataset
+    batches: Sequence[Sequence[int]]
+    seed: int | None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.dataset.fetch(self.batches[position], self.seed)
+
+
+def load_batches(
+    dataset: Dataset, batches: Sequence[Sequence[int]], seed: int | None, loaders: int = 0
+) -> Iterator[Batch]:
+    """Fetch mini-batches in order, ahead of their use when there are loader processes.
+
+    Parameters
+    ----------
+    batches : sequence of sequences of int
+        The sample positions of every mini-batch, none empty.
+    seed : int or None
+        Passed to :meth:`Dataset.fetch`.
+    loaders : int
+        Processes that decode ahead; 0 decodes on demand.
+    """
+    fetcher = _Fetcher(dataset, batches, seed)
+    return iter(DataLoader(fetcher, batch_size=None, num_workers=loaders))

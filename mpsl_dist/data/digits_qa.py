@@ -1,0 +1,100 @@
+"""``digits-qa``: real handwritten digits and questions about them. Embedded, no download.
+
+The pictures are scikit-learn's 1,797 digits (UCI Optical Recognition of Handwritten Digits,
+8x8, 17 grey levels). Every fifth picture of a digit is a test picture. The questions are drawn from
+templates such that neither the picture nor the question alone gives the answer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from mpsl_dist.data.dataset import Splits, TensorDataset
+from mpsl_dist.data.text import tokenize
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CLASSES = (*NUMBERS, "yes", "no")
+#: Questions per picture.
+QUESTIONS = 4
+_SEED = 1797
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+def _questions() -> list[tuple[str, Callable[[int], str]]]:
+    asked: list[tuple[str, Callable[[int], str]]] = [
+        ("which digit is this?", lambda d: NUMBERS[d]),
+        ("what digit do you see?", lambda d: NUMBERS[d]),
+        ("is it even?", lambda d: _yes(d % 2 == 0)),
+        ("is it odd?", lambda d: _yes(d % 2 == 1)),
+        ("how far from nine?", lambda d: NUMBERS[9 - d]),
+        ("how far from five?", lambda d: NUMBERS[abs(d - 5)]),
+        ("what is its last digit plus one?", lambda d: NUMBERS[(d + 1) % 10]),
+        ("what is its last digit plus five?", lambda d: NUMBERS[(d + 5) % 10]),
+    ]
+    for bound in (2, 4, 6):
+        asked.append((f"is it greater than {NUMBERS[bound]}?", lambda d, b=bound: _yes(d > b)))
+        asked.append((f"is it less than {NUMBERS[bound]}?", lambda d, b=bound: _yes(d < b)))
+    return asked
+
+
+def load(text_length: int = 16) -> Splits:
+    """Build the dataset; always the same, whatever the experiment's seed.
+
+    Returns
+    -------
+    Splits
+        ``image`` (1, 8, 8) float32 in [-1, 1], ``text`` (text_length,) int64; 12 classes; baselines
+        ``question_only`` and ``image_only``: the test accuracy of the most frequent training
+        answer to the question, and to the digit (as if read without error).
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images_bchw = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1
+    digits = bunch.target.tolist()
+    asked = _questions()
+    tokens_ql = tokenize([question for question, _ in asked], text_length)
+
+    generator = torch.Generator().manual_seed(_SEED)
+    seen: Counter[int] = Counter()
+    rows: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
+    for picture, digit in enumerate(digits):
+        is_test = seen[digit] % 5 == 4
+        seen[digit] += 1
+        for question in torch.randperm(len(asked), generator=generator)[:QUESTIONS].tolist():
+            answer = CLASSES.index(asked[question][1](digit))
+            rows[is_test].append((picture, question, answer))
+
+    def split(is_test: bool) -> TensorDataset:
+        picture, question, answer = torch.tensor(rows[is_test]).unbind(1)
+        inputs = {"image": images_bchw[picture], "text": tokens_ql[question]}
+        return TensorDataset(inputs, answer)
+
+    shapes = {"image": tuple(images_bchw.shape[1:]), "text": (text_length,)}
+    question_of = {split: [row[1] for row in rows[split]] for split in rows}
+    digit_of = {split: [digits[row[0]] for row in rows[split]] for split in rows}
+    train, test = split(False), split(True)
+    baselines = {
+        "question_only": majority(question_of[False], train.labels, question_of[True], test.labels),
+        "image_only": majority(digit_of[False], train.labels, digit_of[True], test.labels),
+    }
+    return Splits(train, test, shapes, CLASSES, baselines)
+
+
+def majority(
+    train_keys: Sequence[Hashable], train: Tensor, test_keys: Sequence[Hashable], test: Tensor
+) -> float:
+    """Give the test accuracy of answering each key with its most frequent training label."""
+    counts: dict[Hashable, Counter[int]] = defaultdict(Counter)
+    for key, label in zip(train_keys, train.tolist(), strict=True):
+        counts[key][label] += 1
+    best = {key: count.most_common(1)[0][0] for key, count in counts.items()}
+    right = sum(best.get(key) == label for key, label in zip(test_keys, test.tolist(), strict=True))
+    return right / len(test)

@@ -1,0 +1,101 @@
+"""Which client holds which training sample, and how many of them each global batch takes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpsl_dist.data.dataset import DataError
+
+#: Sample positions of every client.
+Parts = list[NDArray[np.int64]]
+
+
+def partition(
+    labels: Tensor, clients: int, kind: str, alpha: float, minimum: int, seed: int
+) -> Parts:
+    """Spread the samples over the clients.
+
+    ``dirichlet`` draws, for every class, the clients' proportions from Dir(alpha) (Li et al. 2021).
+    ``iid`` deals a shuffled deck. A client left with fewer than ``minimum`` samples then receives
+    samples one at a time, each a random one of whichever client holds most at that moment: the
+    smallest change to the draw that keeps the minimum, and it always succeeds.
+
+    Parameters
+    ----------
+    labels : Tensor
+        (samples,) int64.
+
+    Raises
+    ------
+    DataError
+        If there are fewer than ``clients * minimum`` samples.
+    """
+    samples = len(labels)
+    if samples < clients * minimum:
+        raise DataError(
+            f"clients: {clients} clients with at least {minimum} samples each "
+            f"(data.partition.minimum) need {clients * minimum}, the training set has {samples}"
+        )
+    rng = np.random.default_rng(seed)
+    if kind == "iid":
+        return [np.sort(part) for part in np.array_split(rng.permutation(samples), clients)]
+    held: list[list[int]] = [[] for _ in range(clients)]
+    values = labels.numpy()
+    for label in np.unique(values):
+        members = rng.permutation(np.flatnonzero(values == label))
+        proportions = rng.dirichlet(np.full(clients, alpha))
+        # With a small alpha the draw can underflow to all zeros: then one client takes the class.
+        if not np.isfinite(proportions).all() or proportions.sum() == 0:
+            proportions = np.eye(clients)[rng.integers(clients)]
+        cuts = np.round(np.cumsum(proportions)[:-1] * len(members)).astype(int)
+        for client, part in enumerate(np.split(members, cuts)):
+            held[client].extend(part.tolist())
+    _fill(held, minimum, rng)
+    return [np.sort(np.array(part, dtype=np.int64)) for part in held]
+
+
+def _fill(held: list[list[int]], minimum: int, rng: np.random.Generator) -> None:
+    for part in held:
+        while len(part) < minimum:
+            largest = max(held, key=len)
+            part.append(largest.pop(rng.integers(len(largest))))
+
+
+def shares(sizes: list[int], batch_size: int, rule: str) -> NDArray[np.int64]:
+    """Plan an epoch: how many samples every client gives to every global batch.
+
+    ``proportional`` lays the j-th of a client's n samples at (j + 1/2)/n on a line and cuts the
+    line every ``batch_size`` samples (the Sainte-Laguë rule): every client's part follows its share
+    of the data, every global batch but the last is full, and all clients finish together.
+    ``equal`` takes ceil(B/N) of every client until it runs dry (the released code's rule).
+
+    Parameters
+    ----------
+    sizes : list of int
+        Training samples of every client.
+
+    Returns
+    -------
+    array
+        (steps, clients) int64; every column sums to the client's size.
+    """
+    clients = len(sizes)
+    if rule == "equal":
+        each = -(-batch_size // clients)
+        steps = max(-(-size // each) for size in sizes)
+        starts = np.arange(steps)[:, None] * each
+        return np.clip(np.array(sizes)[None, :] - starts, 0, each).astype(np.int64)
+    owner = np.repeat(np.arange(clients), sizes)
+    place = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    line = owner[np.argsort(place, kind="stable")]
+    steps = -(-len(line) // batch_size)
+    plan = np.zeros((steps, clients), dtype=np.int64)
+    np.add.at(plan, (np.arange(len(line)) // batch_size, line), 1)
+    return plan
+
+
+def epoch_order(samples: int, seed: int, client: int, epoch: int) -> NDArray[np.int64]:
+    """Give a client's sample order in an epoch: (samples,), a function of its arguments alone."""
+    return np.random.default_rng([seed, client, epoch]).permutation(samples)

@@ -1,0 +1,89 @@
+"""Testing in the middle of training: outside any autograd context, the clients' weights kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.models.average import average, load_trainable
+
+if TYPE_CHECKING:
+    from mpsl_dist.methods.mpsl import Mpsl
+
+
+def evaluate(method: Mpsl) -> dict[str, float]:
+    """Test the averaged tokenizers and, if asked for, every client's own."""
+    at_server = method.experiment.data.test_at == "server"
+    own = method.experiment.training.evaluate_own
+    weights = _fetch(method, everyone=own)
+    mean = _mean(method, weights)
+    if at_server:
+        results = {"accuracy": _at_server(method, mean)}
+        alone = [_at_server(method, weights[n]) for n in weights] if own else []
+    else:
+        results = {"accuracy": _overall(_at_clients(method, mean))}
+        alone = [r / n for r, n in _at_clients(method, None).values()] if own else []
+    if alone:
+        results["accuracy_own_mean"] = sum(alone) / len(alone)
+        results["accuracy_own_min"] = min(alone)
+        results["accuracy_own_max"] = max(alone)
+    return results
+
+
+def fetch_average(method: Mpsl) -> None:
+    """Load the average of the clients' tokenizers into the server's copy."""
+    load_trainable(method.tokenizers, _mean(method, _fetch(method)))
+
+
+def _fetch(method: Mpsl, everyone: bool = False) -> dict[int, dict[str, Tensor]]:
+    """Fetch the tokenizers; one client speaks for all where they are kept identical."""
+    same = method.experiment.tokenizer_sync.mode == "gradients" and not everyone
+    asked = list(method.sizes)[: 1 if same else None]
+    weights = method.clients.call("tokenizer_weights", {n: () for n in asked}, "evaluation")
+    method.traffic.add_all("test_weights_up", weights)
+    return weights
+
+
+def _mean(method: Mpsl, weights: Mapping[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return average(list(weights.values()), [method.sizes[n] for n in weights])
+
+
+def _at_server(method: Mpsl, weights: Mapping[str, Tensor]) -> float:
+    load_trainable(method.tokenizers, weights)
+    model = Deployable(method.tokenizers, method.server.model)
+    return model.accuracy(method.splits.test, method.experiment.training.test_batch_size)
+
+
+def _at_clients(method: Mpsl, weights: Mapping[str, Tensor] | None) -> dict[int, tuple[int, int]]:
+    """Give (right, samples) of every client that holds test samples."""
+    each = max(1, method.experiment.training.test_batch_size // len(method.sizes))
+    counts = {
+        n: [min(each, size - start) for start in range(0, size, each)]
+        for n, size in method.test_sizes.items()
+        if size
+    }
+    method.clients.call("begin_test", {n: (weights, counts[n]) for n in counts}, "evaluation")
+    if weights is not None:
+        method.traffic.add_all("test_weights_down", dict.fromkeys(counts, weights))
+    right = dict.fromkeys(counts, 0)
+    for step in range(max(len(c) for c in counts.values())):
+        asked = {n: (step,) for n in counts if step < len(counts[n])}
+        smashed = method.clients.call("tokenize_test", asked, "evaluation")
+        with torch.no_grad():
+            predictions = method.server.forward(smashed)
+        scored = method.clients.call(
+            "score", {n: (step, predictions[n]) for n in asked}, "evaluation"
+        )
+        method.traffic.add_all("test_activations", smashed)
+        method.traffic.add_all("test_predictions", predictions)
+        for n, count in scored.items():
+            right[n] += count
+    return {n: (right[n], method.test_sizes[n]) for n in counts}
+
+
+def _overall(scores: Mapping[int, tuple[int, int]]) -> float:
+    return sum(right for right, _ in scores.values()) / sum(n for _, n in scores.values())

@@ -1,0 +1,246 @@
+"""The training loop that every method shares: epochs, tests, checkpoints, records, progress."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.config import Experiment
+from mpsl_dist.data import Splits
+from mpsl_dist.methods.progress import Progress
+from mpsl_dist.records import checkpoint
+from mpsl_dist.records.checkpoint import Manifest
+from mpsl_dist.records.run import RunDirectory, RunError
+from mpsl_dist.records.traffic import Traffic
+from mpsl_dist.runtime.process import StopRequest
+
+_log = logging.getLogger("mpsl_dist")
+
+
+class Method(Protocol):
+    """What the loop asks of a method."""
+
+    #: (steps, clients): samples of every client in every step of an epoch.
+    plan: NDArray[np.int64]
+    traffic: Traffic
+
+    def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Lay out the epoch's mini-batches, from ``first_step`` on."""
+        ...
+
+    def step(self, epoch_step: int, step: int) -> float:
+        """Train one step; gives the global loss."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Test; gives metric name -> fraction."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Write all state."""
+        ...
+
+    def restore(self, folder: str) -> None:
+        """Continue from :meth:`save`."""
+        ...
+
+    def deployable(self) -> Deployable:
+        """Give the model to deploy."""
+        ...
+
+    def trainable_parameters(self) -> dict[str, int]:
+        """Count trained numbers of ``client`` and ``server``."""
+        ...
+
+
+@dataclass
+class _Position:
+    """Where the run stands."""
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    test: dict[str, float] = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
+
+
+def train(
+    experiment: Experiment, splits: Splits, method: Method, run: RunDirectory, stop: StopRequest
+) -> dict[str, Any]:
+    """Train to the end, or until asked to stop; gives what ``summary.json`` holds.
+
+    A run directory with a complete checkpoint is continued from it, bit for bit.
+    """
+    at = _resume(experiment, method, run)
+    started = time.perf_counter() - at.seconds
+    steps, epochs = len(method.plan), experiment.training.epochs
+    samples = int(method.plan.sum())
+    with Progress(epochs * steps, at.step, samples / steps) as progress:
+        while at.epoch < epochs and not stop:
+            method.begin_epoch(at.epoch, at.epoch_step)
+            while at.epoch_step < steps and not stop:
+                _one_step(method, run, at, progress)
+                at.seconds = time.perf_counter() - started
+                if _due_within(experiment, at, steps):
+                    _save(experiment, method, run, at)
+            if at.epoch_step == steps:
+                _test(method, run, at, progress)
+                at.epoch, at.epoch_step = at.epoch + 1, 0
+                at.seconds = time.perf_counter() - started
+                if _due_after(experiment, at) and not stop:
+                    _save(experiment, method, run, at)
+        if stop:
+            _save(experiment, method, run, at)
+    status = "completed" if at.epoch == epochs else "stopped"
+    if status == "completed":
+        method.deployable().save(run.path / "model", experiment, splits)
+    at.seconds = time.perf_counter() - started
+    summary = summarize(experiment, splits, method, at, status)
+    run.write_json("summary", summary)
+    return summary
+
+
+def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Position:
+    found = checkpoint.latest(run.checkpoints)
+    if found is None:
+        run.forget_after(-1)
+        return _Position()
+    folder, manifest = found
+    if manifest.clients != experiment.clients:
+        raise RunError(f"{folder}: made with {manifest.clients} clients")
+    method.restore(str(folder))
+    method.traffic.load(manifest.traffic)
+    run.forget_after(manifest.step)
+    at = _Position(manifest.step, manifest.epoch, manifest.epoch_step, manifest.seconds)
+    for line in run.metrics():
+        if line["split"] == "test":
+            at.test = line["metric"]
+        else:
+            at.loss = line["loss"]
+            at.step_seconds.append(line["seconds"])
+    _log.info("resumed at step %d, epoch %d, from %s", at.step, at.epoch, folder)
+    return at
+
+
+def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
+    before = {way: method.traffic.total(way, "training") for way in ("up", "down")}
+    started = time.perf_counter()
+    at.loss = method.step(at.epoch_step, at.step)
+    seconds = time.perf_counter() - started
+    at.step, at.epoch_step = at.step + 1, at.epoch_step + 1
+    at.step_seconds.append(seconds)
+    run.append_metrics(
+        step=at.step,
+        epoch=at.epoch,
+        split="train",
+        loss=at.loss,
+        metric={},
+        seconds=round(seconds, 6),
+        bytes={way: method.traffic.total(way, "training") - before[way] for way in before},
+    )
+    progress.advance(at.loss)
+
+
+def _test(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
+    before = {way: method.traffic.total(way, "evaluation") for way in ("up", "down")}
+    started = time.perf_counter()
+    at.test = method.evaluate()
+    run.append_metrics(
+        step=at.step,
+        epoch=at.epoch,
+        split="test",
+        loss=None,
+        metric=at.test,
+        seconds=round(time.perf_counter() - started, 6),
+        bytes={way: method.traffic.total(way, "evaluation") - before[way] for way in before},
+    )
+    progress.tested(at.epoch, at.test)
+    _log.info("epoch %d, step %d: loss %s, test %s", at.epoch, at.step, at.loss, at.test)
+
+
+def _due_within(experiment: Experiment, at: _Position, steps: int) -> bool:
+    every = experiment.checkpoint.every_steps
+    return bool(every) and at.step % every == 0 and at.epoch_step < steps
+
+
+def _due_after(experiment: Experiment, at: _Position) -> bool:
+    rules = experiment.checkpoint
+    by_epoch = rules.every_epochs and at.epoch % rules.every_epochs == 0
+    by_step = rules.every_steps and at.step % rules.every_steps == 0
+    return bool(by_epoch or by_step or at.epoch == experiment.training.epochs)
+
+
+def _save(experiment: Experiment, method: Method, run: RunDirectory, at: _Position) -> None:
+    folder = checkpoint.folder_of(run.checkpoints, at.step)
+    method.save(str(folder.absolute()))
+    manifest = Manifest(
+        at.step,
+        at.epoch,
+        at.epoch_step,
+        experiment.clients,
+        at.seconds,
+        method.traffic.by_kind(),
+    )
+    checkpoint.complete(run.checkpoints, manifest, experiment.checkpoint.keep)
+    _log.info("checkpoint at step %d", at.step)
+
+
+def summarize(
+    experiment: Experiment, splits: Splits, method: Method, at: _Position, status: str
+) -> dict[str, Any]:
+    """Put together ``summary.json``."""
+    epochs = at.step / len(method.plan)
+    per = experiment.clients * epochs if epochs else 1
+    return {
+        "name": experiment.name,
+        "method": experiment.method,
+        "dataset": experiment.data.name,
+        "seed": experiment.seed,
+        "clients": experiment.clients,
+        "epochs_completed": at.epoch,
+        "steps_completed": at.step,
+        "loss": at.loss,
+        "test": at.test,
+        "baselines": dict(splits.baselines),
+        "trainable_parameters": method.trainable_parameters(),
+        "communication": {
+            "up_bytes_per_client_per_epoch": method.traffic.total("up", "training") / per,
+            "down_bytes_per_client_per_epoch": method.traffic.total("down", "training") / per,
+            "total_bytes_by_kind": {
+                kind: sum(counts) for kind, counts in method.traffic.by_kind().items()
+            },
+        },
+        "seconds": {
+            "total": round(at.seconds, 3),
+            "step_median": statistics.median(at.step_seconds) if at.step_seconds else None,
+        },
+        "clients_lost": 0,
+        "status": status,
+    }
+
+
+def failed_summary(experiment: Experiment, run: RunDirectory, reason: str) -> None:
+    """Leave a ``summary.json`` that says why the run failed."""
+    lines = run.metrics()
+    summary = {
+        "name": experiment.name,
+        "method": experiment.method,
+        "dataset": experiment.data.name,
+        "seed": experiment.seed,
+        "clients": experiment.clients,
+        "epochs_completed": sum(line["split"] == "test" for line in lines),
+        "steps_completed": max((line["step"] for line in lines), default=0),
+        "test": next((x["metric"] for x in reversed(lines) if x["split"] == "test"), {}),
+        "status": "failed",
+        "reason": reason,
+    }
+    run.write_json("summary", summary)

@@ -1,0 +1,62 @@
+"""Builds the actors where they live: clients on the workers, the server here."""
+
+from __future__ import annotations
+
+from mpsl_dist import data
+from mpsl_dist.actors import assembly
+from mpsl_dist.actors.client import Client, Local
+from mpsl_dist.actors.optimizer import Stepper
+from mpsl_dist.config import Experiment
+from mpsl_dist.data import Splits
+from mpsl_dist.runtime import rpc
+from mpsl_dist.runtime.placement import place
+
+
+def load_data(experiment: Experiment) -> Splits:
+    """Load the experiment's dataset."""
+    return data.load(experiment.data.name, experiment.data.root, experiment.data.text_length)
+
+
+def build_clients(
+    experiment: Experiment, numbers: list[int], splits: Splits, reference=Local
+) -> list[Client]:
+    """Build these clients in this process.
+
+    Parameters
+    ----------
+    numbers : list of int
+        Which of the experiment's clients.
+    reference : callable
+        How a client refers to its tokenizers: an RRef on a worker.
+    """
+    table = assembly.build_token_table(experiment, splits)
+    held = assembly.build_local_data(experiment, splits)
+    device = assembly.device_of(experiment)
+    clients = []
+    for number in numbers:
+        tokenizers = assembly.build_tokenizers(experiment, splits, table).to(device)
+        stepper = Stepper(tokenizers.parameters(), experiment.training.client)
+        fusion = experiment.model.fusion
+        clients.append(
+            Client(number, *held[number], reference(tokenizers), stepper, fusion, device)
+        )
+    return clients
+
+
+def host_clients(experiment: Experiment, numbers: list[int], threads: int) -> list[Client]:
+    """Build these clients on a worker; each holds an RRef to its tokenizers."""
+    rpc.set_threads(threads)
+    return build_clients(experiment, numbers, load_data(experiment), rpc.reference)
+
+
+def open_fleet(experiment: Experiment, threads: int) -> rpc.Fleet:
+    """Have every worker build its clients; gives the server's references to all of them."""
+    placed = place(experiment.clients, experiment.workers)
+    arguments = {rank: (experiment, clients, threads) for rank, clients in enumerate(placed, 1)}
+    owned = rpc.create(host_clients, arguments)
+    owners = {
+        client: reference
+        for rank, clients in enumerate(placed, 1)
+        for client, reference in zip(clients, owned[rank], strict=True)
+    }
+    return rpc.Fleet(owners, experiment.runtime.rpc_timeout)

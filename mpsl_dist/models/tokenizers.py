@@ -1,0 +1,129 @@
+"""The clients' part W_h of the model: light modality tokenizers.
+
+Shape legend: ``b`` batch, ``c`` channels, ``h`` height, ``w`` width, ``t`` frames, ``m`` mel bins,
+``l`` length in tokens, ``d`` the encoder's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+_STD = 0.02
+
+
+class PatchTokenizer(nn.Module):
+    """Cut a plane into patches, embed each, put a CLS token in front, add learned positions.
+
+    With ``stride == patch`` this is ViT's patchify (images); with kernel 16 and stride 10 over
+    (frames, mel bins) it is AST's (audio). The convolution has no bias, as in the released code.
+
+    Parameters
+    ----------
+    channels, height, width : int
+        The input plane: (channels, height, width).
+    patch, stride : int
+        In pixels, or in frames and mel bins.
+    dimension : int
+        Width d of a token.
+
+    Raises
+    ------
+    ValueError
+        If not even one patch fits.
+    """
+
+    def __init__(
+        self, channels: int, height: int, width: int, patch: int, stride: int, dimension: int
+    ) -> None:
+        super().__init__()
+        if min(height, width) < patch:
+            raise ValueError(f"a patch of {patch} does not fit an input of {height}x{width}")
+        self.patchify = nn.Conv2d(channels, dimension, patch, stride, bias=False)
+        patches = ((height - patch) // stride + 1) * ((width - patch) // stride + 1)
+        self.length = patches + 1
+        self.cls = nn.Parameter(torch.empty(1, 1, dimension))
+        self.positions = nn.Parameter(torch.empty(1, self.length, dimension))
+        nn.init.normal_(self.cls, std=_STD)
+        nn.init.normal_(self.positions, std=_STD)
+
+    def forward(self, plane_bchw: Tensor) -> Tensor:
+        """Give tokens (b, l, d); audio may come without its channel, as (b, t, m)."""
+        if plane_bchw.dim() == 3:
+            plane_bchw = plane_bchw.unsqueeze(1)
+        patches_bld = self.patchify(plane_bchw).flatten(2).transpose(1, 2)
+        cls_b1d = self.cls.expand(len(patches_bld), -1, -1)
+        return torch.cat([cls_b1d, patches_bld], dim=1) + self.positions
+
+
+class TextTokenizer(nn.Module):
+    """Embed byte-pair tokens by a table and add learned positions.
+
+    CLIP's start-of-text token stands first in every text and serves as its CLS.
+
+    Parameters
+    ----------
+    table : nn.Embedding
+        (vocabulary, d). Shared where the caller shares it: a frozen table is needed once a process.
+    length : int
+        Tokens per text.
+    """
+
+    def __init__(self, table: nn.Embedding, length: int) -> None:
+        super().__init__()
+        self.table = table
+        self.length = length
+        self.positions = nn.Parameter(torch.empty(1, length, table.embedding_dim))
+        nn.init.normal_(self.positions, std=_STD)
+
+    def forward(self, tokens_bl: Tensor) -> Tensor:
+        """Give tokens (b, l, d)."""
+        return self.table(tokens_bl) + self.positions
+
+
+def token_table(rows: int, dimension: int, trainable: bool) -> nn.Embedding:
+    """Build the text token table, random normal; frozen unless ``trainable``."""
+    table = nn.Embedding(rows, dimension)
+    nn.init.normal_(table.weight, std=_STD)
+    table.weight.requires_grad_(trainable)
+    return table
+
+
+class Tokenizers(nn.Module):
+    """All tokenizers of one client, W_h = {T_m}, and the LayerNorm that its tokens share.
+
+    Parameters
+    ----------
+    by_modality : mapping of str to nn.Module
+        In the order in which the modalities are fused.
+    dimension : int
+        Width d of a token.
+    pre_norm : bool
+        Whether a trained LayerNorm ends the client's part.
+    """
+
+    def __init__(
+        self, by_modality: Mapping[str, nn.Module], dimension: int, pre_norm: bool
+    ) -> None:
+        super().__init__()
+        self.by_modality = nn.ModuleDict(by_modality)
+        self.pre_norm = nn.LayerNorm(dimension) if pre_norm else nn.Identity()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per modality, in fusion order."""
+        return [int(tokenizer.length) for tokenizer in self.by_modality.values()]
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Give every modality's tokens, (b, l_m, d) each, in fusion order."""
+        return [self.pre_norm(t(inputs[name])) for name, t in self.by_modality.items()]
+
+
+def fuse(tokens: Sequence[Tensor], fusion: str) -> list[Tensor]:
+    """Arrange a sample's tokens for the cut layer (Eq. 1).
+
+    ``early`` gives one joint tensor (b, sum of l_m, d), ``late`` the modalities' own tensors.
+    """
+    return [torch.cat(list(tokens), dim=1)] if fusion == "early" else list(tokens)

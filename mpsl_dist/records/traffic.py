@@ -1,0 +1,79 @@
+"""Every tensor byte between the server and its clients, by client, direction and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+#: Kind -> direction ("up" is client to server) and phase.
+KINDS: dict[str, tuple[str, str]] = {
+    "activations": ("up", "training"),
+    "predictions": ("down", "training"),
+    "losses": ("up", "training"),
+    "loss_gradients": ("down", "training"),
+    "prediction_gradients": ("up", "training"),
+    "cut_layer_gradients": ("down", "training"),
+    "sync_up": ("up", "training"),
+    "sync_down": ("down", "training"),
+    "test_weights_up": ("up", "evaluation"),
+    "test_weights_down": ("down", "evaluation"),
+    "test_activations": ("up", "evaluation"),
+    "test_predictions": ("down", "evaluation"),
+}
+
+
+def nbytes(value: Any) -> int:
+    """Count the bytes of all tensors in a value."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(nbytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(nbytes(item) for item in value)
+    return 0
+
+
+class Traffic:
+    """A ledger of payload bytes. Data that stays on one host counts as if sent.
+
+    Parameters
+    ----------
+    clients : int
+    """
+
+    def __init__(self, clients: int) -> None:
+        self.bytes = {kind: np.zeros(clients, dtype=np.int64) for kind in KINDS}
+
+    def add(self, kind: str, client: int, value: Any) -> None:
+        """Count a value that crosses for this client."""
+        self.bytes[kind][client] += nbytes(value)
+
+    def add_all(self, kind: str, values: Mapping[int, Any]) -> None:
+        """Count one value per client."""
+        for client, value in values.items():
+            self.add(kind, client, value)
+
+    def watch_gradients(self, kind: str, values: Mapping[int, Iterable[Tensor]]) -> None:
+        """Count the gradients of these tensors as the backward brings them."""
+        for client, tensors in values.items():
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda g, client=client: self.add(kind, client, g))
+
+    def total(self, direction: str, phase: str) -> int:
+        """Sum all clients' bytes of a direction and phase."""
+        return sum(
+            int(self.bytes[kind].sum()) for kind, key in KINDS.items() if key == (direction, phase)
+        )
+
+    def by_kind(self) -> dict[str, list[int]]:
+        """Give bytes per client of every kind that occurred."""
+        return {kind: counts.tolist() for kind, counts in self.bytes.items() if counts.any()}
+
+    def load(self, by_kind: Mapping[str, list[int]]) -> None:
+        """Continue from :meth:`by_kind`."""
+        for kind, counts in by_kind.items():
+            self.bytes[kind] = np.array(counts, dtype=np.int64)

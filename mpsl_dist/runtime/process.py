@@ -1,0 +1,67 @@
+"""How a process of the world ends: on a signal, or because the server is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+
+class StopRequest:
+    """Whether somebody asked this run to stop (Ctrl-C, SIGTERM of a launcher).
+
+    The server finishes its step, writes a checkpoint and ends the world. Launchers send SIGINT
+    twice (terminal and agent), so a second signal means nothing more; they end the processes
+    themselves when their grace is over.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def listen(self) -> None:
+        """Take SIGINT and SIGTERM from now on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+
+
+def watch_server(ping: Callable[[float], bool], interval: float = 5.0) -> None:
+    """End this worker when the server is gone, whatever else it is doing.
+
+    Runs on a thread of its own. Three missed answers in a row count as gone, so that a busy server
+    is not taken for a dead one; a closed connection answers at once.
+
+    Parameters
+    ----------
+    ping : callable
+        Takes seconds to wait, says whether the server answered.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the server decides when the world ends
+
+    def watch() -> None:
+        missed = 0
+        while missed < 3:
+            _pause.wait(interval if missed == 0 else 1.0)
+            missed = 0 if ping(60.0) else missed + 1
+        print("the server is gone; this worker ends", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    _pause = threading.Event()
+    threading.Thread(target=watch, name="watch-server", daemon=True).start()
+
+
+def leave(status: int, *streams: Any) -> None:
+    """End this process at once: after a failure, RPC's own shutdown would wait for the lost."""
+    for stream in (sys.stdout, sys.stderr, *streams):
+        stream.flush()
+    os._exit(status)
