@@ -10,9 +10,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+#: Ctrl-C, a launcher's or scheduler's end, and Slurm's notice before it (``--signal=USR2``).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
 
 class StopRequest:
-    """Whether somebody asked this run to stop (Ctrl-C, SIGTERM of a launcher).
+    """Whether somebody asked this run to stop, by one of :data:`STOP_SIGNALS`.
 
     The server finishes its step, writes a checkpoint and ends the world. Launchers send SIGINT
     twice (terminal and agent), so a second signal means nothing more; they end the processes
@@ -26,8 +29,8 @@ class StopRequest:
         return self.signal is not None
 
     def listen(self) -> None:
-        """Take SIGINT and SIGTERM from now on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Take the signals from now on."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -45,7 +48,7 @@ def watch_server(ping: Callable[[float], bool], interval: float = 5.0) -> None:
     ping : callable
         Takes seconds to wait, says whether the server answered.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the server decides when the world ends
 
     def watch() -> None:
