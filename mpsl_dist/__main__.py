@@ -10,6 +10,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpsl_dist.config import Experiment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if word.startswith("-") or "=" not in word:
             parser.error(f"unrecognized argument: {word}")
         options.overrides.append(word)
+    options.words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return {"train": _train, "evaluate": _evaluate}[options.command](options)
     except ValueError as error:
-        if type(error) is ValueError:
+        if not _is_users(error):
             raise
         return _user_error(str(error))
 
@@ -55,14 +60,41 @@ def _train(options: argparse.Namespace) -> int:
         raise config.ConfigError("--resume and --overwrite exclude each other")
     from mpsl_dist.methods import run as runs
 
-    world = runs.place_in_world(experiment, options.config)
-    if world.rank > 0:
-        runs.serve_as_worker(experiment, world)
+    if runs.is_worker():
+        runs.serve_as_worker(experiment, runs.place_in_world(experiment, options.words))
         return 0
-    return _train_as_server(options, experiment, world)
+    world, splits = _check_everything(options, experiment)
+    return _train_as_server(options, experiment, world, splits)
 
 
-def _train_as_server(options: argparse.Namespace, experiment, world) -> int:
+def _check_everything(options: argparse.Namespace, experiment: Experiment) -> tuple[Any, Any]:
+    """Do everything that can refuse the run, and report all refusals at once."""
+    from mpsl_dist import config
+    from mpsl_dist.methods import run as runs
+    from mpsl_dist.records.run import RunDirectory
+
+    resolved, directory = config.to_dict(experiment), RunDirectory(experiment.run_directory)
+    results, refusals = [], []
+    for check in (
+        lambda: runs.place_in_world(experiment, options.words),
+        lambda: runs.checked_data(experiment),
+        lambda: directory.check(resolved, options.resume, options.overwrite),
+    ):
+        try:
+            results.append(check())
+        except ValueError as error:
+            if not _is_users(error):
+                raise
+            refusals.append(str(error))
+    if refusals:
+        raise config.ConfigError("\n".join(refusals))
+    world, splits, _ = results
+    return world, splits
+
+
+def _train_as_server(
+    options: argparse.Namespace, experiment: Experiment, world: Any, splits: Any
+) -> int:
     from mpsl_dist.analysis.plots import learning_curve
     from mpsl_dist.methods import loop
     from mpsl_dist.methods import run as runs
@@ -72,18 +104,22 @@ def _train_as_server(options: argparse.Namespace, experiment, world) -> int:
     stop = StopRequest()
     stop.listen()
     try:
-        summary = runs.train_as_server(experiment, world, run, stop)
+        summary = runs.train_as_server(experiment, world, splits, run, stop)
     except Exception as error:
-        user_error = getattr(error, "user_error", isinstance(error, ValueError))
         details = getattr(error, "details", "") or traceback.format_exc()
         (run.path / "error.txt").write_text(details, encoding="utf-8")
         reason = str(error) or type(error).__name__
         loop.failed_summary(experiment, run, reason)
         print(f"error: {reason}\n(traceback in {run.path / 'error.txt'})", file=sys.stderr)
-        leave(2 if user_error else 1)
+        leave(2 if getattr(error, "user_error", _is_users(error)) else 1)
     learning_curve(run)
     _report(summary, run.path)
     return 0 if summary["status"] == "completed" else 1
+
+
+def _is_users(error: BaseException) -> bool:
+    """Say whether an error is the user's to mend: a named subclass of ValueError."""
+    return isinstance(error, ValueError) and type(error) is not ValueError
 
 
 def _report(summary: dict, path) -> None:

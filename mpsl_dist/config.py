@@ -215,8 +215,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     for override in overrides:
         _override(values, override, errors)
     experiment = _build(Experiment, values, "", errors)
-    if not errors:
-        errors = problems(experiment)
+    errors += problems(experiment)
     if errors:
         raise ConfigError("\n".join(f"{path}: {error}" for error in errors))
     return experiment
@@ -226,7 +225,7 @@ def from_dict(values: Mapping[str, Any]) -> Experiment:
     """Build an experiment from nested mappings, as :func:`load` does from a file."""
     errors: list[str] = []
     experiment = _build(Experiment, values, "", errors)
-    errors = errors or problems(experiment)
+    errors += problems(experiment)
     if errors:
         raise ConfigError("\n".join(errors))
     return experiment

@@ -65,7 +65,7 @@ def build_tokenizers(
         A text table to share.
     """
     model, width = experiment.model, width_of(experiment)
-    _check_patches(experiment, splits)
+    check_patches(experiment, splits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
         parts: dict[str, nn.Module] = {}
@@ -85,7 +85,8 @@ def build_tokenizers(
     return tokenizers.to(dtype=dtype_of(experiment))
 
 
-def _check_patches(experiment: Experiment, splits: Splits) -> None:
+def check_patches(experiment: Experiment, splits: Splits) -> None:
+    """Refuse patches that do not fit the data, by a ConfigError."""
     name, model = experiment.data.name, experiment.model
     errors = []
     if "image" in splits.shapes:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mpsl_dist.actors import assembly
 from mpsl_dist.config import ConfigError, Experiment, to_dict
-from mpsl_dist.data import Splits
-from mpsl_dist.methods import loop
+from mpsl_dist.data import DataError, Splits
+from mpsl_dist.methods import centralized, loop
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.setup import load_data, open_fleet
 from mpsl_dist.records.run import RunDirectory, environment_of, log_to
@@ -19,29 +20,44 @@ from mpsl_dist.runtime import environment, process, rpc
 from mpsl_dist.runtime.environment import Environment
 
 
-def launch_line(experiment: Experiment, config: str) -> str:
-    """Give the command that starts all processes of an experiment on one host."""
-    return (
-        f"torchrun --standalone --nproc-per-node {experiment.workers + 1} "
-        f"-m mpsl_dist train {config}"
-    )
+def processes(experiment: Experiment) -> int:
+    """Count a run's processes: the server and its workers, or one that has all the data."""
+    return 1 if experiment.method == "centralized" else experiment.workers + 1
 
 
-def place_in_world(experiment: Experiment, config: str) -> Environment:
+def is_worker() -> bool:
+    """Say whether a launcher started this process as a rank above 0."""
+    found = environment.resolve(os.environ)
+    return found is not None and found.rank > 0
+
+
+def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
     """Read the launcher's variables and check that the world fits the experiment.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    words : sequence of str
+        The user's command line, repeated in the line that would have worked.
 
     Raises
     ------
     ConfigError
         If there is no launcher, or it started another number of processes.
     """
-    found = environment.resolve(os.environ)
-    needed = experiment.workers + 1
-    line = launch_line(experiment, config)
+    needed = processes(experiment)
+    found = environment.resolve(os.environ) or (environment.alone() if needed == 1 else None)
+    start = "python" if needed == 1 else f"torchrun --standalone --nproc-per-node {needed}"
+    line = f"{start} -m mpsl_dist {shlex.join(words)}"
     if found is None:
         raise ConfigError(
             f"method={experiment.method} needs {needed} processes, one server and "
             f"{experiment.workers} workers, started together:\n  {line}"
+        )
+    if needed == 1 and found.world > 1:
+        raise ConfigError(
+            f"method={experiment.method} is one process, {found.launcher} started "
+            f"{found.world}:\n  {line}"
         )
     if found.world != needed:
         raise ConfigError(
@@ -53,51 +69,68 @@ def place_in_world(experiment: Experiment, config: str) -> Environment:
 
 def serve_as_worker(experiment: Experiment, world: Environment) -> None:
     """Host clients until the server ends the world."""
-    _join(experiment, world)
+    join(experiment, world)
     process.watch_server(lambda seconds: rpc.ping(0, seconds))
     rpc.stop()
 
 
 def train_as_server(
-    experiment: Experiment, world: Environment, run: RunDirectory, stop: process.StopRequest
+    experiment: Experiment,
+    world: Environment,
+    splits: Splits,
+    run: RunDirectory,
+    stop: process.StopRequest,
 ) -> dict[str, Any]:
     """Train with the clients of all workers; gives the run's summary."""
-    server_threads, worker_threads = _threads(experiment, world)
-    splits = load_data(experiment)
-    _join(experiment, world)
-    rpc.set_threads(server_threads)
-    clients = open_fleet(experiment, worker_threads)
-    tokenizers = assembly.build_tokenizers(experiment, splits)
+    if world.world > 1:
+        join(experiment, world)
+    method = connect(experiment, world, splits)
     device = assembly.device_of(experiment)
-    server = assembly.build_server(experiment, splits, tokenizers.lengths)
-    method = Mpsl(experiment, splits, server, clients, tokenizers.to(device))
-    _record_environment(run, world, device, clients)
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    placement = method.clients.workers if world.world > 1 else {}
+    run.write_json("environment", environment_of(world.world, [name], placement))
     summary = loop.train(experiment, splits, method, run, stop)
-    rpc.stop()
+    if world.world > 1:
+        rpc.stop()
     return summary
 
 
-def _record_environment(
-    run: RunDirectory, world: Environment, device: str, clients: rpc.Fleet
-) -> None:
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    run.write_json("environment", environment_of(world.world, [name], clients.workers))
+def connect(experiment: Experiment, world: Environment, splits: Splits) -> loop.Method:
+    """Build the server here and the clients on the workers of a joined world."""
+    server_threads, worker_threads = _threads(experiment, world)
+    rpc.set_threads(server_threads)
+    if experiment.method == "centralized":
+        return centralized.build(experiment, splits)
+    clients = open_fleet(experiment, worker_threads)
+    tokenizers = assembly.build_tokenizers(experiment, splits)
+    server = assembly.build_server(experiment, splits, tokenizers.lengths)
+    return Mpsl(experiment, splits, server, clients, tokenizers.to(server.device))
+
+
+def checked_data(experiment: Experiment) -> Splits:
+    """Load the data and refuse what cannot work, before any process waits for another."""
+    splits = load_data(experiment)
+    refusals = []
+    for check in (assembly.build_local_data, assembly.check_patches):
+        try:
+            check(experiment, splits)
+        except (ConfigError, DataError) as error:
+            refusals.append(str(error))
+    if refusals:
+        raise ConfigError("\n".join(refusals))
+    return splits
 
 
 def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirectory:
     """Create or enter the run directory; the server's task alone."""
-    run = RunDirectory.open(experiment.run_directory, to_dict(experiment), resume, overwrite)
-    log_to(run.path / "rank0.log").info("server, rank 0")
+    run = RunDirectory(experiment.run_directory)
+    run.open(to_dict(experiment), resume, overwrite)
+    log_to(run.path / "rank0.log").info("server, rank 0, seed %d", experiment.seed)
     return run
 
 
-def open_worker_log(experiment: Experiment, world: Environment) -> None:
-    """Start a worker's log once the server has made the run directory."""
-    path = Path(experiment.run_directory) / f"rank{world.rank}.log"
-    log_to(path).info("worker, rank %d of %d", world.rank, world.world)
-
-
-def _join(experiment: Experiment, world: Environment) -> None:
+def join(experiment: Experiment, world: Environment) -> None:
+    """Enter the RPC world; returns when every rank is there."""
     settings = experiment.runtime
     rpc.start(
         world,
@@ -118,8 +151,3 @@ def _threads(experiment: Experiment, world: Environment) -> tuple[int, int]:
         settings.server_threads or cores,
         settings.worker_threads or max(1, cores // workers_here),
     )
-
-
-def check_samples(experiment: Experiment, splits: Splits) -> None:
-    """Refuse more clients than samples before any process waits for another."""
-    assembly.build_local_data(experiment, splits)

@@ -8,6 +8,7 @@ from mpsl_dist.actors.client import Client, Local
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.records.run import log_to
 from mpsl_dist.runtime import rpc
 from mpsl_dist.runtime.placement import place
 
@@ -43,16 +44,24 @@ def build_clients(
     return clients
 
 
-def host_clients(experiment: Experiment, numbers: list[int], threads: int) -> list[Client]:
+def host_clients(
+    experiment: Experiment, numbers: list[int], rank: int, threads: int
+) -> list[Client]:
     """Build these clients on a worker; each holds an RRef to its tokenizers."""
+    log = log_to(experiment.run_directory / f"rank{rank}.log")
     rpc.set_threads(threads)
-    return build_clients(experiment, numbers, load_data(experiment), rpc.reference)
+    clients = build_clients(experiment, numbers, load_data(experiment), rpc.reference)
+    for client in clients:
+        log.info("client %d: %s on %s", client.number, client.describe(), client.device)
+    return clients
 
 
 def open_fleet(experiment: Experiment, threads: int) -> rpc.Fleet:
     """Have every worker build its clients; gives the server's references to all of them."""
     placed = place(experiment.clients, experiment.workers)
-    arguments = {rank: (experiment, clients, threads) for rank, clients in enumerate(placed, 1)}
+    arguments = {
+        rank: (experiment, clients, rank, threads) for rank, clients in enumerate(placed, 1)
+    }
     owned = rpc.create(host_clients, arguments)
     owners = {
         client: reference

@@ -39,36 +39,36 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @classmethod
-    def open(
-        cls, path: Path, config: Mapping[str, Any], resume: bool, overwrite: bool
-    ) -> RunDirectory:
-        """Create the directory, or enter it to resume.
+    def check(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
+        """Say whether there is a run here already, and refuse what would harm it.
 
         Raises
         ------
         RunError
             If it exists and neither ``resume`` nor ``overwrite`` was asked for; if it is to be
-            resumed with another configuration; if what is to be overwritten is no run.
+            resumed with another configuration, or is no run at all.
         """
-        run, exists = cls(path), path.exists() and any(path.iterdir())
-        if exists and not (path / "config.yaml").is_file():
-            raise RunError(f"{path} exists and is no run directory; choose another name=")
+        exists = self.path.exists() and any(self.path.iterdir())
+        if exists and not (self.path / "config.yaml").is_file():
+            raise RunError(f"{self.path} exists and is no run directory; choose another name=")
+        if resume and not exists:
+            raise RunError(f"{self.path} holds no run to resume")
         if exists and resume:
-            run._check_same(config)
-            return run
-        if resume:
-            raise RunError(f"{path} holds no run to resume")
-        if exists and not overwrite:
+            self._check_same(config)
+        elif exists and not overwrite:
             raise RunError(
-                f"{path} exists; continue it with --resume, replace it with --overwrite, "
+                f"{self.path} exists; continue it with --resume, replace it with --overwrite, "
                 "or choose another name="
             )
-        if exists:
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        return run
+        return exists
+
+    def open(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+        """Create the directory, or enter it to resume, after :meth:`check`."""
+        exists = self.check(config, resume, overwrite)
+        if exists and not resume:
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         before = flatten(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))

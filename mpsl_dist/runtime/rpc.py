@@ -5,6 +5,7 @@ Server and workers are named ``server`` and ``worker1`` ... ``workerW`` after th
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import traceback
@@ -22,6 +23,7 @@ from torch.distributed import rpc
 from mpsl_dist.runtime.environment import Environment
 
 SERVER = "server"
+_log = logging.getLogger("mpsl_dist")
 
 
 class RemoteError(RuntimeError):
@@ -65,12 +67,19 @@ def start(
         _transports=["uv"],
         _channels=["basic"] if tcp_only else None,
     )
-    rpc.init_rpc(
-        rank_name(environment.rank),
-        rank=environment.rank,
-        world_size=environment.world,
-        rpc_backend_options=options,
-    )
+    try:
+        rpc.init_rpc(
+            rank_name(environment.rank),
+            rank=environment.rank,
+            world_size=environment.world,
+            rpc_backend_options=options,
+        )
+    except RuntimeError as error:
+        raise RemoteError(
+            f"the {environment.world} processes did not all meet at {environment.address} within "
+            f"{start_timeout:.0f} s (runtime.start_timeout), seen from rank {environment.rank}: "
+            f"{_brief(error)}"
+        ) from error
     rpc._set_rpc_timeout(timeout)
 
 
@@ -311,6 +320,7 @@ def _serve(call: _Call) -> list[Any] | _Failure:
         try:
             answers.append(getattr(rref.local_value(), call.method)(*arguments, *gradients))
         except Exception as error:
+            _log.exception("client %d failed in %s", client, call.method)
             return _Failure.of(error, f"client {client}")
     return answers
 

@@ -1,0 +1,99 @@
+"""Centralized training: one process, pooled data, MPSL's own global batches.
+
+The upper bound that a distributed method is measured against: the global batch of every step is
+made of exactly the mini-batches that the clients would have contributed, in client order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mpsl_dist.actors import assembly, deployable
+from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.actors.learner import Learner
+from mpsl_dist.config import Experiment
+from mpsl_dist.data import Batch, Splits
+from mpsl_dist.data.partition import shares
+from mpsl_dist.models.average import load_trainable, trainable_state
+from mpsl_dist.records.traffic import Traffic
+
+
+def pool(batches: Sequence[Batch]) -> Batch:
+    """Join mini-batches into one global batch."""
+    names = batches[0].inputs
+    inputs = {name: torch.cat([batch.inputs[name] for batch in batches]) for name in names}
+    return Batch(inputs, torch.cat([batch.labels for batch in batches]))
+
+
+class Centralized:
+    """The method in one process.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Its ``clients`` and partition say only which samples meet in which global batch.
+    splits : Splits
+    learner : Learner
+        The whole model with its optimizers.
+    """
+
+    def __init__(self, experiment: Experiment, splits: Splits, learner: Learner) -> None:
+        self.experiment = experiment
+        self.splits = splits
+        self.learner = learner
+        self.traffic = Traffic(experiment.clients)  # nothing ever crosses
+        self.held = [train for train, _ in assembly.build_local_data(experiment, splits)]
+        sizes = [len(data) for data in self.held]
+        self.plan = shares(sizes, experiment.training.batch_size, experiment.client_share)
+        learner.plan(len(self.plan), experiment.training.epochs)
+
+    def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Lay out the epoch's mini-batches."""
+        for client, data in enumerate(self.held):
+            data.begin_epoch(epoch, self.plan[:, client].tolist(), first_step)
+
+    def step(self, epoch_step: int, step: int) -> float:
+        """Train one step on the global batch; gives its mean loss, which is Eq. 4's L_S."""
+        took_part = np.flatnonzero(self.plan[epoch_step])
+        return self.learner.train(pool([self.held[n].batch(epoch_step) for n in took_part]), step)
+
+    def evaluate(self) -> dict[str, float]:
+        """Test on the whole test set, whoever would hold it."""
+        size = self.experiment.training.test_batch_size
+        return {"accuracy": self.learner.model.accuracy(self.splits.test, size)}
+
+    def deployable(self) -> Deployable:
+        """Give the model."""
+        return self.learner.model
+
+    def trainable_parameters(self) -> dict[str, int]:
+        """Count trained numbers; no client trains any."""
+        return {"client": 0, "server": sum(p.numel() for p in self.learner.parameters)}
+
+    def save(self, folder: str) -> None:
+        """Write model and optimizers."""
+        target = Path(folder) / "server.pt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        state = {
+            "model": trainable_state(self.learner.model),
+            "optimizers": self.learner.optimizer_state(),
+        }
+        torch.save(state, partial)
+        partial.replace(target)
+
+    def restore(self, folder: str) -> None:
+        """Continue from :meth:`save`."""
+        state = torch.load(Path(folder) / "server.pt", weights_only=True)
+        load_trainable(self.learner.model, state["model"])
+        self.learner.load_optimizer_state(state["optimizers"])
+
+
+def build(experiment: Experiment, splits: Splits) -> Centralized:
+    """Build the whole model here."""
+    model = deployable.build(experiment, splits)
+    return Centralized(experiment, splits, Learner(model, experiment.training))

@@ -1,0 +1,82 @@
+"""What every rank of a multi-process test runs: ``torchrun ranks.py TASK ARGUMENT``.
+
+Rank 0 runs the task named on the command line; the others host clients as in a real run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import toys
+
+from mpsl_dist.config import Experiment, from_dict
+from mpsl_dist.methods import run as runs
+from mpsl_dist.methods.mpsl import Mpsl
+from mpsl_dist.methods.setup import load_data
+from mpsl_dist.runtime import environment, rpc
+
+
+def train_and_tell(experiment: Experiment, world: environment.Environment, steps: int) -> dict:
+    """Train some steps by the real method; give every number that came of it."""
+    method = runs.connect(experiment, world, load_data(experiment))
+    told: dict[str, Any] = {"losses": [], "cut_gradients": [], "forwards": 0, "backwards": 0}
+    encoder = method.server.model.encoder
+    encoder.register_forward_hook(lambda *_: told.update(forwards=told["forwards"] + 1))
+    encoder.register_full_backward_hook(lambda *_: told.update(backwards=told["backwards"] + 1))
+    _keep_cut_gradients(method, told["cut_gradients"])
+    for step in range(steps):
+        epoch, epoch_step = divmod(step, len(method.plan))
+        if epoch_step == 0:
+            method.begin_epoch(epoch)
+        told["losses"].append(method.step(epoch_step, step))
+    told["server"] = {k: v.cpu().clone() for k, v in method.server.model.state_dict().items()}
+    everyone = {n: () for n in method.sizes}
+    told["clients"] = method.clients.call("tokenizer_weights", everyone)
+    return told
+
+
+def _keep_cut_gradients(method: Mpsl, kept: list) -> None:
+    forward = method.server.forward
+
+    def watching(smashed):
+        gradients: dict = {}
+        kept.append(gradients)
+        for client, tensors in smashed.items():
+            for place, tensor in enumerate(tensors):
+                tensor.register_hook(
+                    lambda g, key=(client, place): gradients.update({key: g.clone()})
+                )
+        return forward(smashed)
+
+    method.server.forward = watching
+
+
+def gold(path: Path, world: environment.Environment) -> None:
+    """Train every experiment of a list for some steps, one after the other, in one world."""
+    task = json.loads(path.read_text())
+    told = [train_and_tell(from_dict(e), world, task["steps"]) for e in task["experiments"]]
+    torch.save(told, path.with_suffix(".pt"))
+
+
+def main() -> None:
+    toys.register()
+    task, argument = sys.argv[1], Path(sys.argv[2])
+    world = environment.resolve(os.environ)
+    assert world is not None
+    if world.rank > 0:
+        runs.serve_as_worker(toys.experiment(), world)
+        return
+    runs.join(toys.experiment(), world)
+    {"gold": gold}[task](argument, world)
+    rpc.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The gold test: distributed MPSL equals a plain single process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+import toys
+from conftest import launcher, torchrun_line
+
+from mpsl_dist.actors import assembly
+from mpsl_dist.config import Experiment, to_dict
+from mpsl_dist.methods.setup import load_data
+
+STEPS = 5
+RANKS = Path(__file__).with_name("ranks.py")
+#: Relative to the largest entry of each tensor.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+
+
+def cases(device: str = "cpu") -> dict[str, dict]:
+    """Every fusion and modality pair in both precisions, and 1 to 4 clients, two on one worker."""
+    pairs = ("image+text", "image+audio", "audio+text")
+    found = {}
+    for fusion, pair, precision in itertools.product(("early", "late"), pairs, TOLERANCE):
+        found[f"{fusion} {pair} {precision}"] = {"clients": 4} | _case(fusion, pair, precision)
+    for clients in (1, 2, 3):
+        found[f"{clients} clients"] = {"clients": clients} | _case("early", "image+text", "float64")
+    found["4 clients on 2 workers"] = found["early image+text float64"] | {"clients_per_worker": 2}
+    found["equal shares, dry clients"] = found["late image+audio float64"] | {
+        "client_share": "equal"
+    }
+    return {name: case | {"device": device} for name, case in found.items()}
+
+
+def _case(fusion: str, pair: str, precision: str) -> dict:
+    training = {"precision": precision}
+    base = toys.experiment()
+    return {
+        "data": {"name": f"toy-{pair}"},
+        "model": {"fusion": fusion, "pooling": "mean" if fusion == "early" else "cls"},
+        "training": to_dict(base)["training"] | training,
+    }
+
+
+def run_gold(folder: Path, chosen: dict[str, dict]) -> dict[str, tuple]:
+    """Run all cases in one world; give (experiment, what came of it) by case."""
+    toys.register()
+    experiments = {name: toys.experiment(**case) for name, case in chosen.items()}
+    task = folder / "task.json"
+    listed = [to_dict(e) | {"output": str(folder)} for e in experiments.values()]
+    task.write_text(json.dumps({"steps": STEPS, "experiments": listed}))
+    with launcher(folder) as launch:
+        line = torchrun_line(5, str(RANKS), "gold", str(task))
+        status, output = launch(line).finish(240)
+    assert status == 0, output
+    told = torch.load(task.with_suffix(".pt"))
+    return {name: (experiments[name], told[i]) for i, name in enumerate(experiments)}
+
+
+@pytest.fixture(scope="module")
+def gold(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
+    """All cases, trained once for the whole module."""
+    return run_gold(tmp_path_factory.mktemp("gold"), cases())
+
+
+def assert_equals_reference(experiment: Experiment, told: dict) -> None:
+    """Losses, cut-layer gradients and every parameter, each within its precision's tolerance."""
+    tolerance = TOLERANCE[experiment.training.precision]
+    expected = reference.train(experiment, STEPS)
+    for step in range(STEPS):
+        assert told["losses"][step] == pytest.approx(expected["losses"][step], rel=tolerance)
+        ours, theirs = told["cut_gradients"][step], expected["cut_gradients"][step]
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert_close(ours[key], theirs[key], tolerance, f"cut layer {key} of step {step}")
+    assert told["server"].keys() == expected["server"].keys()
+    for key, value in expected["server"].items():
+        assert_close(told["server"][key], value, tolerance, f"server {key}")
+    assert told["clients"].keys() == expected["clients"].keys()
+    for client, state in expected["clients"].items():
+        assert told["clients"][client].keys() == state.keys()
+        for key, value in state.items():
+            assert_close(told["clients"][client][key], value, tolerance, f"client {client} {key}")
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str) -> None:
+    """Within ``tolerance`` of the tensor's largest entry."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
+    error = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-30)
+    assert error <= tolerance, f"{what}: off by {error:.2e} of its largest entry"
+
+
+@pytest.mark.parametrize("case", cases())
+def test_distributed_training_equals_a_single_process(case: str, gold: dict) -> None:
+    experiment, told = gold[case]
+    assert_equals_reference(experiment, told)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_every_clients_tokenizers_change(case: str, gold: dict) -> None:
+    experiment, told = gold[case]
+    first = assembly.build_tokenizers(experiment, load_data(experiment))
+    first = {name: p for name, p in first.named_parameters() if p.requires_grad}
+    for client, state in told["clients"].items():
+        for key, value in state.items():
+            assert not torch.equal(value, first[key]), f"client {client}: {key} never moved"
+
+
+@pytest.mark.parametrize("clients", [2, 16])
+def test_one_encoder_pass_a_step_whatever_the_number_of_clients(
+    clients: int, counted: dict
+) -> None:
+    _, told = counted[f"{clients} clients"]
+    assert (told["forwards"], told["backwards"]) == (STEPS, STEPS)
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
+    """Two and sixteen clients on four workers."""
+    case = _case("early", "image+text", "float32")
+    chosen = {
+        "2 clients": {"clients": 2} | case,
+        "16 clients": {"clients": 16, "clients_per_worker": 4} | case,
+    }
+    return run_gold(tmp_path_factory.mktemp("counted"), chosen)

@@ -1,0 +1,80 @@
+"""A plain single-process MPSL: one autograd graph, plain optimizers. What the runtime must equal.
+
+It shares the models, the partition and the mini-batches with the project, and none of the actors,
+the RPC or the distributed autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from mpsl_dist.actors import assembly
+from mpsl_dist.config import Experiment
+from mpsl_dist.data.partition import epoch_order, partition, shares
+from mpsl_dist.methods.setup import load_data
+
+
+def train(experiment: Experiment, steps: int) -> dict[str, Any]:
+    """Train some steps; give losses, cut-layer gradients and all parameters.
+
+    On one thread, as the toys' server and clients: sums then run in the same order.
+    """
+    torch.set_num_threads(1)
+    splits, seed = load_data(experiment), experiment.seed
+    rule, settings = experiment.data.partition, experiment.training
+    parts = partition(
+        splits.train.labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed
+    )
+    plan = shares([len(p) for p in parts], settings.batch_size, experiment.client_share)
+    clients = [assembly.build_tokenizers(experiment, splits) for _ in parts]
+    server = assembly.build_server(experiment, splits, clients[0].lengths).model
+    optimizers = [_adamw(c, settings.client) for c in clients]
+    server_optimizer = _adamw(server, settings.server)
+    dtype = next(server.parameters()).dtype
+    told: dict[str, Any] = {"losses": [], "cut_gradients": []}
+    for step in range(steps):
+        epoch, place = divmod(step, len(plan))
+        batches = {}
+        for n, part in enumerate(parts):
+            start, count = plan[:place, n].sum(), plan[place, n]
+            if count:
+                order = part[epoch_order(len(part), seed, n, epoch)]
+                batches[n] = splits.train.fetch(order[start : start + count].tolist())
+        cut = {}
+        for n, batch in batches.items():
+            inputs = {
+                k: x.to(dtype) if x.is_floating_point() else x for k, x in batch.inputs.items()
+            }
+            tokens = clients[n](inputs)
+            early = experiment.model.fusion == "early"
+            cut[n] = [torch.cat(tokens, dim=1)] if early else tokens
+            for tensor in cut[n]:
+                tensor.retain_grad()
+        logits = server([torch.cat(tensors) for tensors in zip(*cut.values(), strict=True)])
+        loss, start, total = 0.0, 0, sum(len(b) for b in batches.values())
+        for batch in batches.values():
+            own = functional.cross_entropy(logits[start : start + len(batch)], batch.labels)
+            loss = loss + len(batch) / total * own
+            start += len(batch)
+        loss.backward()
+        told["losses"].append(loss.item())
+        told["cut_gradients"].append(
+            {(n, i): t.grad.clone() for n, tensors in cut.items() for i, t in enumerate(tensors)}
+        )
+        for optimizer in (*[optimizers[n] for n in batches], server_optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+    told["server"] = dict(server.state_dict())
+    told["clients"] = {
+        n: {k: p.detach() for k, p in c.named_parameters() if p.requires_grad}
+        for n, c in enumerate(clients)
+    }
+    return told
+
+
+def _adamw(module: torch.nn.Module, settings: Any) -> torch.optim.Optimizer:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)

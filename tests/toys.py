@@ -1,0 +1,66 @@
+"""A tiny three-modality dataset for tests, and experiments on it. Not for training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mpsl_dist import data
+from mpsl_dist.config import Experiment, from_dict
+from mpsl_dist.data import Splits, TensorDataset
+from mpsl_dist.data.text import VOCABULARY
+
+SHAPES = {"image": (3, 8, 8), "audio": (26, 36), "text": (6,)}
+CLASSES = ("a", "b", "c")
+SAMPLES = 90
+
+
+def load(modalities: tuple[str, ...]) -> Splits:
+    """Random inputs with random labels, always the same."""
+
+    def split(seed: int, samples: int) -> TensorDataset:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {}
+        for name in modalities:
+            shape = (samples, *SHAPES[name])
+            if name == "text":
+                inputs[name] = torch.randint(0, VOCABULARY, shape, generator=generator)
+            else:
+                inputs[name] = torch.randn(shape, generator=generator)
+        labels = torch.randint(0, len(CLASSES), (samples,), generator=generator)
+        return TensorDataset(inputs, labels)
+
+    shapes = {name: SHAPES[name] for name in modalities}
+    return Splits(split(1, SAMPLES), split(2, 30), shapes, CLASSES)
+
+
+def register() -> None:
+    """Make the toys known as ``toy-image+text`` and so on, in this process."""
+    for pair in (("image", "text"), ("image", "audio"), ("audio", "text")):
+        data.LOADERS["toy-" + "+".join(pair)] = lambda *_, pair=pair, **__: load(pair)
+
+
+def experiment(**changes: Any) -> Experiment:
+    """A small experiment on a toy; ``changes`` are top-level sections."""
+    values: dict[str, Any] = {
+        "name": "toy",
+        "clients": 4,
+        "data": {"name": "toy-image+text", "partition": {"alpha": 0.5, "minimum": 3}},
+        "model": {
+            "encoder": {"size": "custom", "width": 16, "depth": 2, "heads": 2},
+            "image_patch": 4,
+        },
+        "training": {
+            "epochs": 2,
+            "batch_size": 20,
+            "server": {"lr": 1e-2, "weight_decay": 0.1},
+            "client": {"lr": 1e-2, "weight_decay": 0.1},
+        },
+        "device": "cpu",
+        "runtime": {"server_threads": 1, "worker_threads": 1},
+    }
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = {**values[key], **value} if both else value
+    return from_dict(values)
