@@ -36,19 +36,22 @@ class Deployable(nn.Module):
         """Give logits (b, classes) for inputs as in :class:`mpsl_dist.data.Batch`."""
         return self.server_model(fuse(self.tokenizers(inputs), self.server_model.fusion))
 
+    def place(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give inputs on the model's device, and in its precision."""
+        like = next(self.parameters())
+        return {
+            name: x.to(like.device, like.dtype if x.is_floating_point() else None)
+            for name, x in inputs.items()
+        }
+
     @torch.no_grad()
     def accuracy(self, dataset: Dataset, batch_size: int) -> float:
         """Give the accuracy over a whole split."""
         positions = list(range(len(dataset.labels)))
         batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
-        parameter = next(self.parameters())
         right = 0
         for batch in load_batches(dataset, batches, seed=None):
-            inputs = {
-                name: x.to(parameter.device, parameter.dtype if x.is_floating_point() else None)
-                for name, x in batch.inputs.items()
-            }
-            right += int((self(inputs).argmax(1).cpu() == batch.labels).sum())
+            right += int((self(self.place(batch.inputs)).argmax(1).cpu() == batch.labels).sum())
         return right / len(positions)
 
     def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
@@ -66,6 +69,13 @@ class Deployable(nn.Module):
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
 
 
+def build(experiment: Experiment, splits: Splits) -> Deployable:
+    """Build the whole model here, with the initial weights that its owners would begin with."""
+    tokenizers = build_tokenizers(experiment, splits)
+    model = build_server(experiment, splits, tokenizers.lengths).model
+    return Deployable(tokenizers, model).to(device_of(experiment))
+
+
 def load(folder: str | Path) -> tuple[Deployable, Experiment, tuple[str, ...]]:
     """Load what :meth:`Deployable.save` wrote.
 
@@ -79,10 +89,9 @@ def load(folder: str | Path) -> tuple[Deployable, Experiment, tuple[str, ...]]:
     experiment = from_dict(description["experiment"])
     shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
     splits = Splits(_NOTHING, _NOTHING, shapes, tuple(description["classes"]))
-    tokenizers = build_tokenizers(experiment, splits)
-    model = Deployable(tokenizers, build_server(experiment, splits, tokenizers.lengths).model)
+    model = build(experiment, splits)
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.to(device_of(experiment)).eval(), experiment, splits.classes
+    return model.eval(), experiment, splits.classes
 
 
 class _Nothing:

@@ -35,7 +35,7 @@ class Environment:
 
     Attributes
     ----------
-    launcher : {'torchrun', 'slurm'}
+    launcher : {'torchrun', 'slurm', 'none'}
         Who started the processes.
     rank, world : int
         This process among all, from 0; how many there are.
@@ -52,7 +52,7 @@ class Environment:
         ``TP_SOCKET_IFNAME``, where the user set it.
     """
 
-    launcher: Literal["torchrun", "slurm"]
+    launcher: Literal["torchrun", "slurm", "none"]
     rank: int
     world: int
     local_rank: int
@@ -95,6 +95,11 @@ class Environment:
         if self.one_host:
             return network.loopback()
         return network.interface_towards(self.address)
+
+
+def alone() -> Environment:
+    """Give the world of one process, which meets nobody."""
+    return Environment("none", 0, 1, 0, 1, 0, 1, "localhost", 0, "")
 
 
 def resolve(variables: Mapping[str, str]) -> Environment | None:
