@@ -1,0 +1,162 @@
+"""What a file given to ``submit.py`` asks for: one run, or a grid of them.
+
+A sweep is a YAML file with a ``grid``::
+
+    config: ../quickstart.yaml        # the experiment that all runs share, relative to this file
+    name: alpha                       # the runs are called alpha-alpha0.1-seed1, ...; default: stem
+    set: {clients: 8}                 # keys that all runs share, as nested mappings or key.path
+    grid:                             # every combination of these values is a run
+      data.partition.alpha: [0.1, 1000]
+      seed: [1, 2]
+    at_once: 2                        # at most so many jobs at a time; default: no limit
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpsl_dist import config
+from mpsl_dist.config import ConfigError, Experiment
+from mpsl_dist.records.run import FREE_KEYS, flatten
+
+SWEEP_KEYS = ("config", "name", "set", "grid", "at_once")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment to train.
+
+    Attributes
+    ----------
+    config : Path
+        The YAML file.
+    overrides : tuple of str
+        ``key.path=value``.
+    experiment : Experiment
+        What the two resolve to.
+    """
+
+    config: Path
+    overrides: tuple[str, ...]
+    experiment: Experiment
+
+    @property
+    def processes(self) -> int:
+        """RPC ranks: the server and the workers."""
+        return 1 if self.experiment.method == "centralized" else self.experiment.workers + 1
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run directory of this name."""
+        return (self.experiment.run_directory / "config.yaml").is_file()
+
+    def summary(self) -> dict[str, Any]:
+        """Read what the run left; empty where it left nothing yet."""
+        try:
+            text = (self.experiment.run_directory / "summary.json").read_text(encoding="utf-8")
+        except OSError:
+            return {}
+        return json.loads(text)
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.summary().get("status") == "completed"
+
+    def difference(self) -> str | None:
+        """Say how an existing run of this name differs from what is asked now, if it does."""
+        path = self.experiment.run_directory / "config.yaml"
+        before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        now = flatten(config.to_dict(self.experiment))
+        for key in sorted(before.keys() | now.keys()):
+            free = any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
+            if before.get(key) != now.get(key) and not free:
+                return f"{key} was {before.get(key)!r} there and is {now.get(key)!r} now"
+        return None
+
+
+def read(path: Path, overrides: Sequence[str]) -> tuple[list[Run], int | None]:
+    """Read an experiment or a sweep.
+
+    Returns
+    -------
+    list of Run
+        One for an experiment; the grid's combinations for a sweep.
+    int or None
+        Of a sweep, the limit on jobs at a time.
+
+    Raises
+    ------
+    ConfigError
+        With every problem of every run at once.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        values = None  # config.load says it better
+    if not (isinstance(values, dict) and "grid" in values):
+        return [Run(path, tuple(overrides), config.load(path, overrides))], None
+    errors = _problems(values)
+    if errors:
+        raise ConfigError("\n".join(f"{path}: {error}" for error in errors))
+    return _expand(path, values, overrides), values.get("at_once")
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    valid = ", ".join(SWEEP_KEYS)
+    found = [f"{key}: unknown key; a sweep has {valid}" for key in values if key not in SWEEP_KEYS]
+    if not isinstance(values.get("config"), str):
+        found.append("config: a sweep names the experiment that its runs share")
+    grid, shared, limit = values["grid"], values.get("set", {}), values.get("at_once")
+    if not isinstance(grid, dict) or not grid:
+        found.append("grid: expected key.path: [value, ...]")
+    else:
+        found += [
+            f"grid.{key}: expected a list of values, found {options!r}"
+            for key, options in grid.items()
+            if not isinstance(options, list) or not options
+        ]
+        if "name" in grid:
+            found.append("grid.name: runs are named after their values")
+    if not isinstance(shared, dict):
+        found.append(f"set: expected keys and values, found {shared!r}")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        found.append(f"at_once: expected a whole number from 1, found {limit!r}")
+    return found
+
+
+def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> list[Run]:
+    base = path.parent / values["config"]
+    shared = [f"{key}={json.dumps(value)}" for key, value in flatten(values.get("set", {})).items()]
+    grid: Mapping[str, list[Any]] = values["grid"]
+    prefix, runs, errors = str(values.get("name", path.stem)), [], []
+    for combination in itertools.product(*grid.values()):
+        point = dict(zip(grid, combination, strict=True))
+        name = "-".join([prefix, *(_label(key, value, grid) for key, value in point.items())])
+        chosen = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+        everything = (*shared, *overrides, *chosen, f"name={json.dumps(name)}")
+        try:
+            runs.append(Run(base, everything, config.load(base, everything)))
+        except ConfigError as error:
+            errors += [f"{name}: {line}" for line in str(error).splitlines()]
+    names = [run.experiment.name for run in runs]
+    errors += [f"{path}: two runs are called {n}" for n in sorted(set(names)) if names.count(n) > 1]
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return runs
+
+
+def _label(key: str, value: Any, grid: Mapping[str, Any]) -> str:
+    """Give a key's last word and its value; the whole path where last words collide."""
+    last = key.rpartition(".")[2]
+    alone = sum(other.rpartition(".")[2] == last for other in grid) == 1
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^A-Za-z0-9.+_-]+", "_", f"{last if alone else key}{text}")
