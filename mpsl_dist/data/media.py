@@ -1,0 +1,243 @@
+"""Pictures, video frames and sound out of files of any usual format.
+
+Every fault of a file (missing, empty, truncated, broken header, no sound track, not a medium at
+all) is a :class:`DataError` that names it; nothing else leaves these functions. What a file *is*
+follows from its content, not from its name: an mp3 called ``.wav`` is read as an mp3.
+
+Shape legend: ``h`` height, ``w`` width, ``s`` samples of a waveform.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mpsl_dist.data import audio
+from mpsl_dist.data.dataset import DataError
+
+#: Pixels of the largest picture that is decoded: a header may promise any size.
+MAX_PIXELS = 100_000_000
+#: Seconds of sound and pictures of a clip that are decoded at most.
+MAX_SECONDS, MAX_FRAMES = 3_600.0, 20_000
+#: Only containers of media. Playlists (hls, concat, …) would make a file open other files.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,wav,aiff,au,flac,ogg,mp3,aac,mpeg,mpegts,flv,asf"
+)
+#: In these the length is an estimate, so that ending early says nothing.
+_ESTIMATED = frozenset({"mp3", "aac", "mpeg", "mpegts"})
+#: A file is damaged when more than one packet in ten does not decode.
+_BAD_SHARE = 0.1
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Read a picture as (3, h, w) uint8; upright as its Exif says, transparency over white."""
+    with _naming(path), Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{path}: {image.width}x{image.height} pixels are too many")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+            over = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        pixels = np.array(upright.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_frame(path: str | Path, fraction: float) -> Tensor:
+    """Read the picture that a clip shows at a moment.
+
+    Parameters
+    ----------
+    fraction : float
+        The moment, 0 at the clip's begin and 1 at its end.
+
+    Returns
+    -------
+    Tensor
+        (3, h, w) uint8.
+    """
+    with _naming(path), _open(path) as container:
+        if not container.streams.video:
+            raise DataError(f"{path}: no pictures in it")
+        stream = container.streams.video[0]
+        second = fraction * (_samples(container) or 0) / audio.RATE
+        start = (container.start_time or 0) / av.time_base
+        frame = _frame_at(container, stream, start + second, seek=second > 0)
+        if frame is None and second > 0:
+            # Some containers have no index to seek by.
+            container.seek(int(start * av.time_base), backward=True, any_frame=False)
+            frame = _frame_at(container, stream, start + second, seek=False)
+        if frame is None:
+            raise DataError(f"{path}: no picture could be decoded")
+        promised = _seconds(stream.duration, stream.time_base)
+        shown = (frame.time or 0.0) - start
+        if promised is not None and frame.time is not None and shown < min(second, promised) - 1:
+            raise DataError(f"{path}: truncated, its pictures end after {shown:.1f} s")
+        if frame.width * frame.height > MAX_PIXELS:
+            raise DataError(f"{path}: {frame.width}x{frame.height} pixels are too many")
+        pixels = frame.to_ndarray(format="rgb24")
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_waveform(path: str | Path, fraction: float = 0.5, samples: int | None = None) -> Tensor:
+    """Read sound as one channel at 16 kHz; several channels are averaged.
+
+    Parameters
+    ----------
+    fraction : float
+        Centre of the window, 0 at the clip's begin and 1 at its end; the window is moved to lie
+        inside the clip where it can.
+    samples : int or None
+        Length of the window; shorter sound is padded with silence on its right. None gives all.
+
+    Returns
+    -------
+    Tensor
+        (samples,) float32.
+    """
+    with _naming(path), _open(path) as container:
+        if not container.streams.audio:
+            raise DataError(f"{path}: no sound track")
+        stream = container.streams.audio[0]
+        total = _samples(container)
+        end = MAX_SECONDS
+        if samples is not None and total is not None:
+            # A tenth of a second more, so that the resampler's edge falls outside the window.
+            last = max(fraction * total + samples / 2, samples)
+            end = min(last / audio.RATE + 0.1, MAX_SECONDS)
+        waveform, rate, whole = _decode_sound(container, stream, end)
+        if not len(waveform):
+            raise DataError(f"{path}: no sound could be decoded")
+        promised = _seconds(stream.duration, stream.time_base)
+        had = len(waveform) / rate
+        exact = promised is not None and not set(container.format.name.split(",")) & _ESTIMATED
+        if whole and exact and had < 0.9 * promised - 0.5:
+            raise DataError(f"{path}: truncated, {had:.1f} of {promised:.1f} s")
+    waveform = audio.resample(waveform, rate)
+    if not torch.isfinite(waveform).all():
+        raise DataError(f"{path}: its sound is not finite")
+    return waveform if samples is None else cut(waveform, fraction, samples, total)
+
+
+def cut(waveform: Tensor, fraction: float, samples: int, total: int | None) -> Tensor:
+    """Cut the window of :func:`read_waveform` out of a waveform (s,) that begins with its clip.
+
+    ``total`` is the clip's length in samples, None where that is the waveform's.
+    """
+    centre = round(fraction * (len(waveform) if total is None else total))
+    return audio.fit(waveform, samples, centre - samples // 2)
+
+
+def length(path: str | Path) -> int | None:
+    """Give a clip's length in samples at 16 kHz as its header says, None where it does not say."""
+    with _naming(path), _open(path) as container:
+        return _samples(container)
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Turn every fault of decoding into a DataError that names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of what it then reads or refuses
+            yield
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except Exception as error:
+        # Decoders meet arbitrary bytes here: SyntaxError, struct.error, IndexError, … all happen.
+        reason = str(error).replace(f"file:{path}", "").replace(str(path), "").strip(" :'")
+        raise DataError(f"{path}: cannot be read: {reason or type(error).__name__}") from error
+
+
+def _open(path: str | Path) -> av.container.InputContainer:
+    file = Path(path)
+    size = file.stat().st_size
+    if size == 0:
+        raise DataError(f"{path}: the file is empty")
+    promised = _riff_size(file)
+    if size < 0.95 * promised:
+        raise DataError(f"{path}: truncated, {size} of {promised} bytes")
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    return av.open(f"file:{file}", options=options, metadata_errors="ignore")
+
+
+def _riff_size(file: Path) -> int:
+    """Give the bytes that a wav or avi header promises (FFmpeg forgets them), 0 if it does not."""
+    with file.open("rb") as opened:
+        head = opened.read(8)
+    size = int.from_bytes(head[4:8], "little") if head[:4] == b"RIFF" else 0
+    return 0 if size >= 0xFFFF_FF00 else size  # a stream written without knowing its end
+
+
+def _seconds(duration: int | None, base: object) -> float | None:
+    return None if duration is None or duration <= 0 or not base else float(duration * base)
+
+
+def _samples(container: av.container.InputContainer) -> int | None:
+    duration = container.duration
+    if duration is None or duration <= 0:
+        return None
+    return round(duration / av.time_base * audio.RATE)
+
+
+def _decode(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator:
+    """Decode frame after frame; a few damaged packets are passed over."""
+    # One thread: a machine hosts many clients, and loader processes decode side by side.
+    stream.codec_context.thread_count = 1
+    good = bad = 0
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            bad += 1
+            if bad > 10 and bad > _BAD_SHARE * (good + bad):
+                raise DataError(f"{container.name}: damaged: {error.strerror}") from error
+            continue
+        good += 1
+        yield from frames
+    if bad > 1 and bad > _BAD_SHARE * (good + bad):
+        raise DataError(f"{container.name}: damaged, {bad} of {good + bad} packets do not decode")
+
+
+def _frame_at(
+    container: av.container.InputContainer, stream: av.stream.Stream, second: float, seek: bool
+) -> av.VideoFrame | None:
+    """Give the last frame not after ``second``, else the nearest, None where none decodes."""
+    if seek:
+        try:
+            container.seek(int(second * av.time_base), backward=True, any_frame=False)
+        except av.FFmpegError:
+            return None
+    shown = None
+    for count, frame in enumerate(_decode(container, stream)):
+        if frame.time is None or shown is None or frame.time <= second + 1e-6:
+            shown = frame
+        if frame.time is None or frame.time >= second or count >= MAX_FRAMES:
+            break
+    return shown
+
+
+def _decode_sound(
+    container: av.container.InputContainer, stream: av.stream.Stream, end: float
+) -> tuple[Tensor, int, bool]:
+    """Give the waveform (s,) up to ``end`` seconds, its rate, and whether the sound ended first."""
+    resampler = av.AudioResampler(format="fltp")
+    rate, pieces, had = stream.codec_context.sample_rate, [], 0
+    for frame in _decode(container, stream):
+        if frame.sample_rate != rate:
+            raise DataError(f"{container.name}: its sampling rate changes")
+        for piece in resampler.resample(frame):
+            pieces.append(torch.from_numpy(piece.to_ndarray()).mean(dim=0))
+            had += len(pieces[-1])
+        if had >= end * rate:
+            return torch.cat(pieces), rate, False
+    return (torch.cat(pieces) if pieces else torch.empty(0)), rate, True
