@@ -79,10 +79,44 @@ class Model:
     pre_norm: bool = True
     #: Trained LayerNorm after the encoder, at the server.
     post_norm: bool = False
+    #: ``table`` embeds every token of a text; ``clip`` makes a whole text one token, by CLIP's
+    #: frozen text tower (texts of at most 77 tokens).
+    text: Literal["table", "clip"] = "table"
+    #: open_clip's name of that tower; null takes OpenAI's B/16, from width 1,024 on L/14.
+    text_tower: str | None = None
     #: Train the 49,408-row text token table too (heavy on a client and on the wire).
     train_token_table: bool = False
     #: ``false`` freezes every tokenizer: clients only send.
     train_tokenizers: bool = True
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where initial weights come from, part by part; a source may name one of its own,
+    ``timm:vit_base_patch16_224.mae``, and any part may be a file. See ``docs/weights.md``.
+    """
+
+    #: ``random``, ``timm``, ``meta-transformer``, ``clip`` or a file.
+    encoder: str = "random"
+    #: The image tokenizer: ``random``, ``timm``, ``clip`` (with its pre-norm) or a file.
+    image: str = "random"
+    #: The audio tokenizer: ``random``, ``ast`` or a file.
+    audio: str = "random"
+    #: The frozen text tower of ``model.text=clip``: ``random``, ``clip`` or a file.
+    text: str = "random"
+    #: Folder of Meta-Transformer's files, which no program can download.
+    root: str | None = None
+
+
+#: Part -> its named sources.
+WEIGHT_SOURCES: dict[str, tuple[str, ...]] = {
+    "encoder": ("random", "timm", "meta-transformer", "clip"),
+    "image": ("random", "timm", "clip"),
+    "audio": ("random", "ast"),
+    "text": ("random", "clip"),
+}
+#: What a file of weights ends in.
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -202,6 +236,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     ConfigError
         With every problem at once: unknown keys (the nearest valid one named), wrong types and
         values out of range.
+    weights: Weights = field(default_factory=Weights)
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from torch import nn
@@ -13,8 +15,14 @@ from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.data.partition import partition
 from mpsl_dist.data.text import VOCABULARY
+from mpsl_dist.models import weight_sources, weights
+from mpsl_dist.models.adapters import Adapters
+from mpsl_dist.models.clip_text import ClipText, build_text_tower, default_tower
 from mpsl_dist.models.server_model import SIZES, ServerModel, build_encoder
 from mpsl_dist.models.tokenizers import PatchTokenizer, TextTokenizer, Tokenizers, token_table
+
+_log = logging.getLogger("mpsl_dist")
+_told: set[str] = set()
 
 
 def device_of(experiment: Experiment) -> str:
@@ -35,14 +43,40 @@ def dtype_of(experiment: Experiment) -> torch.dtype:
     return getattr(torch, experiment.training.precision)
 
 
-def build_token_table(experiment: Experiment, splits: Splits) -> nn.Embedding | None:
-    """Build the frozen text table that all clients of a process may share; None without text.
+def build_frozen_text(experiment: Experiment, splits: Splits) -> nn.Embedding | ClipText | None:
+    """Build the frozen text table or tower that all clients of a process share; None without text.
 
     A trained table is no one's to share: every client builds its own.
     """
     if "text" not in splits.shapes or experiment.model.train_token_table:
         return None
-    return _seeded_table(experiment)
+    return _frozen_text(experiment)
+
+
+def _frozen_text(experiment: Experiment) -> nn.Embedding | ClipText:
+    return _tower(experiment) if experiment.model.text == "clip" else _seeded_table(experiment)
+
+
+def _tower(experiment: Experiment) -> ClipText:
+    name = experiment.model.text_tower or default_tower(width_of(experiment))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed + 2)
+        try:
+            tower = ClipText(build_text_tower(name), width_of(experiment))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    source, size = experiment.weights.text, experiment.model.encoder.size
+    if source != "random":
+        label, state = weight_sources.fetch("text", source, size, experiment.weights.root, name)
+        _tell(weights.load_text(tower, state, label))
+    return tower.to(dtype=dtype_of(experiment))
+
+
+def _tell(account: weights.Account) -> None:
+    """Log what was loaded, once a process and part."""
+    if str(account) not in _told:
+        _told.add(str(account))
+        _log.info("%s", account)
 
 
 def _seeded_table(experiment: Experiment) -> nn.Embedding:
@@ -55,14 +89,14 @@ def _seeded_table(experiment: Experiment) -> nn.Embedding:
 
 
 def build_tokenizers(
-    experiment: Experiment, splits: Splits, table: nn.Embedding | None = None
+    experiment: Experiment, splits: Splits, frozen_text: nn.Embedding | ClipText | None = None
 ) -> Tokenizers:
     """Build one client's tokenizers; every client's first copy is the same.
 
     Parameters
     ----------
-    table : nn.Embedding, optional
-        A text table to share.
+    frozen_text : nn.Embedding or ClipText, optional
+        A text table or tower to share.
     """
     model, width = experiment.model, width_of(experiment)
     check_patches(experiment, splits)
@@ -77,12 +111,24 @@ def build_tokenizers(
                 patch, stride = model.audio_patch, model.audio_stride
                 parts[modality] = PatchTokenizer(1, *shape, patch, stride, width)
             else:
-                shared = _seeded_table(experiment) if table is None else table
-                parts[modality] = TextTokenizer(shared, shape[0])
+                text = _frozen_text(experiment) if frozen_text is None else frozen_text
+                is_tower = isinstance(text, ClipText)
+                parts[modality] = text if is_tower else TextTokenizer(text, shape[0])
         tokenizers = Tokenizers(parts, width, model.pre_norm)
+    _load_stems(experiment, tokenizers)
     if not model.train_tokenizers:
         tokenizers.requires_grad_(False)
     return tokenizers.to(dtype=dtype_of(experiment))
+
+
+def _load_stems(experiment: Experiment, tokenizers: Tokenizers) -> None:
+    size, root = experiment.model.encoder.size, experiment.weights.root
+    for part in ("image", "audio"):
+        source = getattr(experiment.weights, part)
+        if source != "random" and part in tokenizers.by_modality:
+            name, state = weight_sources.fetch_stem(part, source, size, root)
+            tokenizer = tokenizers.by_modality[part]
+            _tell(weights.load_stem(tokenizer, tokenizers.pre_norm, state, name, part))
 
 
 def check_patches(experiment: Experiment, splits: Splits) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsl_dist.actors.assembly import build_server, build_tokenizers, device_of
-from mpsl_dist.config import Experiment, from_dict, to_dict
+from mpsl_dist.config import Experiment, Weights, from_dict, to_dict
 from mpsl_dist.data import Dataset, Splits, load_batches
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
@@ -47,12 +48,17 @@ class Deployable(nn.Module):
     @torch.no_grad()
     def accuracy(self, dataset: Dataset, batch_size: int) -> float:
         """Give the accuracy over a whole split."""
-        positions = list(range(len(dataset.labels)))
+        samples = len(dataset.labels)
+        return self.right(dataset, range(samples), batch_size) / samples
+
+    @torch.no_grad()
+    def right(self, dataset: Dataset, positions: Sequence[int], batch_size: int) -> int:
+        """Count the right predictions for these samples."""
         batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
         right = 0
         for batch in load_batches(dataset, batches, seed=None):
             right += int((self(self.place(batch.inputs)).argmax(1).cpu() == batch.labels).sum())
-        return right / len(positions)
+        return right
 
     def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
         """Write ``model.safetensors`` and ``config.json``."""
@@ -86,7 +92,8 @@ def load(folder: str | Path) -> tuple[Deployable, Experiment, tuple[str, ...]]:
     """
     folder = Path(folder)
     description: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    experiment = from_dict(description["experiment"])
+    # Every weight is in the folder: where the first ones came from matters no more.
+    experiment = replace(from_dict(description["experiment"]), weights=Weights())
     shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
     splits = Splits(_NOTHING, _NOTHING, shapes, tuple(description["classes"]))
     model = build(experiment, splits)

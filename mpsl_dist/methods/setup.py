@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from mpsl_dist import data
 from mpsl_dist.actors import assembly
 from mpsl_dist.actors.client import Client, Local
@@ -30,12 +33,12 @@ def build_clients(
     reference : callable
         How a client refers to its tokenizers: an RRef on a worker.
     """
-    table = assembly.build_token_table(experiment, splits)
+    frozen_text = assembly.build_frozen_text(experiment, splits)
     held = assembly.build_local_data(experiment, splits)
     device = assembly.device_of(experiment)
     clients = []
     for number in numbers:
-        tokenizers = assembly.build_tokenizers(experiment, splits, table).to(device)
+        tokenizers = assembly.build_tokenizers(experiment, splits, frozen_text).to(device)
         stepper = Stepper(tokenizers.parameters(), experiment.training.client)
         fusion = experiment.model.fusion
         clients.append(
@@ -56,16 +59,31 @@ def host_clients(
     return clients
 
 
-def open_fleet(experiment: Experiment, threads: int) -> rpc.Fleet:
-    """Have every worker build its clients; gives the server's references to all of them."""
+def open_fleet(
+    experiment: Experiment,
+    threads: int,
+    host: Callable[..., list[Any]] = host_clients,
+    timeout: float | None = None,
+) -> rpc.Fleet:
+    """Have every worker build its clients; gives the server's references to all of them.
+
+    Parameters
+    ----------
+    threads : int
+        Compute threads of a worker.
+    host : callable
+        Builds the clients of a worker, as :func:`host_clients` does.
+    timeout : float, optional
+        Seconds until a call counts as failed, if not ``runtime.rpc_timeout``.
+    """
     placed = place(experiment.clients, experiment.workers)
     arguments = {
         rank: (experiment, clients, rank, threads) for rank, clients in enumerate(placed, 1)
     }
-    owned = rpc.create(host_clients, arguments)
+    owned = rpc.create(host, arguments)
     owners = {
         client: reference
         for rank, clients in enumerate(placed, 1)
         for client, reference in zip(clients, owned[rank], strict=True)
     }
-    return rpc.Fleet(owners, experiment.runtime.rpc_timeout)
+    return rpc.Fleet(owners, timeout or experiment.runtime.rpc_timeout)

@@ -42,8 +42,8 @@ class PatchTokenizer(nn.Module):
         if min(height, width) < patch:
             raise ValueError(f"a patch of {patch} does not fit an input of {height}x{width}")
         self.patchify = nn.Conv2d(channels, dimension, patch, stride, bias=False)
-        patches = ((height - patch) // stride + 1) * ((width - patch) // stride + 1)
-        self.length = patches + 1
+        self.grid = ((height - patch) // stride + 1, (width - patch) // stride + 1)
+        self.length = self.grid[0] * self.grid[1] + 1
         self.cls = nn.Parameter(torch.empty(1, 1, dimension))
         self.positions = nn.Parameter(torch.empty(1, self.length, dimension))
         nn.init.normal_(self.cls, std=_STD)
