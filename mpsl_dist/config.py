@@ -144,6 +144,36 @@ class TokenizerSync:
 
 
 @dataclass(frozen=True)
+class Federated:
+    """What fedavg and fedclip do in a round, which is an epoch of ``training.epochs``."""
+
+    #: Times that a client goes through its own samples in a round.
+    local_epochs: int = 1
+    #: Part of the clients that take part in a round, drawn anew for each.
+    fraction: float = 1.0
+    #: ``keep`` carries a client's optimizers from round to round (the released code), ``reset``
+    #: begins every round with new ones.
+    optimizer: Literal["keep", "reset"] = "keep"
+    #: Samples of a local mini-batch; null takes a client's part of the global batches.
+    batch_size: int | None = None
+    #: Seconds until a client's whole round counts as failed, where above ``runtime.rpc_timeout``.
+    round_timeout: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The attention adapters of fedclip, on the pooled features of the frozen encoder."""
+
+    #: An adapter for each of these modalities that the data has, or ``unified``: one for all.
+    include: list[Literal["image", "audio", "text"]] | Literal["unified"] = field(
+        default_factory=lambda: ["image", "audio", "text"]
+    )
+    #: ``scaled`` multiplies a feature by its softmax (the released form: about 1/width of its
+    #: size is left), ``residual`` adds that product to the feature.
+    form: Literal["scaled", "residual"] = "scaled"
+
+
+@dataclass(frozen=True)
 class Training:
     """Length, batches and optimizers of a training run."""
 
@@ -192,7 +222,7 @@ class Experiment:
     """Everything that a run depends on."""
 
     name: str = "run"
-    method: Literal["mpsl", "centralized"] = "mpsl"
+    method: Literal["mpsl", "psl", "centralized", "fedavg", "fedclip"] = "mpsl"
     seed: int = 2024
     #: Folder of the run directories.
     output: str = "runs"
@@ -206,7 +236,10 @@ class Experiment:
     tokenizer_sync: TokenizerSync = field(default_factory=TokenizerSync)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    weights: Weights = field(default_factory=Weights)
     training: Training = field(default_factory=Training)
+    federated: Federated = field(default_factory=Federated)
+    adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     runtime: Runtime = field(default_factory=Runtime)
 
@@ -236,7 +269,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     ConfigError
         With every problem at once: unknown keys (the nearest valid one named), wrong types and
         values out of range.
-    weights: Weights = field(default_factory=Weights)
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -324,6 +356,10 @@ def _convert(hint: Any, value: Any) -> Any:
             except ValueError:
                 continue
         raise ValueError
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError
+        return [_convert(typing.get_args(hint)[0], entry) for entry in value]
     if origin is Literal:
         if value in typing.get_args(hint) and not isinstance(value, bool):
             return value
@@ -340,6 +376,8 @@ def _convert(hint: Any, value: Any) -> Any:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(option) for option in typing.get_args(hint))
     if hint is types.NoneType:
@@ -357,12 +395,15 @@ def problems(experiment: Experiment) -> list[str]:
 
     clients, batch = experiment.clients, experiment.training.batch_size
     training, encoder = experiment.training, experiment.model.encoder
+    local = experiment.federated.batch_size
     for path, value in {
         "clients": clients,
         "clients_per_worker": experiment.clients_per_worker,
         "tokenizer_sync.every": experiment.tokenizer_sync.every,
         "training.epochs": training.epochs,
         "training.batch_size": batch,
+        "federated.local_epochs": experiment.federated.local_epochs,
+        "federated.batch_size": 1 if local is None else local,
         "training.test_batch_size": training.test_batch_size,
         "model.image_patch": experiment.model.image_patch,
         "model.audio_patch": experiment.model.audio_patch,
@@ -375,6 +416,8 @@ def problems(experiment: Experiment) -> list[str]:
         "data.partition.alpha": experiment.data.partition.alpha,
         "training.server.lr": training.server.lr,
         "training.client.lr": training.client.lr,
+        "federated.fraction": experiment.federated.fraction,
+        "federated.round_timeout": experiment.federated.round_timeout,
         "runtime.rpc_timeout": experiment.runtime.rpc_timeout,
         "runtime.start_timeout": experiment.runtime.start_timeout,
     }.items():
@@ -395,6 +438,10 @@ def problems(experiment: Experiment) -> list[str]:
             f"client_share=equal needs; take {batch // clients * clients} or "
             f"{-(-batch // clients) * clients}, or client_share=proportional",
         )
+    fraction = experiment.federated.fraction
+    require(fraction <= 1, f"federated.fraction: must be at most 1, found {fraction}")
+    if experiment.method == "fedclip":
+        found += _fedclip_problems(experiment)
     shape = {name: getattr(encoder, name) for name in ("width", "depth", "heads")}
     if encoder.size == "custom":
         missing = [f"model.encoder.{name}" for name, value in shape.items() if value is None]
@@ -408,4 +455,39 @@ def problems(experiment: Experiment) -> list[str]:
     else:
         given = [f"model.encoder.{name}" for name, value in shape.items() if value is not None]
         require(not given, f"{', '.join(given)}: only with model.encoder.size=custom")
+    return found + _weight_problems(experiment)
+
+
+def _weight_problems(experiment: Experiment) -> list[str]:
+    found = []
+    for part, named in WEIGHT_SOURCES.items():
+        source = getattr(experiment.weights, part)
+        kind, colon, which = source.partition(":")
+        if not source.endswith(WEIGHT_FILES) and (kind not in named or (colon and not which)):
+            found.append(
+                f"weights.{part}: '{source}' is no source; one of {', '.join(named)}, "
+                f"or a file ({', '.join(WEIGHT_FILES)})"
+            )
+    model, clip = experiment.model, experiment.model.text == "clip"
+    if experiment.weights.text != "random" and not clip:
+        found.append("weights.text: only with model.text=clip")
+    if model.text_tower is not None and not clip:
+        found.append("model.text_tower: only with model.text=clip")
+    if clip and model.train_token_table:
+        found.append("model.train_token_table: there is no table with model.text=clip")
+    if clip and experiment.data.text_length > 77:
+        found.append(
+            f"data.text_length: CLIP reads at most 77 tokens, found {experiment.data.text_length}"
+        )
+    return found
+
+
+def _fedclip_problems(experiment: Experiment) -> list[str]:
+    found = []
+    if experiment.model.pooling != "cls":
+        found.append("model.pooling: the adapters of fedclip act on first tokens; take cls")
+    if experiment.model.encoder.trainable_blocks not in ("all", 0):
+        found.append("model.encoder.trainable_blocks: fedclip freezes the encoder; leave it out")
+    if not experiment.adapters.include:
+        found.append("adapters.include: empty; name a modality, or take unified")
     return found

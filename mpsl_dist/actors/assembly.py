@@ -165,10 +165,11 @@ def build_server(experiment: Experiment, splits: Splits, lengths: list[int]) -> 
         dimensions = (encoder.width, encoder.depth, encoder.heads)
     else:
         dimensions = SIZES[encoder.size]
+    adapted = experiment.method == "fedclip"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed + 1)
         server_model = ServerModel(
-            build_encoder(*dimensions, encoder.trainable_blocks),
+            build_encoder(*dimensions, 0 if adapted else encoder.trainable_blocks),
             dimensions[0],
             lengths,
             len(splits.classes),
@@ -176,6 +177,15 @@ def build_server(experiment: Experiment, splits: Splits, lengths: list[int]) -> 
             model.pooling,
             model.post_norm,
         )
+        if adapted:
+            rules, modalities = experiment.adapters, list(splits.shapes)
+            server_model.adapters = Adapters(modalities, rules.include, dimensions[0], rules.form)
+    source = experiment.weights.encoder
+    if source != "random":
+        name, state = weight_sources.fetch(
+            "encoder", source, encoder.size, experiment.weights.root, ""
+        )
+        _tell(weights.load_encoder(server_model.encoder, state, name))
     server_model = server_model.to(device_of(experiment), dtype_of(experiment))
     stepper = Stepper(server_model.parameters(), experiment.training.server)
     return Server(server_model, stepper, device_of(experiment))

@@ -81,6 +81,8 @@ class ServerModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.post_norm = nn.LayerNorm(width) if post_norm else nn.Identity()
+        #: FedCLIP's, over the modalities' pooled features; other methods have none.
+        self.adapters: nn.Module = nn.Identity()
         self.head = nn.Linear(width, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -101,7 +103,8 @@ class ServerModel(nn.Module):
         if self.fusion == "early":
             encoded = list(encoded[0].split(self.lengths, dim=1))
         if self.pooling == "cls":
-            pooled_bd = torch.stack([tokens_bld[:, 0] for tokens_bld in encoded]).mean(0)
+            features = self.adapters([tokens_bld[:, 0] for tokens_bld in encoded])
+            pooled_bd = torch.stack(features).mean(0)
         else:
             pooled_bd = torch.cat(encoded, dim=1).mean(1)
         return self.head(pooled_bd)

@@ -18,6 +18,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "cut_layer_gradients": ("down", "training"),
     "sync_up": ("up", "training"),
     "sync_down": ("down", "training"),
+    "model_down": ("down", "training"),
+    "model_up": ("up", "training"),
     "test_weights_up": ("up", "evaluation"),
     "test_weights_down": ("down", "evaluation"),
     "test_activations": ("up", "evaluation"),

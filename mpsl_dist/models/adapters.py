@@ -1,0 +1,63 @@
+"""FedCLIP's attention adapters (Lu et al. 2023) on the features of a frozen encoder.
+
+Shape legend: ``b`` batch, ``d`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class AttentionAdapter(nn.Module):
+    """Weigh a pooled feature by Linear-Tanh-Linear-Softmax of itself.
+
+    Parameters
+    ----------
+    width : int
+        d.
+    form : "scaled" or "residual"
+        ``scaled`` is the released form, x * a(x): the d weights sum to one, so a feature comes out
+        about d times smaller. ``residual`` is x + x * a(x), which keeps the feature's size.
+    """
+
+    def __init__(self, width: int, form: str) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Softmax(dim=-1)
+        )
+        self.form = form
+
+    def forward(self, feature_bd: Tensor) -> Tensor:
+        """Give the weighed feature, (b, d)."""
+        weighed_bd = feature_bd * self.attention(feature_bd)
+        return weighed_bd if self.form == "scaled" else feature_bd + weighed_bd
+
+
+class Adapters(nn.Module):
+    """One adapter per included modality, or one for all.
+
+    Parameters
+    ----------
+    modalities : sequence of str
+        Of the dataset, in fusion order.
+    include : sequence of str or "unified"
+        Which of them are adapted; ``unified`` passes all through the same adapter.
+    """
+
+    def __init__(
+        self, modalities: Sequence[str], include: Sequence[str] | str, width: int, form: str
+    ) -> None:
+        super().__init__()
+        unified = include == "unified"
+        names = ["unified"] if unified else [name for name in modalities if name in include]
+        self.by_name = nn.ModuleDict({name: AttentionAdapter(width, form) for name in names})
+        self.applied = ["unified" if unified else name for name in modalities]
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Adapt every modality's pooled feature (b, d), in fusion order."""
+        return [
+            self.by_name[name](feature_bd) if name in self.by_name else feature_bd
+            for name, feature_bd in zip(self.applied, features, strict=True)
+        ]
