@@ -15,16 +15,27 @@ def _digits_qa(root: str | None, text_length: int) -> Splits:
     return digits_qa.load(text_length)
 
 
-def _mnist_fsdd(root: str | None, text_length: int) -> Splits:
-    from mpsl_dist.data import mnist_fsdd
+def _files(name: str) -> Callable[[str | None, int], Splits]:
+    def load_files(root: str | None, text_length: int) -> Splits:
+        from mpsl_dist.data import files
 
-    return mnist_fsdd.load(root)
+        return files.load(name, root, text_length)
+
+    return load_files
 
 
 #: Every dataset by name: ``load(root, text_length)``. Imports wait until one is chosen.
 LOADERS: dict[str, Callable[[str | None, int], Splits]] = {
     "digits-qa": _digits_qa,
-    "mnist-fsdd": _mnist_fsdd,
+    "mnist-fsdd": _files("mnist-fsdd"),
+    "coco-qa": _files("coco-qa"),
+    "t4sa": _files("t4sa"),
+    "kinetics-sounds": _files("kinetics-sounds"),
+    "ucf101": _files("ucf101"),
+    "meld": _files("meld"),
+    "flickr30k": _files("flickr30k"),
+    "ms-coco": _files("ms-coco"),
+    "manifest": _files("manifest"),
 }
 
 

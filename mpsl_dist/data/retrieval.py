@@ -1,0 +1,191 @@
+"""``flickr30k`` and ``ms-coco``: pictures and captions that describe them, for retrieval.
+
+One sample is one (picture, caption) pair: caption ``k`` of picture ``i`` is sample ``5 i + k``
+where every picture has five, and the label of all five is ``i``, counted from 0 in each split.
+Captions are independent of each other: the released code lets the five captions of a picture
+attend to one another, at test too, which tells the model which belong together.
+
+Layout under ``data.root``, the first that is found:
+
+``flickr30k``
+    ``karpathy/dataset_flickr30k.json`` and pictures in ``flickr30k/flickr30k-images/`` (or
+    ``flickr30k/images/``, ``flickr30k/``); else ``flickr30k/results_20130124.token`` (or
+    ``captions.token``), lines "file#k<tab>caption", every tenth picture by name for testing: not
+    the official split.
+``ms-coco``
+    ``karpathy/dataset_coco.json`` and pictures in ``ms-coco/{train2014,val2014}/``; else
+    ``ms-coco/annotations/captions_{train,val}2014.json``, where ``val2014`` is for testing; without
+    a ``val`` file every tenth picture by id.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mpsl_dist.data import catalog, listing
+from mpsl_dist.data.dataset import DataError, Splits
+from mpsl_dist.data.image_text import coco_paths
+from mpsl_dist.data.samples import OnError, Sample, Table, View, build
+
+#: Captions taken of every picture, the first ones.
+CAPTIONS = 5
+
+_log = logging.getLogger(__name__)
+
+
+def load_flickr30k(
+    root: str | Path | None,
+    *,
+    text_length: int = 77,
+    image_size: int = 224,
+    on_error: OnError = "raise",
+    cache: str | Path | None = None,
+    folder: str = "flickr30k",
+) -> Splits:
+    """Read Flickr30k: 29,000 pictures for training, 1,000 for testing, five captions each.
+
+    Parameters
+    ----------
+    root : str or Path
+        Folder that holds ``flickr30k/`` and ``karpathy/``.
+    folder : str
+        Name of the dataset's folder: Flickr8k has the same formats.
+    text_length, image_size, on_error, cache
+        As in :func:`mpsl_dist.data.image_text.load_coco_qa`.
+    """
+    source = catalog.source("flickr30k")
+    home = listing.folder(root, "flickr30k", folder, source)
+    names = (home / "flickr30k-images", home / "images", home)
+    pictures = next(path for path in names if path.is_dir())
+    karpathy = home.parent / "karpathy" / f"dataset_{folder}.json"
+    if karpathy.exists():
+        captioned = _read_karpathy(karpathy, source)
+        train, test = (
+            {str(pictures / file): texts for _, file, texts in captioned[split]}
+            for split in ("train", "test")
+        )
+    else:
+        tokens = [home / "results_20130124.token", home / "captions.token"]
+        path = next((path for path in tokens if path.exists()), None)
+        if path is None:
+            raise DataError(f"{karpathy}: no such file, and no {tokens[0]}; {source}")
+        texts = _read_tokens(path, source)
+        train, test = _split_tenth({str(pictures / file): texts[file] for file in sorted(texts)})
+        _log.warning("%s: no %s; every tenth picture is for testing", path, karpathy.name)
+    return _build("flickr30k", train, test, text_length, image_size, on_error, cache)
+
+
+def load_ms_coco(
+    root: str | Path | None,
+    *,
+    text_length: int = 77,
+    image_size: int = 224,
+    on_error: OnError = "raise",
+    cache: str | Path | None = None,
+) -> Splits:
+    """Read MS-COCO captions: 82,783 pictures for training, 5,000 for testing, five captions each.
+
+    Karpathy's ``restval`` and ``val`` pictures are not used, as in the paper. Parameters as in
+    :func:`load_flickr30k`; ``root`` holds ``ms-coco/`` and ``karpathy/``.
+    """
+    source = catalog.source("ms-coco")
+    home = listing.folder(root, "ms-coco", "ms-coco", source)
+    karpathy = home.parent / "karpathy" / "dataset_coco.json"
+    if karpathy.exists():
+        captioned = _read_karpathy(karpathy, source)
+        train, test = (
+            {_karpathy_path(home, below, file): texts for below, file, texts in captioned[split]}
+            for split in ("train", "test")
+        )
+    else:
+        train = _read_captions(home, "train2014", source)
+        if (home / "annotations" / "captions_val2014.json").exists():
+            test = _read_captions(home, "val2014", source)
+        else:
+            train, test = _split_tenth(train)
+        _log.warning("%s: no such file; not the split of the paper", karpathy)
+    return _build("ms-coco", train, test, text_length, image_size, on_error, cache)
+
+
+def _build(
+    name: str,
+    train: Mapping[str, Sequence[str]],
+    test: Mapping[str, Sequence[str]],
+    text_length: int,
+    image_size: int,
+    on_error: OnError,
+    cache: str | Path | None,
+) -> Splits:
+    view = View(("image", "text"), image_size=image_size, text_length=text_length)
+    tables = [pairs(split) for split in (train, test)]
+    source = catalog.source(name)
+    return build(name, *tables, (), view, on_error=on_error, cache=cache, source=source)
+
+
+def pairs(captions: Mapping[str, Sequence[str]]) -> Table:
+    """Make (picture, caption) pairs; the label is the picture's position."""
+    samples, labels = [], []
+    for position, (picture, texts) in enumerate(captions.items()):
+        for caption in texts[:CAPTIONS]:
+            samples.append(Sample(image=picture, text=caption))
+            labels.append(position)
+    return Table(samples, labels)
+
+
+def _split_tenth(
+    captions: Mapping[str, Sequence[str]],
+) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
+    """Keep every tenth picture for testing."""
+    train, test = {}, {}
+    for position, (picture, texts) in enumerate(captions.items()):
+        (test if position % 10 == 9 else train)[picture] = texts
+    return train, test
+
+
+def _read_karpathy(path: Path, source: str) -> dict[str, list[tuple[str, str, list[str]]]]:
+    """Give (folder, file, captions) of the pictures of every split."""
+    found: dict[str, list[tuple[str, str, list[str]]]] = {"train": [], "test": []}
+    try:
+        for image in listing.parsed_json(path, source)["images"]:
+            texts = [sentence["raw"].strip() for sentence in image["sentences"]]
+            row = (image.get("filepath", ""), image["filename"], texts)
+            found.setdefault(image["split"], []).append(row)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not Karpathy's format: {error!r}; {source}") from error
+    return found
+
+
+def _karpathy_path(home: Path, below: str, file: str) -> str:
+    number = Path(file).stem.rpartition("_")[2]
+    official = home / below / file
+    return str(official) if official.exists() else coco_paths(home / below)(int(number))
+
+
+def _read_tokens(path: Path, source: str) -> dict[str, list[str]]:
+    """Read lines "file#k<tab>caption"; the captions in the order of k."""
+    numbered: dict[str, list[tuple[int, str]]] = {}
+    for number, line in enumerate(listing.lines(path, source), start=1):
+        if not line:
+            continue
+        name, tab, caption = line.partition("\t")
+        file, _, k = name.rpartition("#")
+        if not (tab and file and k.isdigit()):
+            raise DataError(f"{path}: line {number}: expected 'file#k<tab>caption'")
+        numbered.setdefault(file, []).append((int(k), caption.strip()))
+    return {file: [text for _, text in sorted(texts)] for file, texts in numbered.items()}
+
+
+def _read_captions(home: Path, images: str, source: str) -> dict[str, Sequence[str]]:
+    """Read the official captions; the pictures by id, each one's captions by id."""
+    path = home / "annotations" / f"captions_{images}.json"
+    content = listing.parsed_json(path, source)
+    texts: dict[int, list[tuple[int, str]]] = {}
+    try:
+        for row in content["annotations"]:
+            texts.setdefault(row["image_id"], []).append((row["id"], row["caption"].strip()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not MS-COCO's format: {error!r}; {source}") from error
+    name = coco_paths(home / images)
+    return {name(image): [text for _, text in sorted(texts[image])] for image in sorted(texts)}

@@ -1,0 +1,370 @@
+"""Samples that lie in files: what every dataset read from disk is made of.
+
+A dataset module lists its samples; here they are decoded. Training draws a random moment of a
+clip and random crops; testing takes the middle of everything.
+
+Shape legend: ``c`` channels, ``h`` height, ``w`` width, ``t`` frames, ``m`` mel bins, ``l`` text
+length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from mpsl_dist.data import audio, media, text
+from mpsl_dist.data.cache import Cache
+from mpsl_dist.data.dataset import Batch, DataError, Splits
+
+OnError = Literal["raise", "skip"]
+#: Mean and standard deviation of ImageNet's colours: what the pretrained image stems expect.
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_log = logging.getLogger(__name__)
+
+
+class Sample(NamedTuple):
+    """Where one sample lies; None: it has no such part."""
+
+    image: str | None = None
+    audio: str | None = None
+    video: str | None = None
+    text: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that it is read from."""
+        return tuple(part for part in self[:3] if part is not None)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a sample becomes tensors.
+
+    Attributes
+    ----------
+    modalities : tuple of str
+        ``image`` (from the picture, else from a frame of the clip), ``audio`` (from the sound
+        file, else from the clip's track) and ``text``, in the order of fusion.
+    image_size : int
+        Side of the square picture, in pixels.
+    crop : bool
+        True: the shorter side is brought to 8/7 of ``image_size`` and a square cut out (training:
+        anywhere, mirrored half of the time, brightness and saturation changed by up to 0.2), values
+        0..1. False: the picture is squashed to the square, and standardised with ImageNet's
+        constants.
+    audio_frames : int
+        Frames of 10 ms.
+    audio_at : float
+        Centre of the window at test, 0 the clip's begin and 1 its end.
+    text_length : int
+        Byte-pair tokens.
+    """
+
+    modalities: tuple[str, ...]
+    image_size: int = 224
+    crop: bool = False
+    audio_frames: int = 1024
+    audio_at: float = 0.5
+    text_length: int = 77
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """One sample's shape per modality, in the order of fusion."""
+        shapes = {
+            "image": (3, self.image_size, self.image_size),
+            "audio": (self.audio_frames, audio.MEL_BINS),
+            "text": (self.text_length,),
+        }
+        return {name: shapes[name] for name in self.modalities}
+
+
+@dataclass(frozen=True)
+class FileDataset:
+    """A split whose samples are read from files when they are asked for.
+
+    A sample that cannot be read is an error that names its file (``on_error`` ``raise``), or
+    (``skip``) its place in the mini-batch is taken by another readable sample of the *same*
+    mini-batch, with the same label if there is one; where nothing of the mini-batch can be read,
+    its picture and sound are zeros, with its own text and label. So a mini-batch keeps the size
+    that the server planned, and no client ever sees another client's data. Every such file is
+    logged once, with the count so far.
+
+    A modality that a sample lacks (an empty cell, no fault) is given as zeros; text as an empty
+    text. ``present`` tells.
+
+    Attributes
+    ----------
+    samples : sequence of Sample
+    labels : Tensor
+        (samples,) int64.
+    view : View
+    clients : tuple of str or None
+        The owner of every sample, where the data names one: a natural federation.
+    """
+
+    samples: Sequence[Sample]
+    labels: Tensor
+    view: View
+    on_error: OnError = "raise"
+    cache: Cache | None = None
+    clients: tuple[str, ...] | None = None
+    #: What could not be read in this process: file -> reason.
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def present(self) -> dict[str, Tensor]:
+        """Which samples have a modality: (samples,) bool for each."""
+        has = {
+            "image": [s.image is not None or s.video is not None for s in self.samples],
+            "audio": [s.audio is not None or s.video is not None for s in self.samples],
+            "text": [s.text is not None for s in self.samples],
+        }
+        return {name: torch.tensor(has[name], dtype=torch.bool) for name in self.view.modalities}
+
+    def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
+        """Give these samples, decoded; ``seed`` as :class:`Dataset` says."""
+        read: dict[int, Mapping[str, Tensor] | None] = {}
+        stills: dict[tuple[str, ...], Mapping[str, Tensor] | None] = {}
+        for index in dict.fromkeys(map(int, indices)):
+            files = self.samples[index].files
+            # At test the captions of one picture share it; in training every sample draws its own.
+            known = seed is None and files in stills
+            read[index] = stills[files] = stills[files] if known else self._read(index, seed)
+        rows = [self._replace(index, read) for index in map(int, indices)]
+        empty = {name: torch.zeros(shape) for name, shape in self.view.shapes.items()}
+        found = [read[row] if read[row] is not None else empty for row in rows]
+        inputs = {}
+        for name in self.view.modalities:
+            if name == "text":
+                texts = [self.samples[row].text or "" for row in rows]
+                inputs[name] = text.tokenize(texts, self.view.text_length)
+            else:
+                inputs[name] = torch.stack([tensors[name] for tensors in found])
+        return Batch(inputs, self.labels[torch.tensor(rows, dtype=torch.long)])
+
+    def _replace(self, index: int, read: Mapping[int, Mapping[str, Tensor] | None]) -> int:
+        """Give the sample itself or, where it could not be read, one that stands in for it."""
+        if read[index] is not None:
+            return index
+        readable = [other for other, inputs in read.items() if inputs is not None]
+        same = [other for other in readable if self.labels[other] == self.labels[index]]
+        return next(iter(same + readable), index)
+
+    def _read(self, index: int, seed: int | None) -> Mapping[str, Tensor] | None:
+        """Decode one sample's picture and sound; None where it cannot be and that is allowed."""
+        sample = self.samples[index]
+        try:
+            return read(sample, self.view, generator(seed, index), self.cache)
+        except DataError as error:
+            if self.on_error == "raise":
+                raise
+            name = " ".join(sample.files)
+            if name not in self.unreadable:
+                self.unreadable[name] = str(error)
+                _log.warning("skipped (%d so far): %s", len(self.unreadable), error)
+            return None
+
+
+def generator(seed: int | None, index: int) -> torch.Generator | None:
+    """Give the random numbers of one sample, the same whichever process asks; None at test."""
+    if seed is None:
+        return None
+    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def read(
+    sample: Sample, view: View, random: torch.Generator | None, cache: Cache | None = None
+) -> dict[str, Tensor]:
+    """Decode one sample.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``image`` (3, h, w) float32 and ``audio`` (t, m) float32, log-mel with AudioSet's mean and
+        scale taken out, as far as the view asks; zeros for what the sample lacks.
+
+    Raises
+    ------
+    DataError
+        If a file is missing or damaged, or a clip has no sound track.
+    """
+    moment = 0.5 if random is None else float(torch.rand((), generator=random))
+    inputs = {}
+    for name in view.modalities:
+        source = (getattr(sample, name) or sample.video) if name != "text" else None
+        if name == "text":
+            pass  # tokenized for the whole mini-batch at once
+        elif source is None:
+            inputs[name] = torch.zeros(view.shapes[name])
+        elif name == "image":
+            still = None if sample.image is not None else moment
+            inputs[name] = _image(source, still, view, random, cache)
+        else:
+            at = view.audio_at if random is None else moment
+            inputs[name] = _audio(source, at, view, cache)
+    return inputs
+
+
+def _image(
+    path: str, moment: float | None, view: View, random: torch.Generator | None, cache: Cache | None
+) -> Tensor:
+    """Give (3, h, w) float32 of a picture, or of a clip at a moment."""
+
+    def decode() -> Tensor:
+        pixels = media.read_image(path) if moment is None else media.read_frame(path, moment)
+        return _crop(pixels, view.image_size, random) if view.crop else _squash(pixels, view)
+
+    if cache is None or (random is not None and (view.crop or moment is not None)):
+        pixels = decode()
+    else:
+        kind = "crop" if view.crop else "squash"
+        pixels = cache.get(path, f"image {kind} {view.image_size} {moment}", decode)
+    scaled = pixels.float() / 255
+    if not view.crop:
+        return (scaled - _column(IMAGE_MEAN)) / _column(IMAGE_STD)
+    return scaled if random is None else _jitter(scaled, random)
+
+
+def _column(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)[:, None, None]
+
+
+def _squash(pixels: Tensor, view: View) -> Tensor:
+    return transforms.resize(pixels, [view.image_size, view.image_size], antialias=True)
+
+
+def _crop(pixels: Tensor, size: int, random: torch.Generator | None) -> Tensor:
+    """Cut a (3, size, size) square out of a picture whose shorter side is 8/7 of it."""
+    height, width = pixels.shape[1:]
+    scale = round(size * 8 / 7) / min(height, width)
+    shape = [max(size, round(height * scale)), max(size, round(width * scale))]
+    resized = transforms.resize(pixels, shape, antialias=True)
+    spare = [shape[0] - size, shape[1] - size]
+    if random is None:
+        top, left = spare[0] // 2, spare[1] // 2
+    else:
+        top, left = (int(torch.randint(s + 1, (), generator=random)) for s in spare)
+    return resized[:, top : top + size, left : left + size].clone()
+
+
+def _jitter(scaled: Tensor, random: torch.Generator) -> Tensor:
+    """Mirror half of the pictures; change brightness and saturation by up to 0.2."""
+    mirror, brightness, saturation = torch.rand(3, generator=random).tolist()
+    flipped = scaled.flip(-1) if mirror < 0.5 else scaled
+    brighter = transforms.adjust_brightness(flipped, 0.8 + 0.4 * brightness)
+    return transforms.adjust_saturation(brighter, 0.8 + 0.4 * saturation)
+
+
+def _audio(path: str, at: float, view: View, cache: Cache | None) -> Tensor:
+    """Give (t, m) float32 of the window whose centre lies at ``at`` of the clip."""
+    samples = audio.samples_for(view.audio_frames)
+    if cache is None:
+        waveform = media.read_waveform(path, at, samples)
+    else:
+        stored = cache.get(path, "waveform 16000", lambda: _whole(path))
+        waveform = media.cut(stored[1:], at, samples, int(stored[0]))
+    return (audio.fbank(waveform, view.audio_frames) - audio.AST_MEAN) / audio.AST_SCALE
+
+
+def _whole(path: str) -> Tensor:
+    """Give the clip's length in samples, then its waveform (s,): what the window is cut from."""
+    waveform = media.read_waveform(path)
+    total = media.length(path)
+    return torch.cat([torch.tensor([float(len(waveform) if total is None else total)]), waveform])
+
+
+def keep_existing(
+    samples: Sequence[Sample], on_error: OnError, name: str, source: str
+) -> list[int]:
+    """Give the positions of the samples whose files are there.
+
+    Raises
+    ------
+    DataError
+        If some are not there and ``on_error`` is ``raise``, or if none is there.
+    """
+    listed: dict[str, frozenset[str]] = {}
+
+    def exists(path: str) -> bool:
+        folder, file = os.path.split(path)
+        if folder not in listed:
+            try:
+                listed[folder] = frozenset(os.listdir(folder))
+            except OSError:
+                listed[folder] = frozenset()
+        return file in listed[folder]
+
+    missing = [p for p, sample in enumerate(samples) if not all(map(exists, sample.files))]
+    if missing:
+        first = next(path for path in samples[missing[0]].files if not exists(path))
+        said = f"{name}: {len(missing)} of {len(samples)} samples have no file, the first {first}"
+        if on_error == "raise" or len(missing) == len(samples):
+            raise DataError(f"{said}; {source}, or leave them out with data.on_error=skip")
+        _log.warning("skipped %s", said)
+    gone = frozenset(missing)
+    return [position for position in range(len(samples)) if position not in gone]
+
+
+class Table(NamedTuple):
+    """A split as a dataset module lists it."""
+
+    samples: Sequence[Sample]
+    labels: Sequence[int]
+    clients: Sequence[str] | None = None
+
+
+def build(
+    name: str,
+    train: Table,
+    test: Table,
+    classes: Sequence[str],
+    view: View,
+    *,
+    on_error: OnError,
+    cache: str | Path | None,
+    source: str,
+) -> Splits:
+    """Make the splits of the listed samples, without those whose files are not there.
+
+    Parameters
+    ----------
+    source : str
+        Where the files are to be had, said when some are missing.
+    """
+    if on_error not in ("raise", "skip"):
+        raise DataError(f"data.on_error: expected 'raise' or 'skip', found '{on_error}'")
+    parts = []
+    for split, table in (("train", train), ("test", test)):
+        if not table.samples:
+            raise DataError(f"{name}: the {split} split has no samples; {source}")
+        kept = keep_existing(table.samples, on_error, f"{name} ({split})", source)
+        parts.append(
+            FileDataset(
+                samples=[table.samples[p] for p in kept],
+                labels=torch.tensor([table.labels[p] for p in kept], dtype=torch.long),
+                view=view,
+                on_error=on_error,
+                cache=None if cache is None else Cache(Path(cache)),
+                clients=None if table.clients is None else tuple(table.clients[p] for p in kept),
+            )
+        )
+    baselines = {"majority": _majority(*parts)} if classes else {}
+    return Splits(parts[0], parts[1], view.shapes, tuple(classes), baselines)
+
+
+def _majority(train: FileDataset, test: FileDataset) -> float:
+    """Give the test accuracy of always naming the commonest class of training."""
+    commonest = Counter(train.labels.tolist()).most_common(1)[0][0]
+    return float((test.labels == commonest).float().mean())
