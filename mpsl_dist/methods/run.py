@@ -12,8 +12,9 @@ import torch
 from mpsl_dist.actors import assembly
 from mpsl_dist.config import ConfigError, Experiment, to_dict
 from mpsl_dist.data import DataError, Splits
-from mpsl_dist.methods import centralized, loop
+from mpsl_dist.methods import centralized, fedavg, fedclip, loop
 from mpsl_dist.methods.mpsl import Mpsl
+from mpsl_dist.methods.psl import Psl
 from mpsl_dist.methods.setup import load_data, open_fleet
 from mpsl_dist.records.run import RunDirectory, environment_of, log_to
 from mpsl_dist.runtime import environment, process, rpc
@@ -101,10 +102,14 @@ def connect(experiment: Experiment, world: Environment, splits: Splits) -> loop.
     rpc.set_threads(server_threads)
     if experiment.method == "centralized":
         return centralized.build(experiment, splits)
+    if experiment.method in ("fedavg", "fedclip"):
+        federated = {"fedavg": fedavg, "fedclip": fedclip}[experiment.method]
+        return federated.build(experiment, splits, worker_threads)
     clients = open_fleet(experiment, worker_threads)
     tokenizers = assembly.build_tokenizers(experiment, splits)
     server = assembly.build_server(experiment, splits, tokenizers.lengths)
-    return Mpsl(experiment, splits, server, clients, tokenizers.to(server.device))
+    method = {"mpsl": Mpsl, "psl": Psl}[experiment.method]
+    return method(experiment, splits, server, clients, tokenizers.to(server.device))
 
 
 def checked_data(experiment: Experiment) -> Splits:

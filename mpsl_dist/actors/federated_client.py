@@ -1,0 +1,165 @@
+"""A client of FedAvg and FedCLIP: it owns its raw data and labels, and trains the whole model.
+
+The boundary
+------------
+Everything that a client ever sends is what a method of :class:`FederatedClient` returns:
+
+===============  ==============================================================================
+``describe``     how many training and test samples it holds
+``train_round``  the trained parameters after its local epochs, its sample count, its mean loss
+``test``         how many of its test predictions were right
+===============  ==============================================================================
+
+Raw inputs, labels and single gradients never leave; frozen parameters neither leave nor arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpsl_dist.actors.client import Description
+from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.actors.learner import Learner
+from mpsl_dist.actors.local_data import LocalData
+from mpsl_dist.config import Training
+from mpsl_dist.models.average import load_trainable, trainable_state
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends after a round.
+
+    Attributes
+    ----------
+    weights : mapping of str to Tensor
+        Its trainable parameters, on CPU.
+    samples : int
+        Its training samples: its weight in the average.
+    loss : float
+        Mean over the samples of its local epochs.
+    """
+
+    weights: Mapping[str, Tensor]
+    samples: int
+    loss: float
+
+
+class FederatedClient:
+    """One client.
+
+    Parameters
+    ----------
+    number : int
+        From 0.
+    data, test_data : LocalData
+        Its own samples; ``test_data`` may be empty.
+    model : Deployable
+        Where it computes. Clients of one worker take turns on one model: every turn begins by
+        loading what the server sent, so that nothing of a client stays in it for the next.
+    training : Training
+    keep_optimizer : bool
+        Carry the optimizers' state from round to round.
+    local_epochs : int
+        Per round.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        data: LocalData,
+        test_data: LocalData,
+        model: Deployable,
+        training: Training,
+        keep_optimizer: bool,
+        local_epochs: int,
+    ) -> None:
+        self.number = number
+        self.data = data
+        self.test_data = test_data
+        self.model = model
+        self.training = training
+        self.keep_optimizer = keep_optimizer
+        self.local_epochs = local_epochs
+        self.learner = Learner(model, training)
+        self.counts: list[int] = []
+        self.span = (1, 1)
+
+    # -- what a client sends ---------------------------------------------------------------
+
+    def describe(self) -> Description:
+        """Say how many samples it holds."""
+        return Description(len(self.data), len(self.test_data))
+
+    def train_round(self, round_: int, weights: Mapping[str, Tensor]) -> Update:
+        """Train the server's model on its own data; gives what came out.
+
+        Parameters
+        ----------
+        round_ : int
+            From 0.
+        weights : mapping of str to Tensor
+            Every trainable parameter.
+        """
+        load_trainable(self.model, weights)
+        if not self.keep_optimizer:
+            self.learner = Learner(self.model, self.training)
+            self.learner.plan(*self.span)
+        total = 0.0
+        for local_epoch in range(self.local_epochs):
+            self.data.begin_epoch(round_ * self.local_epochs + local_epoch, self.counts)
+            for place, count in enumerate(self.counts):
+                if count:
+                    step = self._step_of_the_run(round_, local_epoch, place)
+                    total += count * self.learner.train(self.data.batch(place), step)
+        samples = len(self.data)
+        return Update(trainable_state(self.model), samples, total / (samples * self.local_epochs))
+
+    def test(self, weights: Mapping[str, Tensor], batch_size: int) -> int:
+        """Count right predictions of the server's model on its own test samples."""
+        load_trainable(self.model, weights)
+        held = self.test_data
+        return self.model.right(held.dataset, held.indices.tolist(), batch_size)
+
+    # -- what a client is told -------------------------------------------------------------
+
+    def begin_training(self, counts: Sequence[int], steps_per_round: int, rounds: int) -> None:
+        """Learn its mini-batches and what its schedules span.
+
+        Parameters
+        ----------
+        counts : sequence of int
+            Samples of every mini-batch of a local epoch; zeros are left out.
+        steps_per_round : int
+            A round moves the learning rate by as much as so many steps of MPSL.
+        """
+        self.counts = list(counts)
+        self.span = (steps_per_round, rounds)
+        self.learner.plan(*self.span)
+
+    # -- checkpoints, written where the client is ------------------------------------------
+
+    def save(self, folder: str) -> None:
+        """Write its optimizers' state; the model is the server's to write."""
+        target = Path(folder) / f"client-{self.number:04d}.pt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        torch.save(self.learner.optimizer_state() if self.keep_optimizer else {}, partial)
+        partial.replace(target)
+
+    def restore(self, folder: str) -> None:
+        """Continue from what :meth:`save` wrote."""
+        path = Path(folder) / f"client-{self.number:04d}.pt"
+        state = torch.load(path, weights_only=True)
+        if state:
+            self.learner.load_optimizer_state(state)
+
+    # -- its own business ------------------------------------------------------------------
+
+    def _step_of_the_run(self, round_: int, local_epoch: int, place: int) -> int:
+        steps, batches = self.span[0], len(self.counts) * self.local_epochs
+        return round_ * steps + (local_epoch * len(self.counts) + place) * steps // batches
