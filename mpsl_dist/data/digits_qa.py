@@ -18,8 +18,8 @@ from mpsl_dist.data.text import tokenize
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLASSES = (*NUMBERS, "yes", "no")
-#: Questions per picture.
-QUESTIONS = 4
+#: Questions asked about each picture.
+PER_PICTURE = 4
 _SEED = 1797
 
 
@@ -27,21 +27,17 @@ def _yes(holds: bool) -> str:
     return "yes" if holds else "no"
 
 
-def _questions() -> list[tuple[str, Callable[[int], str]]]:
-    asked: list[tuple[str, Callable[[int], str]]] = [
-        ("which digit is this?", lambda d: NUMBERS[d]),
-        ("what digit do you see?", lambda d: NUMBERS[d]),
-        ("is it even?", lambda d: _yes(d % 2 == 0)),
-        ("is it odd?", lambda d: _yes(d % 2 == 1)),
-        ("how far from nine?", lambda d: NUMBERS[9 - d]),
-        ("how far from five?", lambda d: NUMBERS[abs(d - 5)]),
-        ("what is its last digit plus one?", lambda d: NUMBERS[(d + 1) % 10]),
-        ("what is its last digit plus five?", lambda d: NUMBERS[(d + 5) % 10]),
-    ]
-    for bound in (2, 4, 6):
-        asked.append((f"is it greater than {NUMBERS[bound]}?", lambda d, b=bound: _yes(d > b)))
-        asked.append((f"is it less than {NUMBERS[bound]}?", lambda d, b=bound: _yes(d < b)))
-    return asked
+#: Question -> its answer for a digit.
+QUESTIONS: dict[str, Callable[[int], str]] = {
+    "which digit is this?": lambda d: NUMBERS[d],
+    "how far from nine?": lambda d: NUMBERS[9 - d],
+    "which digit comes next?": lambda d: NUMBERS[(d + 1) % 10],
+    "is it even?": lambda d: _yes(d % 2 == 0),
+    "is it odd?": lambda d: _yes(d % 2 == 1),
+    "is it greater than four?": lambda d: _yes(d > 4),
+    "is it less than seven?": lambda d: _yes(d < 7),
+    "is it a multiple of three?": lambda d: _yes(d % 3 == 0),
+}
 
 
 def load(text_length: int = 16) -> Splits:
@@ -59,8 +55,8 @@ def load(text_length: int = 16) -> Splits:
     bunch = load_digits()
     images_bchw = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1
     digits = bunch.target.tolist()
-    asked = _questions()
-    tokens_ql = tokenize([question for question, _ in asked], text_length)
+    answers = list(QUESTIONS.values())
+    tokens_ql = tokenize(list(QUESTIONS), text_length)
 
     generator = torch.Generator().manual_seed(_SEED)
     seen: Counter[int] = Counter()
@@ -68,8 +64,8 @@ def load(text_length: int = 16) -> Splits:
     for picture, digit in enumerate(digits):
         is_test = seen[digit] % 5 == 4
         seen[digit] += 1
-        for question in torch.randperm(len(asked), generator=generator)[:QUESTIONS].tolist():
-            answer = CLASSES.index(asked[question][1](digit))
+        for question in torch.randperm(len(QUESTIONS), generator=generator)[:PER_PICTURE].tolist():
+            answer = CLASSES.index(answers[question](digit))
             rows[is_test].append((picture, question, answer))
 
     def split(is_test: bool) -> TensorDataset:
