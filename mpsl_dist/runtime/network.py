@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import struct
 import sys
@@ -16,6 +17,11 @@ _ELSEWHERE = "192.0.2.1"
 
 class LaunchError(ValueError):
     """The processes cannot find themselves or each other; says what to set."""
+
+
+def host_name() -> str:
+    """Name this node as its users know it: Slurm's name of it where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def interfaces() -> list[str]:

@@ -21,6 +21,7 @@ from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
 from mpsl_dist.runtime.environment import Environment
+from mpsl_dist.runtime.network import host_name
 
 SERVER = "server"
 _log = logging.getLogger("mpsl_dist")
@@ -208,6 +209,9 @@ class Fleet:
         self.workers: dict[str, list[int]] = {}
         for client in sorted(owners):
             self.workers.setdefault(owners[client].owner_name(), []).append(client)
+        asked = {worker: rpc.rpc_async(worker, host_name) for worker in self.workers}
+        #: Worker -> node, for the errors that name it.
+        self.hosts = {worker: future.wait() for worker, future in asked.items()}
 
     def __len__(self) -> int:
         return len(self.references)
@@ -270,13 +274,14 @@ class Fleet:
         def wait() -> dict[int, Any]:
             answers: dict[int, Any] = {}
             for worker, asked, future in pending:
-                who = f"{worker} ({_clients(asked)})"
+                who = self._who(worker, asked)
                 phase = f"{method}, {where}" if where else method
                 try:
                     answer = future.wait()
                 except RuntimeError as error:
                     raise RemoteError(f"{who}: lost in {phase}: {_brief(error)}") from error
-                answers.update(zip(asked, _unwrap(answer, f"{worker}, {phase}"), strict=True))
+                where_from = f"{self._at(worker)}, {phase}"
+                answers.update(zip(asked, _unwrap(answer, where_from), strict=True))
             return dict(sorted(answers.items()))
 
         return wait
@@ -290,9 +295,23 @@ class Fleet:
             try:
                 future.wait()
             except RuntimeError:
-                silent.append(f"{name} ({_clients(self.workers[name])})")
+                silent.append(self._who(name, self.workers[name]))
             assert time.monotonic() < deadline + 60
         return silent
+
+    def placement(self) -> list[str]:
+        """Say which client is on which worker and node, a line a worker."""
+        lines = [f"{SERVER} on {host_name()}"]
+        for worker, hosted in self.workers.items():
+            lines.append(f"{worker} on {self.hosts[worker]}: {_clients(hosted)}")
+        return lines
+
+    def _who(self, worker: str, clients: Sequence[int]) -> str:
+        return f"{self._at(worker)} ({_clients(clients)})"
+
+    def _at(self, worker: str) -> str:
+        several = len({host_name(), *self.hosts.values()}) > 1
+        return f"{worker} on {self.hosts[worker]}" if several else worker
 
 
 def _clients(numbers: Sequence[int]) -> str:
