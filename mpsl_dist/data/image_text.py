@@ -18,7 +18,8 @@ from pathlib import Path
 
 from mpsl_dist.data import catalog, listing
 from mpsl_dist.data.dataset import DataError, Splits
-from mpsl_dist.data.samples import OnError, Sample, Table, View, build
+from mpsl_dist.data.samples import OnError, Sample, View
+from mpsl_dist.data.tables import Table, build
 
 SENTIMENTS = ("negative", "neutral", "positive")
 
@@ -51,6 +52,9 @@ def load_coco_qa(
     """
     source = catalog.source("coco-qa")
     home = listing.folder(root, "coco-qa", "coco-qa", source)
+    if not (home / "train").is_dir():
+        # Unpacked with a folder of the archive's own.
+        home = next((path.parent for path in sorted(home.glob("*/train"))), home)
     pictures = listing.folder(root, "coco-qa", "ms-coco", source)
     test = (
         home / "test" if (home / "test").is_dir() or not (home / "val").is_dir() else home / "val"

@@ -33,7 +33,8 @@ from typing import NamedTuple
 
 from mpsl_dist.data import listing, media
 from mpsl_dist.data.dataset import DataError, Splits
-from mpsl_dist.data.samples import OnError, Sample, Table, View, build
+from mpsl_dist.data.samples import OnError, Sample, View
+from mpsl_dist.data.tables import Table, build
 
 FILES = ("image", "audio", "video")
 COLUMNS = (*FILES, "text", "label", "split", "client")

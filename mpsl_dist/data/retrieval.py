@@ -27,7 +27,8 @@ from pathlib import Path
 from mpsl_dist.data import catalog, listing
 from mpsl_dist.data.dataset import DataError, Splits
 from mpsl_dist.data.image_text import coco_paths
-from mpsl_dist.data.samples import OnError, Sample, Table, View, build
+from mpsl_dist.data.samples import OnError, Sample, View
+from mpsl_dist.data.tables import Table, build
 
 #: Captions taken of every picture, the first ones.
 CAPTIONS = 5

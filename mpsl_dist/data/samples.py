@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,7 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from mpsl_dist.data import audio, media, text
 from mpsl_dist.data.cache import Cache
-from mpsl_dist.data.dataset import Batch, DataError, Splits
+from mpsl_dist.data.dataset import Batch, DataError
 
 OnError = Literal["raise", "skip"]
 #: Mean and standard deviation of ImageNet's colours: what the pretrained image stems expect.
@@ -119,6 +116,9 @@ class FileDataset:
     on_error: OnError = "raise"
     cache: Cache | None = None
     clients: tuple[str, ...] | None = None
+    #: Files that the annotations name and that were not there when the dataset was loaded; the
+    #: samples without them are left out.
+    missing: tuple[str, ...] = ()
     #: What could not be read in this process: file -> reason.
     unreadable: dict[str, str] = field(default_factory=dict)
 
@@ -283,88 +283,3 @@ def _whole(path: str) -> Tensor:
     waveform = media.read_waveform(path)
     total = media.length(path)
     return torch.cat([torch.tensor([float(len(waveform) if total is None else total)]), waveform])
-
-
-def keep_existing(
-    samples: Sequence[Sample], on_error: OnError, name: str, source: str
-) -> list[int]:
-    """Give the positions of the samples whose files are there.
-
-    Raises
-    ------
-    DataError
-        If some are not there and ``on_error`` is ``raise``, or if none is there.
-    """
-    listed: dict[str, frozenset[str]] = {}
-
-    def exists(path: str) -> bool:
-        folder, file = os.path.split(path)
-        if folder not in listed:
-            try:
-                listed[folder] = frozenset(os.listdir(folder))
-            except OSError:
-                listed[folder] = frozenset()
-        return file in listed[folder]
-
-    missing = [p for p, sample in enumerate(samples) if not all(map(exists, sample.files))]
-    if missing:
-        first = next(path for path in samples[missing[0]].files if not exists(path))
-        said = f"{name}: {len(missing)} of {len(samples)} samples have no file, the first {first}"
-        if on_error == "raise" or len(missing) == len(samples):
-            raise DataError(f"{said}; {source}, or leave them out with data.on_error=skip")
-        _log.warning("skipped %s", said)
-    gone = frozenset(missing)
-    return [position for position in range(len(samples)) if position not in gone]
-
-
-class Table(NamedTuple):
-    """A split as a dataset module lists it."""
-
-    samples: Sequence[Sample]
-    labels: Sequence[int]
-    clients: Sequence[str] | None = None
-
-
-def build(
-    name: str,
-    train: Table,
-    test: Table,
-    classes: Sequence[str],
-    view: View,
-    *,
-    on_error: OnError,
-    cache: str | Path | None,
-    source: str,
-) -> Splits:
-    """Make the splits of the listed samples, without those whose files are not there.
-
-    Parameters
-    ----------
-    source : str
-        Where the files are to be had, said when some are missing.
-    """
-    if on_error not in ("raise", "skip"):
-        raise DataError(f"data.on_error: expected 'raise' or 'skip', found '{on_error}'")
-    parts = []
-    for split, table in (("train", train), ("test", test)):
-        if not table.samples:
-            raise DataError(f"{name}: the {split} split has no samples; {source}")
-        kept = keep_existing(table.samples, on_error, f"{name} ({split})", source)
-        parts.append(
-            FileDataset(
-                samples=[table.samples[p] for p in kept],
-                labels=torch.tensor([table.labels[p] for p in kept], dtype=torch.long),
-                view=view,
-                on_error=on_error,
-                cache=None if cache is None else Cache(Path(cache)),
-                clients=None if table.clients is None else tuple(table.clients[p] for p in kept),
-            )
-        )
-    baselines = {"majority": _majority(*parts)} if classes else {}
-    return Splits(parts[0], parts[1], view.shapes, tuple(classes), baselines)
-
-
-def _majority(train: FileDataset, test: FileDataset) -> float:
-    """Give the test accuracy of always naming the commonest class of training."""
-    commonest = Counter(train.labels.tolist()).most_common(1)[0][0]
-    return float((test.labels == commonest).float().mean())

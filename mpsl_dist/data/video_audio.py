@@ -22,7 +22,8 @@ from pathlib import Path
 
 from mpsl_dist.data import catalog, listing
 from mpsl_dist.data.dataset import DataError, Splits
-from mpsl_dist.data.samples import OnError, Sample, Table, View, build
+from mpsl_dist.data.samples import OnError, Sample, View
+from mpsl_dist.data.tables import Table, build
 
 _KINETICS_SOUNDS = """
 blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing,

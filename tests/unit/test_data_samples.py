@@ -10,7 +10,7 @@ import pytest
 import torch
 from media_files import write_clip, write_picture, write_sound
 
-from mpsl_dist.data import DataError, load_batches, media, samples
+from mpsl_dist.data import DataError, load_batches, media, samples, tables
 from mpsl_dist.data.cache import Cache
 from mpsl_dist.data.samples import FileDataset, Sample, View
 
@@ -157,9 +157,10 @@ def test_missing_files_are_found_at_once(tmp_path: Path, caplog: pytest.LogCaptu
     listed = [Sample(image=str(write_picture(tmp_path / "a.png")))]
     listed += [Sample(image=str(tmp_path / f"{n}.png")) for n in range(3)]
     with pytest.raises(DataError, match=r"3 of 4 samples have no file.*0\.png.*the shop"):
-        samples.keep_existing(listed, "raise", "toys", "the shop")
+        tables.keep_existing(listed, "raise", "toys", "the shop")
     with caplog.at_level(logging.WARNING):
-        assert samples.keep_existing(listed, "skip", "toys", "the shop") == [0]
+        kept, missing = tables.keep_existing(listed, "skip", "toys", "the shop")
+    assert kept == [0] and [Path(path).name for path in missing] == ["0.png", "1.png", "2.png"]
     assert "3 of 4" in caplog.text
     with pytest.raises(DataError, match="3 of 3"):
-        samples.keep_existing(listed[1:], "skip", "toys", "the shop")
+        tables.keep_existing(listed[1:], "skip", "toys", "the shop")

@@ -1,0 +1,179 @@
+"""What is there of a dataset, what is missing, and which files are damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpsl_dist.data import files, media
+from mpsl_dist.data.catalog import CATALOG
+from mpsl_dist.data.dataset import DataError
+from mpsl_dist.data.samples import FileDataset, View
+
+#: Files that a report names; it counts all.
+_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of a dataset on disk; ``str()`` is for people.
+
+    Attributes
+    ----------
+    samples : mapping of str to int
+        Samples whose files are there, per split.
+    missing : tuple of str
+        Files that the annotations name and that are not there.
+    damaged : mapping of str to str
+        Files that cannot be read, and why. Empty if ``decoded`` is 0.
+    decoded : int
+        Files that were decoded for this report.
+    problem : str
+        Why nothing could be listed at all, or nothing.
+    """
+
+    name: str
+    root: str
+    samples: Mapping[str, int] = field(default_factory=dict)
+    classes: int = 0
+    missing: tuple[str, ...] = ()
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    decoded: int = 0
+    problem: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether training can run, maybe with ``data.on_error=skip``."""
+        return not self.problem and min(self.samples.values(), default=0) > 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing or damaged."""
+        return self.usable and not self.missing and not self.damaged
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} under {self.root}"]
+        entry = CATALOG.get(self.name)
+        if self.problem:
+            lines.append(f"  not usable: {self.problem}")
+        whole = () if entry is None or entry.samples is None else entry.samples
+        official = dict(zip(("train", "test"), whole, strict=False))
+        for split, count in self.samples.items():
+            of = f" of {official[split]:,} in the whole dataset" if split in official else ""
+            lines.append(f"  {split}: {count:,} samples{of}")
+        if self.classes:
+            lines.append(f"  classes: {self.classes}")
+        lines += _listed("missing", self.missing)
+        lines += _listed("damaged", self.damaged.values())
+        if self.decoded:
+            lines.append(f"  decoded: {self.decoded:,} files")
+        if entry is not None and not self.complete:
+            lines.append(f"  official place: {entry.place}")
+            lines.append(
+                f"  by hand: {entry.by_hand}"
+                if entry.by_hand
+                else f"  a program may download it: {', '.join(a.name for a in entry.archives)}"
+            )
+        return "\n".join(lines)
+
+
+def _listed(what: str, found: Iterable[str]) -> list[str]:
+    all_found = list(found)
+    if not all_found:
+        return []
+    lines = [f"  {what}: {len(all_found):,} files"]
+    lines += [f"    {one}" for one in all_found[:_NAMED]]
+    if len(all_found) > _NAMED:
+        lines.append(f"    … and {len(all_found) - _NAMED:,} more")
+    return lines
+
+
+def check(
+    name: str,
+    root: str | Path | None,
+    *,
+    decode: bool = True,
+    workers: int = 1,
+    limit: int | None = None,
+    **options: Any,
+) -> Report:
+    """Look at a dataset on disk.
+
+    Parameters
+    ----------
+    decode : bool
+        Decode every file from begin to end, which takes as long as an epoch of reading.
+    workers : int
+        Threads that decode.
+    limit : int, optional
+        Decode only so many files, spread evenly.
+    options
+        As of :func:`mpsl_dist.data.files.load`.
+    """
+    where = str(root)
+    if name not in files.DATASETS:
+        raise DataError(f"data.name: {name} is built in, there is nothing to check")
+    if name != "mnist-fsdd":
+        options = {**options, "on_error": "skip"}
+    try:
+        splits = files.load(name, root, **options)
+    except DataError as error:
+        return Report(name, where, problem=str(error))
+    parts = {"train": splits.train, "test": splits.test}
+    listed = {split: part for split, part in parts.items() if isinstance(part, FileDataset)}
+    damaged, decoded = _decode_all(listed.values(), workers, limit) if decode else ({}, 0)
+    return Report(
+        name=name,
+        root=where,
+        samples={split: len(part.labels) for split, part in parts.items()},
+        classes=len(splits.classes),
+        missing=tuple(path for part in listed.values() for path in part.missing),
+        damaged=damaged,
+        decoded=decoded,
+    )
+
+
+def _decode_all(
+    datasets: Iterable[FileDataset], workers: int, limit: int | None
+) -> tuple[dict[str, str], int]:
+    """Give file -> reason of what cannot be read, and how many files were tried."""
+    tasks: dict[str, tuple[str, ...]] = {}
+    for dataset in datasets:
+        for sample in dataset.samples:
+            for column in ("image", "audio", "video"):
+                path = getattr(sample, column)
+                if path is not None:
+                    tasks[path] = _needs(column, dataset.view)
+    paths = list(tasks)
+    if limit is not None and len(paths) > limit:
+        paths = [paths[i * len(paths) // limit] for i in range(limit)]
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        reasons = pool.map(lambda path: _fault(path, tasks[path]), paths)
+        found = {path: why for path, why in zip(paths, reasons, strict=True) if why is not None}
+    return found, len(paths)
+
+
+def _needs(column: str, view: View) -> tuple[str, ...]:
+    """Say what training would read of a file."""
+    if column == "video":
+        parts = {"frame": "image", "sound": "audio"}
+        return tuple(part for part, modality in parts.items() if modality in view.modalities)
+    return ("picture",) if column == "image" else ("sound",)
+
+
+def _fault(path: str, parts: tuple[str, ...]) -> str | None:
+    try:
+        for part in parts:
+            if part == "picture":
+                media.read_image(path)
+            elif part == "sound":
+                media.read_waveform(path)
+            else:
+                for fraction in (0.0, 0.5, 1.0):
+                    media.read_frame(path, fraction)
+    except DataError as error:
+        return str(error)
+    return None
