@@ -36,6 +36,8 @@ IMAGE_MEAN, IMAGE_STD = 0.1307, 0.3081
 AUDIO_MEAN, AUDIO_STD = -10.26, 5.42
 #: The share of every digit's pictures that only the test set uses.
 TEST_PICTURES = 0.2
+#: Utterances whose spectrograms are made together; all at once would take a gigabyte.
+_AT_ONCE = 128
 
 
 def load(
@@ -79,7 +81,7 @@ def load(
     for speaker in test_speakers:
         if speaker not in speakers:
             raise DataError(f"{folder / 'fsdd'}: no speaker '{speaker}'; there: {speakers}")
-    spectrograms = torch.stack([_spectrogram(path, audio_frames) for *_, path in voices])
+    spectrograms = _spectrograms([path for *_, path in voices], audio_frames)
     spoken = torch.tensor([digit for digit, *_ in voices])
     unseen = torch.tensor([speaker in test_speakers for _, speaker, _ in voices])
     generator = torch.Generator().manual_seed(PAIRING_SEED)
@@ -158,8 +160,24 @@ def _find_utterances(folder: Path) -> list[tuple[int, str, Path]]:
     return found
 
 
-def _spectrogram(path: Path, frames: int) -> Tensor:
-    """Read one utterance as (frames, 128), standardised."""
+def _spectrograms(paths: Sequence[Path], frames: int) -> Tensor:
+    """Give the utterances as (n, frames, 128), standardised."""
+    samples = audio.samples_for(frames)
+    recordings = [_read_wave(path) for path in paths]
+    spectrograms = torch.empty(len(paths), frames, audio.MEL_BINS)
+    for rate in {rate for rate, _ in recordings}:
+        rows = [row for row, (own, _) in enumerate(recordings) if own == rate]
+        # A little more, so that the resampler's edge falls outside of what is kept.
+        needed = samples * rate // audio.RATE + 64
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            waveforms = torch.stack([audio.fit(recordings[row][1], needed) for row in some])
+            spectrograms[some] = audio.fbank(audio.resample(waveforms, rate), frames)
+    return (spectrograms - AUDIO_MEAN) / AUDIO_STD
+
+
+def _read_wave(path: Path) -> tuple[int, Tensor]:
+    """Give the samples per second, and the waveform (s,)."""
     try:
         with wave.open(str(path)) as file:
             if file.getnchannels() != 1 or file.getsampwidth() != 2:
@@ -169,6 +187,4 @@ def _spectrogram(path: Path, frames: int) -> Tensor:
         raise DataError(f"{path}: {error or 'empty'}") from error
     if not content:
         raise DataError(f"{path}: no sound in it")
-    waveform = torch.from_numpy(np.frombuffer(content, "<i2").astype(np.float32)) / 32_768
-    logmel = audio.fbank(audio.resample(waveform, rate), frames)
-    return (logmel - AUDIO_MEAN) / AUDIO_STD
+    return rate, torch.from_numpy(np.frombuffer(content, "<i2").astype(np.float32)) / 32_768

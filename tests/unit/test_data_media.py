@@ -80,7 +80,25 @@ def test_window_is_the_same_from_a_part_and_from_the_whole(tmp_path: Path) -> No
         assert torch.allclose(part, media.cut(whole, fraction, 20_000, total), atol=1e-5)
 
 
-def test_fbank_is_kaldis(tmp_path: Path) -> None:
+def test_fbank_is_torchaudios() -> None:
+    from torchaudio.compliance import kaldi
+
+    waveforms = torch.randn(3, 8_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    waveforms[1, 3_000:] = 0
+    ours = audio.fbank(waveforms, 40)
+    for waveform, logmel in zip(waveforms, ours, strict=True):
+        fitted = audio.fit(waveform, audio.samples_for(40))
+        theirs = kaldi.fbank(
+            (fitted - fitted.mean())[None],
+            htk_compat=True,
+            window_type="hanning",
+            num_mel_bins=128,
+            sample_frequency=16_000,
+        )
+        assert theirs.shape == (40, 128) and torch.allclose(logmel, theirs, atol=2e-3)
+
+
+def test_fbank_places_a_tone(tmp_path: Path) -> None:
     waveform = media.read_waveform(write_sound(tmp_path / "tone.wav", 1.0))
     logmel = audio.fbank(waveform, 98)
     assert logmel.shape == (98, 128) and torch.isfinite(logmel).all()
