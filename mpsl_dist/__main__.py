@@ -27,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="test the model that a run left, without RPC")
     evaluate.add_argument("run", help="a run directory, runs/<name>")
     evaluate.add_argument("overrides", nargs="*", metavar="key.path=value")
+    cost = commands.add_parser("cost", help="parameters, FLOPs, bytes and memory, before any run")
+    _add_experiment(cost)
+    cost.add_argument("--out", metavar="FILE.{json,csv}", help="write every figure to a file")
+    cost.add_argument("--figures", metavar="DIR", help="draw cost against the encoder's size")
     options, rest = parser.parse_known_args(arguments)
     for word in rest:  # argparse takes no positionals after an option
         if word.startswith("-") or "=" not in word:
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides.append(word)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return {"train": _train, "evaluate": _evaluate}[options.command](options)
+        return {"train": _train, "evaluate": _evaluate, "cost": _cost}[options.command](options)
     except ValueError as error:
         if not _is_users(error):
             raise
@@ -138,6 +142,26 @@ def _report(summary: dict, path) -> None:
     print(f"everything lies in {path}")
     if summary["status"] == "stopped":
         print("stopped on request; the same command with --resume continues")
+
+
+def _cost(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mpsl_dist import config
+    from mpsl_dist.analysis import cost, cost_figures, cost_table
+
+    out = Path(options.out) if options.out else None
+    cost.check_out(out)
+    experiment = config.load(options.config, options.overrides)
+    found = cost.cost_of(experiment)
+    cost_table.show(found)
+    if out:
+        found.save(out)
+        print(f"every figure lies in {out}")
+    if options.figures:
+        drawn = cost_figures.draw(experiment, Path(options.figures))
+        print(f"drawn: {', '.join(map(str, drawn))}")
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -81,8 +81,9 @@ class ClipText(nn.Module):
         embedded = int(tower.output_dim)
         if embedded > dimension:
             generator = torch.Generator().manual_seed(embedded)
-            narrow = torch.randn(embedded, dimension, generator=generator) * dimension**-0.5
-            self.register_buffer("narrow_ed", narrow.to(tower.positional_embedding.device))
+            narrow = torch.randn(embedded, dimension, generator=generator, device="cpu")
+            place = tower.positional_embedding.device
+            self.register_buffer("narrow_ed", narrow.to(place) * dimension**-0.5)
         else:
             self.narrow_ed = None
         self._known: dict[tuple[int, ...], Tensor] = {}

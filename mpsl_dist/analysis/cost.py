@@ -1,0 +1,266 @@
+"""``mpsl_dist cost CONFIG``: parameters, FLOPs, bytes and memory of every method before any run.
+
+Needs no weights and, but for the user's own datasets, no data. What each figure counts is said in
+``docs/cost.md``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from mpsl_dist.analysis import flops, traffic_model
+from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
+from mpsl_dist.analysis.flops import Flops, Parts
+from mpsl_dist.config import ConfigError, Experiment
+from mpsl_dist.config import Optimizer as OptimizerSettings
+
+METHODS = ("mpsl", "psl", "fedavg", "fedclip", "centralized")
+TOWER = "text tower"
+WITH_TOWER = f"total with {TOWER}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes
+    ----------
+    section : str
+        ``parameters``, ``flops``, ``bytes_per_sample``, ``bytes_per_epoch`` or ``memory``.
+    part : str
+        What of the owner, ``total`` for all of it.
+    """
+
+    section: str
+    method: str
+    owner: str
+    part: str
+    quantity: str
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """All figures of an experiment, every method beside every other."""
+
+    experiment: Experiment
+    inputs: Inputs
+    rows: tuple[Row, ...]
+
+    def value(self, section: str, method: str, owner: str, part: str, quantity: str) -> float:
+        """Give one figure."""
+        key = (section, method, owner, part, quantity)
+        for row in self.rows:
+            if (row.section, row.method, row.owner, row.part, row.quantity) == key:
+                return row.value
+        raise KeyError(key)
+
+    def save(self, path: Path) -> None:
+        """Write all rows as .json or .csv."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(row) for row in self.rows]
+        if path.suffix == ".csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+            return
+        head = {"name": self.experiment.name, "about": about(self.experiment, self.inputs)}
+        path.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def check_out(path: Path | None) -> None:
+    """Refuse a kind of file that :meth:`Cost.save` does not write."""
+    if path is not None and path.suffix not in (".json", ".csv"):
+        raise ConfigError(f"--out: {path} must end in .json or .csv")
+
+
+def about(experiment: Experiment, inputs: Inputs) -> dict[str, object]:
+    """Say what the figures are of."""
+    encoder, batch = experiment.model.encoder, experiment.training.batch_size
+    return {
+        "dataset": experiment.data.name,
+        "shapes": {name: list(shape) for name, shape in inputs.shapes.items()},
+        "classes": inputs.classes,
+        "train_samples": inputs.train,
+        "texts_per_sample": inputs.captions,
+        "encoder": encoder.size,
+        "trainable_blocks": encoder.trainable_blocks,
+        "fusion": experiment.model.fusion,
+        "text": experiment.model.text,
+        "clients": experiment.clients,
+        "batch_size": batch,
+    }
+
+
+def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
+    """Compute every method's figures for an experiment; its own ``method`` does not matter."""
+    inputs = inputs or inputs_of(experiment)
+    # Four methods train one and the same model; FedCLIP freezes its encoder and adds adapters.
+    measured = {
+        adapted: Measured(flops.build(replace(experiment, method=method), inputs))
+        for adapted, method in ((False, "mpsl"), (True, "fedclip"))
+    }
+    rows: list[Row] = []
+    for method in METHODS:
+        of = measured[method == "fedclip"]
+        parts = replace(of.parts, experiment=replace(experiment, method=method))
+        rows += _parameters(method, parts)
+        rows += _flops(method, of.client, of.server)
+        rows += _bytes(method, parts)
+        rows += _memory(method, parts, of)
+    return Cost(experiment, inputs, tuple(rows))
+
+
+class Measured:
+    """What was counted of a model, each thing once.
+
+    Parameters
+    ----------
+    parts : Parts
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.client = flops.count_client(parts)
+        self.server = flops.count_server(parts)
+        self._kept: dict[tuple[str, int], int] = {}
+
+    def kept(self, part: str, batch: int) -> int:
+        """Give the bytes that a part keeps for the backward of a batch."""
+        if (part, batch) not in self._kept:
+            count = flops.kept_by_client if part == "client" else flops.kept_by_server
+            self._kept[part, batch] = count(self.parts, batch)
+        return self._kept[part, batch]
+
+
+def owner_of(method: str, part: str) -> str:
+    """Say who runs the client's or the server's part of the model under a method."""
+    if method == "centralized":
+        return "server"
+    return "client" if method in ("fedavg", "fedclip") else part
+
+
+def _parameters(method: str, parts: Parts) -> Iterator[Row]:
+    tokenizers, model = parts.tokenizers, parts.server_model
+    modules = {
+        ("client", name): module
+        for name, module in {**tokenizers.by_modality, "pre-norm": tokenizers.pre_norm}.items()
+    } | {
+        ("server", name): module
+        for name, module in model.named_children()
+        if any(True for _ in module.parameters())
+    }
+    counted = flops.parameters({f"{owner}/{name}": m for (owner, name), m in modules.items()})
+    totals: dict[str, list[int]] = {}
+    for key, numbers in counted.items():
+        part, name = key.split("/")
+        owner = owner_of(method, part)
+        sums = totals.setdefault(owner, [0, 0])
+        for place, (quantity, value) in enumerate(zip(("all", "trainable"), numbers, strict=True)):
+            sums[place] += value
+            yield Row("parameters", method, owner, name, quantity, value, "parameters")
+    for owner, sums in totals.items():
+        for quantity, value in zip(("all", "trainable"), sums, strict=True):
+            yield Row("parameters", method, owner, "total", quantity, value, "parameters")
+
+
+def _flops(method: str, client: dict[str, Flops], server: dict[str, Flops]) -> Iterator[Row]:
+    named = {"client": {}, "server": {}}
+    for name, value in client.items():
+        named["client"][name if name == TOWER else f"tokenize {name}"] = value
+    for name, value in server.items():
+        named["server"][name if name == "head" else f"encode {name}"] = value
+    totals: dict[tuple[str, str], Flops] = {}
+    for part, counted in named.items():
+        owner = owner_of(method, part)
+        for name, value in counted.items():
+            yield from _flop_rows(method, owner, name, value)
+            for total in ("total", WITH_TOWER) if name != TOWER else (WITH_TOWER,):
+                totals[owner, total] = totals.get((owner, total), Flops()) + value
+    for (owner, total), value in totals.items():
+        if total == "total" or (TOWER in client and owner == owner_of(method, "client")):
+            yield from _flop_rows(method, owner, total, value)
+
+
+def _flop_rows(method: str, owner: str, part: str, value: Flops) -> Iterator[Row]:
+    for quantity in ("forward", "training", "paper"):
+        number = getattr(value, quantity)
+        yield Row("flops", method, owner, part, quantity, number, "FLOP per sample")
+
+
+def _bytes(method: str, parts: Parts) -> Iterator[Row]:
+    if method == "centralized":
+        return
+    if method in ("mpsl", "psl"):
+        for kind, value in traffic_model.per_sample(parts).items():
+            direction = traffic_model.direction(kind)
+            yield Row("bytes_per_sample", method, "client", kind, direction, value, "bytes")
+    plan = traffic_model.equal_plan(parts.experiment, parts.inputs.train)
+    sent = traffic_model.training(parts, plan, epochs=1)
+    totals = {"up": 0.0, "down": 0.0}
+    for kind, by_client in sent.items():
+        direction, value = traffic_model.direction(kind), float(by_client.mean())
+        totals[direction] += value
+        yield Row("bytes_per_epoch", method, "client", kind, direction, value, "bytes")
+    for direction, value in totals.items():
+        yield Row("bytes_per_epoch", method, "client", "total", direction, value, "bytes")
+
+
+def _memory(method: str, parts: Parts, of: Measured) -> Iterator[Row]:
+    experiment = parts.experiment
+    batch = min(experiment.training.batch_size, parts.inputs.train)
+    own = -(-batch // experiment.clients)
+    client = _held(parts, "client", experiment.training.client)
+    server = _held(parts, "server", experiment.training.server)
+    if method in ("mpsl", "psl"):
+        cut = traffic_model.per_sample(parts)["activations"]
+        if method == "psl":  # a backward for each client leaves gradients of its own
+            server["gradients"] *= experiment.clients
+        client["kept for backward"] = of.kept("client", own)
+        client["cut layer and its gradient"] = 2 * own * cut
+        server["kept for backward"] = of.kept("server", batch)
+        server["cut layer and its gradient"] = 2 * batch * cut
+        owners = {"client": client, "server": server}
+    else:
+        whole = {name: client[name] + server[name] for name in client}
+        size = batch if method == "centralized" else experiment.federated.batch_size or own
+        whole["kept for backward"] = of.kept("client", size) + of.kept("server", size)
+        owners = {owner_of(method, "client"): whole}
+        if method != "centralized":
+            owners["server"] = _averaging(parts, whole["parameters"])
+    for owner, items in owners.items():
+        for part, value in (items | {"total": sum(items.values())}).items():
+            yield Row("memory", method, owner, part, "peak", value, "bytes")
+
+
+def _averaging(parts: Parts, model: int) -> dict[str, int]:
+    """Give what lies at the server of a federated method: its model, and all updates at once."""
+    trained = sum(traffic_model.trained_bytes(parts, part) for part in ("client", "server"))
+    drawn = max(1, round(parts.experiment.federated.fraction * parts.experiment.clients))
+    return {"parameters": model, "updates": drawn * trained}
+
+
+def _held(parts: Parts, part: str, settings: OptimizerSettings) -> dict[str, int]:
+    """Give what lies in memory whatever the batch."""
+    module = parts.tokenizers if part == "client" else parts.server_model
+    trained = traffic_model.trained_bytes(parts, part)
+    moments = 2 if settings.name != "sgd" else int(settings.momentum > 0)
+    return {
+        "parameters": sum(p.numel() for p in module.parameters()) * parts.bytes_per_number,
+        "gradients": trained,
+        "optimizer": moments * trained,
+    }
+
+
+def share(cost: Cost, with_tower: bool = False) -> float:
+    """Give how many times the encoder's forward FLOPs are a client's, under MPSL."""
+    rows = [r for r in cost.rows if (r.section, r.method) == ("flops", "mpsl")]
+    encoder = sum(r.value for r in rows if r.part[:7] == "encode " and r.quantity == "forward")
+    total = WITH_TOWER if with_tower else "total"
+    return encoder / cost.value("flops", "mpsl", "client", total, "forward")

@@ -1,0 +1,295 @@
+"""Operations and memory of the actors' parts, counted on shapes alone: nothing is computed.
+
+The parts are built by the same functions as for a run, on torch's meta device.
+
+Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mpsl_dist.actors import assembly
+from mpsl_dist.analysis.cost_inputs import Inputs
+from mpsl_dist.config import Experiment, Weights
+from mpsl_dist.models.clip_text import ClipText
+from mpsl_dist.models.server_model import ServerModel
+from mpsl_dist.models.tokenizers import Tokenizers, fuse
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations for one sample.
+
+    Attributes
+    ----------
+    forward, training : int
+        FLOPs, 2 per multiply-add, of matrix products, convolutions and attention; ``training`` is
+        forward and backward, without gradients that nothing asks for.
+    paper : float
+        What the paper's tables have: multiply-adds of linear layers and convolutions and 5 per
+        element of LayerNorm, attention's own products left out, *halved*; forward only.
+    """
+
+    forward: int = 0
+    training: int = 0
+    paper: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            self.forward + other.forward,
+            self.training + other.training,
+            self.paper + other.paper,
+        )
+
+    def times(self, count: int) -> Flops:
+        """Give the operations of ``count`` such passes."""
+        return Flops(self.forward * count, self.training * count, self.paper * count)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A method's modules on the meta device.
+
+    Attributes
+    ----------
+    tokenizers : Tokenizers
+        W_h, without its frozen text tower's weights where ``model.text=clip``.
+    server_model : ServerModel
+        W_b and W_t.
+    """
+
+    experiment: Experiment
+    inputs: Inputs
+    tokenizers: Tokenizers
+    server_model: ServerModel
+
+    @property
+    def width(self) -> int:
+        """Give the encoder's width d."""
+        return assembly.width_of(self.experiment)
+
+    @property
+    def bytes_per_number(self) -> int:
+        """Give the size of a parameter or activation."""
+        return assembly.dtype_of(self.experiment).itemsize
+
+    @property
+    def retrieval(self) -> bool:
+        """Whether images and texts are encoded apart, without a classifier."""
+        return self.inputs.classes == 0
+
+
+def build(experiment: Experiment, inputs: Inputs) -> Parts:
+    """Build a method's parts on the meta device; takes no memory, whatever their size."""
+    on_meta = replace(experiment, device="meta", weights=Weights())
+    with torch.device("meta"):
+        tokenizers = assembly.build_tokenizers(on_meta, inputs.splits())
+        server = assembly.build_server(on_meta, inputs.splits(), tokenizers.lengths)
+    return Parts(experiment, inputs, tokenizers, server.model)
+
+
+def meta_inputs(parts: Parts, batch: int) -> dict[str, Tensor]:
+    """Give inputs without content, by modality."""
+    dtype = assembly.dtype_of(parts.experiment)
+    return {
+        name: torch.empty(
+            (batch, *shape), device="meta", dtype=torch.long if name == "text" else dtype
+        )
+        for name, shape in parts.inputs.shapes.items()
+    }
+
+
+def embed(parts: Parts, name: str, batch: int) -> Tensor:
+    """Give a modality's tokens (b, l, d) as :class:`Tokenizers` would."""
+    tokenizer, x = parts.tokenizers.by_modality[name], meta_inputs(parts, batch)[name]
+    # A tower's own pass keeps what it saw, by content; here there is none.
+    tokens_bld = tokenizer.encode(x).unsqueeze(1) if isinstance(tokenizer, ClipText) else None
+    return parts.tokenizers.pre_norm(tokenizer(x) if tokens_bld is None else tokens_bld)
+
+
+def count_client(parts: Parts) -> dict[str, Flops]:
+    """Count a client's operations per sample, by modality; the frozen text tower apart."""
+    counted = {}
+    for name, tokenizer in parts.tokenizers.by_modality.items():
+        texts = parts.inputs.captions if name == "text" else 1
+        if isinstance(tokenizer, ClipText):
+            x = meta_inputs(parts, 1)[name]
+            tower = count(tokenizer, lambda t=tokenizer, x=x: t.encode(x))
+            counted["text tower"] = tower.times(texts)
+            token_b1d = torch.empty(1, 1, parts.width, device="meta")
+            run = count(parts.tokenizers.pre_norm, lambda x=token_b1d: parts.tokenizers.pre_norm(x))
+        else:
+            run = count(parts.tokenizers, lambda name=name: embed(parts, name, 1))
+        counted[name] = run.times(texts)
+    return counted
+
+
+def count_server(parts: Parts) -> dict[str, Flops]:
+    """Count the server's operations per sample: by pass of the encoder, and the head.
+
+    Early fusion has one pass, ``joint``; late fusion and retrieval one per modality. In retrieval
+    a sample is a picture with all its captions. FedCLIP's adapters count with the head.
+    """
+    model = parts.server_model
+    passes = _passes(parts)
+    counted = {}
+    for name, (length, times) in passes.items():
+        counted[name] = count_encoder(model.encoder, _tokens(parts, length)).times(times)
+    if not parts.retrieval:
+        smashed = [_tokens(parts, length) for length, _ in passes.values()]
+        with _without_encoder(model):
+            counted["head"] = count(model, lambda: model(smashed))
+    return counted
+
+
+def count_encoder(encoder: nn.Sequential, tokens_bld: Tensor) -> Flops:
+    """Count a pass of the encoder; blocks differ only in whether they are trained."""
+    known: dict[tuple[bool, bool], Flops] = {}
+    total, asked = Flops(), tokens_bld.requires_grad
+    for block in encoder:
+        trained = any(p.requires_grad for p in block.parameters())
+        if (trained, asked) not in known:
+            x_bld = torch.empty_like(tokens_bld, requires_grad=asked)
+            known[trained, asked] = count(block, lambda b=block, x=x_bld: b(x))
+        total += known[trained, asked]
+        asked = asked or trained
+    return total
+
+
+@contextmanager
+def _without_encoder(model: ServerModel) -> Iterator[None]:
+    encoder, model.encoder = model.encoder, nn.Identity()
+    try:
+        yield
+    finally:
+        model.encoder = encoder
+
+
+def _passes(parts: Parts) -> dict[str, tuple[int, int]]:
+    """Give the encoder's passes for a sample: (tokens, how often)."""
+    names, lengths = list(parts.inputs.shapes), parts.tokenizers.lengths
+    if parts.experiment.model.fusion == "early" and not parts.retrieval:
+        return {"joint": (sum(lengths), 1)}
+    times = {"text": parts.inputs.captions}
+    return {name: (length, times.get(name, 1)) for name, length in zip(names, lengths, strict=True)}
+
+
+def _tokens(parts: Parts, length: int) -> Tensor:
+    trained = any(p.requires_grad for p in parts.tokenizers.parameters())
+    return torch.empty(1, length, parts.width, device="meta", requires_grad=trained)
+
+
+def count(module: nn.Module, run: Callable[[], Tensor]) -> Flops:
+    """Count one run of (parts of) a module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Where to look for layers.
+    run : callable
+        Runs it once on a batch of one; gives a tensor.
+    """
+    # The fused attention kernels of the CPU are unknown to torch's counter: the plain one is not.
+    with sdpa_kernel([SDPBackend.MATH]):
+        with FlopCounterMode(display=False) as counter, _paper_counter(module) as paper:
+            result = run()
+        forward = counter.get_total_flops()
+        training = forward
+        if result.requires_grad:
+            with FlopCounterMode(display=False) as counter:
+                torch.autograd.backward(result, torch.empty_like(result))
+            training += counter.get_total_flops()
+    module.zero_grad(set_to_none=True)
+    return Flops(forward, training, sum(paper) / 2)
+
+
+@contextmanager
+def _paper_counter(module: nn.Module) -> Iterator[list[int]]:
+    counted: list[int] = []
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(layer, nn.LayerNorm):
+            counted.append(5 * output.numel())
+        elif isinstance(layer, nn.Linear):
+            counted.append(output.numel() * layer.in_features)
+        elif isinstance(layer, nn.Conv2d):
+            counted.append(output.numel() * layer.weight[0].numel())
+
+    handles = [layer.register_forward_hook(note) for layer in module.modules()]
+    try:
+        yield counted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def kept_by_client(parts: Parts, batch: int) -> int:
+    """Give the bytes that a client's autograd keeps between forward and backward."""
+    return kept_bytes(
+        parts.tokenizers,
+        lambda: fuse(
+            [embed(parts, name, batch) for name in parts.inputs.shapes],
+            parts.experiment.model.fusion,
+        ),
+    )
+
+
+def kept_by_server(parts: Parts, batch: int) -> int:
+    """Give the bytes that the server's autograd keeps between forward and backward."""
+    trained = any(p.requires_grad for p in parts.tokenizers.parameters())
+
+    def run() -> list[Tensor]:
+        tokens = [
+            torch.empty(batch * times, length, parts.width, device="meta", requires_grad=trained)
+            for length, times in _passes(parts).values()
+        ]
+        if parts.retrieval:
+            return [parts.server_model.encoder(tokens_bld) for tokens_bld in tokens]
+        return [parts.server_model(tokens)]
+
+    return kept_bytes(parts.server_model, run, [length for length, _ in _passes(parts).values()])
+
+
+def kept_bytes(
+    module: nn.Module, run: Callable[[], object], sequences: Collection[int] = ()
+) -> int:
+    """Count what autograd saves in a run, parameters aside.
+
+    Attention's l x l matrices, l one of ``sequences``, are left out: the fused kernels, which a
+    run uses on CPU and GPU, do not keep them.
+    """
+    own = {p.untyped_storage()._cdata for p in module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        matrix = saved.dim() > 2 and saved.shape[-1] == saved.shape[-2] in sequences
+        if storage._cdata not in own and not matrix:
+            kept[storage._cdata] = storage
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        graph = run()  # held until all is counted, so that no storage is counted twice
+        total = sum(storage.nbytes() for storage in kept.values())
+    del graph
+    return total
+
+
+def parameters(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Count (all, trainable) parameters by name; one shared by two modules counts for the first."""
+    seen: set[int] = set()
+    counted = {}
+    for name, module in modules.items():
+        own = {id(p): p for p in module.parameters() if id(p) not in seen}
+        seen |= own.keys()
+        trained = sum(p.numel() for p in own.values() if p.requires_grad)
+        counted[name] = (sum(p.numel() for p in own.values()), trained)
+    return counted
