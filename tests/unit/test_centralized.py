@@ -55,7 +55,9 @@ def test_every_step_trains_on_the_clients_mini_batches(share: str) -> None:
 
 
 def test_of_one_client_equals_split_learning_of_one_client() -> None:
-    chosen = experiment(clients=1)
+    # The owners' settings differ, so that none of them steps the other's part.
+    training = {"client": {"lr": 3e-3, "weight_decay": 0.2}}
+    chosen = experiment(clients=1, training=training)
     method = centralized.build(chosen, load_data(chosen))
     losses, expected = steps_of(method, 7), reference.train(chosen, 7)
     assert losses == pytest.approx(expected["losses"], rel=1e-12)

@@ -1,0 +1,61 @@
+"""What every rank of the baselines' tests runs: ``torchrun baseline_ranks.py TASK.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import toys
+
+from mpsl_dist.config import Experiment, from_dict
+from mpsl_dist.methods import run as runs
+from mpsl_dist.methods.setup import load_data
+from mpsl_dist.models.average import trainable_state
+from mpsl_dist.runtime import environment, rpc
+
+
+def train_and_tell(experiment: Experiment, world: environment.Environment, steps: int) -> dict:
+    """Train some steps; give losses, traffic and every trained parameter."""
+    method = runs.connect(experiment, world, load_data(experiment))
+    told: dict[str, Any] = {"losses": [], "backwards": [], "plan": method.plan.tolist()}
+    if experiment.method in ("mpsl", "psl"):
+        encoder = method.server.model.encoder
+        encoder.register_full_backward_hook(lambda *_: told["backwards"].append(1))
+    for step in range(steps):
+        epoch, epoch_step = divmod(step, len(method.plan))
+        if epoch_step == 0:
+            method.begin_epoch(epoch)
+        told["losses"].append(method.step(epoch_step, step))
+    told["bytes"] = method.traffic.by_kind()
+    if experiment.method in ("mpsl", "psl"):
+        told["server"] = trainable_state(method.server.model)
+        everyone = {n: () for n in method.sizes}
+        told["clients"] = method.clients.call("tokenizer_weights", everyone)
+    else:
+        told["server"], told["clients"] = trainable_state(method.model), {}
+    return told
+
+
+def main() -> None:
+    toys.register()
+    path = Path(sys.argv[1])
+    world = environment.resolve(os.environ)
+    assert world is not None
+    if world.rank > 0:
+        runs.serve_as_worker(toys.experiment(), world)
+        return
+    runs.join(toys.experiment(), world)
+    task = json.loads(path.read_text())
+    told = [train_and_tell(from_dict(e), world, task["steps"]) for e in task["experiments"]]
+    torch.save(told, path.with_suffix(".pt"))
+    rpc.stop()
+
+
+if __name__ == "__main__":
+    main()
