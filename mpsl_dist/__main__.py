@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_experiment(cost)
     cost.add_argument("--out", metavar="FILE.{json,csv}", help="write every figure to a file")
     cost.add_argument("--figures", metavar="DIR", help="draw cost against the encoder's size")
+    compare = commands.add_parser("compare", help="methods beside each other, from their runs")
+    compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="completed run directories")
+    compare.add_argument("--out", metavar="FILE.md", help="write page, csv and picture")
     options, rest = parser.parse_known_args(arguments)
     for word in rest:  # argparse takes no positionals after an option
         if word.startswith("-") or "=" not in word:
@@ -38,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides.append(word)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return {"train": _train, "evaluate": _evaluate, "cost": _cost}[options.command](options)
+        command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
+        return command[options.command](options)
     except ValueError as error:
         if not _is_users(error):
             raise
@@ -142,6 +146,21 @@ def _report(summary: dict, path) -> None:
     print(f"everything lies in {path}")
     if summary["status"] == "stopped":
         print("stopped on request; the same command with --resume continues")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mpsl_dist import config
+    from mpsl_dist.analysis import compare
+
+    if options.out and Path(options.out).suffix != ".md":
+        raise config.ConfigError(f"--out: {options.out} must end in .md")
+    groups = compare.group(compare.read(options.runs))
+    print(compare.markdown(groups))
+    for path in compare.write(groups, Path(options.out)) if options.out else ():
+        print(f"wrote {path}")
+    return 0
 
 
 def _cost(options: argparse.Namespace) -> int:
