@@ -1,0 +1,38 @@
+"""The paper's experiments as shipped: every file is valid and says what the paper says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpsl_dist import config
+from mpsl_dist.data import files
+
+PAPER = sorted((Path(__file__).parents[2] / "configs" / "paper").glob("*.yaml"))
+
+
+def test_there_is_one_for_each_dataset() -> None:
+    expected = set(files.DATASETS) - {"manifest", "mnist-fsdd"}
+    assert {path.stem for path in PAPER} == expected
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_settings_of_the_paper(path: Path) -> None:
+    experiment = config.load(path)
+    retrieval = path.stem in ("flickr30k", "ms-coco")
+    assert experiment.data.name == path.stem and experiment.clients == 100
+    assert experiment.model.encoder.size == "B"
+    assert experiment.model.encoder.trainable_blocks == ("all" if retrieval else 6)
+    early = path.stem in ("coco-qa", "t4sa", "meld")
+    assert experiment.model.fusion == ("early" if early else "late")
+    assert experiment.training.epochs == 15
+    for optimizer in (experiment.training.server, experiment.training.client):
+        assert (optimizer.name, optimizer.lr) == ("adam", 1e-4)
+        assert (optimizer.schedule, optimizer.every_epochs, optimizer.gamma) == ("step", 5, 0.1)
+    partition = experiment.data.partition
+    assert partition.kind == ("iid" if retrieval else "dirichlet")
+    assert retrieval or partition.alpha == 0.1
+    assert experiment.training.batch_size == (
+        200 if retrieval else {"t4sa": 400, "ucf101": 300}.get(path.stem, 500)
+    )
