@@ -116,7 +116,7 @@ def _draw_share(experiment: Experiment, points: list[Point], path: Path) -> None
         values = [getattr(point, name) / 1e9 for point in points]
         drawn = axes.bar(places, values, width, label=label, color=colours[name])
         if name != "encoder":
-            parts = [f"1/{p.encoder / getattr(p, name):.3g}" for p in points]
+            parts = [_fraction(getattr(point, name) / point.encoder) for point in points]
             axes.bar_label(drawn, parts, fontsize=7, padding=1)
     axes.set_xticks(range(len(points)), [point.size for point in points])
     axes.set(yscale="log", xlabel="encoder (ViT)", ylabel="forward GFLOPs per sample")
@@ -125,3 +125,7 @@ def _draw_share(experiment: Experiment, points: list[Point], path: Path) -> None
     title = f"{experiment.data.name}: a client's part, as a fraction of the encoder's"
     axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=130)
+
+
+def _fraction(value: float) -> str:
+    return f"1/{1 / value:.0f}" if value < 0.5 else f"{value:.1f} x"
