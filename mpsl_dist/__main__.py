@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -55,8 +56,12 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
 
 
 def _user_error(message: str) -> int:
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        # Rank 0 meets the same error. Ending first would make a launcher end rank 0 before it can
+        # say so; the launcher, or the alarm, ends this process.
+        signal.alarm(60)
+        signal.pause()
+    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
     return 2
 
 

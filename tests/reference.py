@@ -29,7 +29,8 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
         splits.train.labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed
     )
     plan = shares([len(p) for p in parts], settings.batch_size, experiment.client_share)
-    clients = [assembly.build_tokenizers(experiment, splits) for _ in parts]
+    device = assembly.device_of(experiment)
+    clients = [assembly.build_tokenizers(experiment, splits).to(device) for _ in parts]
     server = assembly.build_server(experiment, splits, clients[0].lengths).model
     optimizers = [_adamw(c, settings.client) for c in clients]
     server_optimizer = _adamw(server, settings.server)
@@ -46,7 +47,8 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
         cut = {}
         for n, batch in batches.items():
             inputs = {
-                k: x.to(dtype) if x.is_floating_point() else x for k, x in batch.inputs.items()
+                k: x.to(device, dtype if x.is_floating_point() else None)
+                for k, x in batch.inputs.items()
             }
             tokens = clients[n](inputs)
             early = experiment.model.fusion == "early"
@@ -56,20 +58,21 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
         logits = server([torch.cat(tensors) for tensors in zip(*cut.values(), strict=True)])
         loss, start, total = 0.0, 0, sum(len(b) for b in batches.values())
         for batch in batches.values():
-            own = functional.cross_entropy(logits[start : start + len(batch)], batch.labels)
+            labels_b = batch.labels.to(device)
+            own = functional.cross_entropy(logits[start : start + len(batch)], labels_b)
             loss = loss + len(batch) / total * own
             start += len(batch)
         loss.backward()
         told["losses"].append(loss.item())
         told["cut_gradients"].append(
-            {(n, i): t.grad.clone() for n, tensors in cut.items() for i, t in enumerate(tensors)}
+            {(n, i): t.grad.cpu() for n, tensors in cut.items() for i, t in enumerate(tensors)}
         )
         for optimizer in (*[optimizers[n] for n in batches], server_optimizer):
             optimizer.step()
             optimizer.zero_grad()
-    told["server"] = dict(server.state_dict())
+    told["server"] = {k: v.cpu() for k, v in server.state_dict().items()}
     told["clients"] = {
-        n: {k: p.detach() for k, p in c.named_parameters() if p.requires_grad}
+        n: {k: p.detach().cpu() for k, p in c.named_parameters() if p.requires_grad}
         for n, c in enumerate(clients)
     }
     return told

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys
 
+from mpsl_dist.actors.client import Client
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.methods import run as runs
 from mpsl_dist.methods.mpsl import Mpsl
@@ -65,16 +67,85 @@ def gold(path: Path, world: environment.Environment) -> None:
     torch.save(told, path.with_suffix(".pt"))
 
 
+def record(path: Path, world: environment.Environment) -> None:
+    """Train an experiment for two epochs by the real loop's calls, with tests at the clients."""
+    experiment = from_dict(json.loads(path.read_text())["experiment"])
+    method = runs.connect(experiment, world, load_data(experiment))
+    for epoch in range(2):
+        method.begin_epoch(epoch)
+        for epoch_step in range(len(method.plan)):
+            method.step(epoch_step, epoch * len(method.plan) + epoch_step)
+        method.evaluate()
+    method.deployable()
+
+
+def keep_what_is_sent() -> list[Any]:
+    """Keep the leaves of every object that this process hands to RPC's pickler."""
+    from torch.distributed.rpc import internal
+
+    kept: list[Any] = []
+    serialize = internal.serialize
+
+    def keeping(value: Any) -> Any:
+        kept.extend(_leaves(value))
+        return serialize(value)
+
+    internal.serialize = keeping
+    return kept
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Tensors, numbers and texts inside a value; the project's own messages are opened too."""
+    if isinstance(value, torch.Tensor):
+        return [value.detach().clone()]
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    if isinstance(value, tuple | list | set):
+        return [leaf for item in value for leaf in _leaves(item)]
+    # A call, a reference, an answer without content, and the two sample counts of a description.
+    known = ("RRef", "PyRRef", "Description", "function")
+    if value is None or value is True or type(value).__name__ in known:
+        return []
+    if value in (socket.gethostname(), f"worker{os.environ['RANK']}"):
+        return []
+    return [f"{type(value).__name__} {value!r}"]
+
+
+def leaking(task: str) -> None:
+    """Make clients send what they must not: the test of the test."""
+    loss = Client.loss
+
+    def leaky(self: Client, step: int, predictions: torch.Tensor) -> Any:
+        batch = self.data.batch(step)
+        return loss(self, step, predictions), (
+            batch.labels if task == "leak_labels" else batch.inputs["image"] * 1.0
+        )
+
+    Client.loss = leaky
+    call = rpc.Fleet.call
+
+    def unpacking(self: rpc.Fleet, method: str, *words: Any, **more: Any) -> Any:
+        answers = call(self, method, *words, **more)
+        return {n: a[0] for n, a in answers.items()} if method == "loss" else answers
+
+    rpc.Fleet.call = unpacking
+
+
 def main() -> None:
     toys.register()
     task, argument = sys.argv[1], Path(sys.argv[2])
     world = environment.resolve(os.environ)
     assert world is not None
+    if task.startswith("leak"):
+        leaking(task)
     if world.rank > 0:
+        sent = keep_what_is_sent() if task != "gold" else []
         runs.serve_as_worker(toys.experiment(), world)
+        if task != "gold":
+            torch.save(sent, argument.with_name(f"sent-by-{world.rank}.pt"))
         return
     runs.join(toys.experiment(), world)
-    {"gold": gold}[task](argument, world)
+    (gold if task == "gold" else record)(argument, world)
     rpc.stop()
 
 

@@ -128,3 +128,16 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
         "16 clients": {"clients": 16, "clients_per_worker": 4} | case,
     }
     return run_gold(tmp_path_factory.mktemp("counted"), chosen)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("case", cases())
+def test_on_one_thread_it_equals_to_the_last_bit(case: str, gold: dict) -> None:
+    experiment, told = gold[case]
+    expected = reference.train(experiment, STEPS)
+    assert told["losses"] == expected["losses"]
+    for key, value in expected["server"].items():
+        assert torch.equal(told["server"][key], value), key
+    for client, state in expected["clients"].items():
+        for key, value in state.items():
+            assert torch.equal(told["clients"][client][key], value), (client, key)

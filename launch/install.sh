@@ -1,0 +1,21 @@
+# Sourced by launch/quickstart.sh and tests/run.sh: makes .venv in the project's root and installs
+# the project there, once. `install_project [EXTRA]` installs again only when setup.cfg changed.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+
+install_project() {
+    local target=$root${1:+"[$1]"} stamp
+    stamp=$venv/.installed${1:+-$1}
+    if [ ! -x "$venv/bin/python" ]; then
+        "${PYTHON:-python3}" -m venv "$venv" || {
+            echo "error: could not make $venv; Debian and Ubuntu need: apt install python3-venv" >&2
+            return 2
+        }
+    fi
+    if ! cmp -s "$root/setup.cfg" "$stamp"; then
+        echo "installing into $venv (about a minute and 5 GB the first time)"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target" &&
+            cp "$root/setup.cfg" "$stamp"
+    fi
+}
