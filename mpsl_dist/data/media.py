@@ -27,6 +27,8 @@ from mpsl_dist.data.dataset import DataError
 MAX_PIXELS = 100_000_000
 #: Seconds of sound and pictures of a clip that are decoded at most.
 MAX_SECONDS, MAX_FRAMES = 3_600.0, 20_000
+#: Samples per second that a recording may have.
+_RATES = (1_000, 768_000)
 #: Only containers of media. Playlists (hls, concat, …) would make a file open other files.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,wav,aiff,au,flac,ogg,mp3,aac,mpeg,mpegts,flv,asf"
@@ -107,20 +109,17 @@ def read_waveform(path: str | Path, fraction: float = 0.5, samples: int | None =
             raise DataError(f"{path}: no sound track")
         stream = container.streams.audio[0]
         total = _samples(container)
-        end = MAX_SECONDS
+        end = round(MAX_SECONDS * audio.RATE)
         if samples is not None and total is not None:
-            # A tenth of a second more, so that the resampler's edge falls outside the window.
-            last = max(fraction * total + samples / 2, samples)
-            end = min(last / audio.RATE + 0.1, MAX_SECONDS)
-        waveform, rate, whole = _decode_sound(container, stream, end)
+            end = min(max(round(fraction * total) + samples - samples // 2, samples), end)
+        waveform, whole = _decode_sound(container, stream, end)
         if not len(waveform):
             raise DataError(f"{path}: no sound could be decoded")
         promised = _seconds(stream.duration, stream.time_base)
-        had = len(waveform) / rate
+        had = len(waveform) / audio.RATE
         exact = promised is not None and not set(container.format.name.split(",")) & _ESTIMATED
         if whole and exact and had < 0.9 * promised - 0.5:
             raise DataError(f"{path}: truncated, {had:.1f} of {promised:.1f} s")
-    waveform = audio.resample(waveform, rate)
     if not torch.isfinite(waveform).all():
         raise DataError(f"{path}: its sound is not finite")
     return waveform if samples is None else cut(waveform, fraction, samples, total)
@@ -227,17 +226,27 @@ def _frame_at(
 
 
 def _decode_sound(
-    container: av.container.InputContainer, stream: av.stream.Stream, end: float
-) -> tuple[Tensor, int, bool]:
-    """Give the waveform (s,) up to ``end`` seconds, its rate, and whether the sound ended first."""
-    resampler = av.AudioResampler(format="fltp")
-    rate, pieces, had = stream.codec_context.sample_rate, [], 0
+    container: av.container.InputContainer, stream: av.stream.Stream, end: int
+) -> tuple[Tensor, bool]:
+    """Give the waveform (s,) up to ``end`` samples at least, and whether the sound ended first."""
+    own = stream.codec_context.sample_rate
+    if not _RATES[0] <= own <= _RATES[1]:
+        raise DataError(f"{container.name}: {own} samples per second cannot be right")
+    # FFmpeg's resampler takes any rate; torchaudio's makes a filter of gigabytes for an odd one.
+    resampler = av.AudioResampler(format="fltp", rate=audio.RATE)
+    pieces, had = [torch.empty(0)], 0
     for frame in _decode(container, stream):
-        if frame.sample_rate != rate:
+        if frame.sample_rate != own:
             raise DataError(f"{container.name}: its sampling rate changes")
         for piece in resampler.resample(frame):
-            pieces.append(torch.from_numpy(piece.to_ndarray()).mean(dim=0))
+            pieces.append(_mono(piece))
             had += len(pieces[-1])
-        if had >= end * rate:
-            return torch.cat(pieces), rate, False
-    return (torch.cat(pieces) if pieces else torch.empty(0)), rate, True
+        if had >= end:
+            return torch.cat(pieces), False
+    if had:
+        pieces += [_mono(piece) for piece in resampler.resample(None)]
+    return torch.cat(pieces), True
+
+
+def _mono(frame: av.AudioFrame) -> Tensor:
+    return torch.from_numpy(frame.to_ndarray()).mean(dim=0)

@@ -187,4 +187,7 @@ def _read_wave(path: Path) -> tuple[int, Tensor]:
         raise DataError(f"{path}: {error or 'empty'}") from error
     if not content:
         raise DataError(f"{path}: no sound in it")
+    if rate % 1_000 and rate % 11_025:
+        # An odd rate makes a resampling filter of gigabytes.
+        raise DataError(f"{path}: {rate} samples per second cannot be right")
     return rate, torch.from_numpy(np.frombuffer(content, "<i2").astype(np.float32)) / 32_768

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,20 @@ def test_truncated_behind_a_whole_header_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="truncated"):
         media.read_frame(path, 0.95)
     with pytest.raises(DataError):
+        media.read_waveform(path)
+
+
+def test_any_sampling_rate_is_read_quickly(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    for rate in (7_993, 44_101):
+        waveform = media.read_waveform(write_sound(tmp_path / f"{rate}.wav", 1.0, rate=rate))
+        assert abs(len(waveform) - audio.RATE) < 100
+    assert time.monotonic() - begin < 5
+    path = write_sound(tmp_path / "slow.wav", 1.0)
+    content = bytearray(path.read_bytes())
+    content[24:28] = (3).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="3 samples per second"):
         media.read_waveform(path)
 
 
