@@ -137,3 +137,12 @@ def testing(parts: Parts, held: NDArray[np.int64]) -> Bytes:
         found["test_activations"] = held * each["activations"] * passes
         found["test_predictions"] = held * each["predictions"] * passes
     return found
+
+
+def exporting(parts: Parts, clients: int) -> Bytes:
+    """Give the bytes that bring the last tokenizers together for the model to deploy."""
+    if parts.experiment.method not in ("mpsl", "psl"):
+        return {}
+    one_for_all = parts.experiment.tokenizer_sync.mode == "gradients"
+    asked = np.eye(clients, dtype=np.int64)[0] if one_for_all else np.ones(clients, dtype=np.int64)
+    return {"test_weights_up": asked * trained_bytes(parts, "client")}

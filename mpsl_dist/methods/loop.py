@@ -132,7 +132,7 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
 
 
 def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
-    before = {way: method.traffic.total(way, "training") for way in ("up", "down")}
+    before = method.traffic.totals()
     started = time.perf_counter()
     at.loss = method.step(at.epoch_step, at.step)
     seconds = time.perf_counter() - started
@@ -145,13 +145,13 @@ def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progre
         loss=at.loss,
         metric={},
         seconds=round(seconds, 6),
-        bytes={way: method.traffic.total(way, "training") - before[way] for way in before},
+        bytes=method.traffic.since(before),
     )
     progress.advance(at.loss)
 
 
 def _test(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
-    before = {way: method.traffic.total(way, "evaluation") for way in ("up", "down")}
+    before = method.traffic.totals()
     started = time.perf_counter()
     at.test = method.evaluate()
     run.append_metrics(
@@ -161,7 +161,7 @@ def _test(method: Method, run: RunDirectory, at: _Position, progress: Progress) 
         loss=None,
         metric=at.test,
         seconds=round(time.perf_counter() - started, 6),
-        bytes={way: method.traffic.total(way, "evaluation") - before[way] for way in before},
+        bytes=method.traffic.since(before),
     )
     progress.tested(at.epoch, at.test)
     _log.info("epoch %d, step %d: loss %s, test %s", at.epoch, at.step, at.loss, at.test)
@@ -215,6 +215,8 @@ def summarize(
         "communication": {
             "up_bytes_per_client_per_epoch": method.traffic.total("up", "training") / per,
             "down_bytes_per_client_per_epoch": method.traffic.total("down", "training") / per,
+            "bytes_by_phase": method.traffic.by_phase(),
+            "bytes_by_kind_and_client": method.traffic.by_kind(),
             "total_bytes_by_kind": {
                 kind: sum(counts) for kind, counts in method.traffic.by_kind().items()
             },

@@ -14,6 +14,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "predictions": ("down", "training"),
     "losses": ("up", "training"),
     "loss_gradients": ("down", "training"),
+    "pairs": ("up", "training"),
     "prediction_gradients": ("up", "training"),
     "cut_layer_gradients": ("down", "training"),
     "sync_up": ("up", "training"),
@@ -70,6 +71,27 @@ class Traffic:
         return sum(
             int(self.bytes[kind].sum()) for kind, key in KINDS.items() if key == (direction, phase)
         )
+
+    def totals(self) -> dict[str, int]:
+        """Sum all clients' bytes by kind."""
+        return {kind: int(counts.sum()) for kind, counts in self.bytes.items()}
+
+    def since(self, before: Mapping[str, int]) -> dict[str, Any]:
+        """Give what was sent since :meth:`totals` gave ``before``: up, down, and by kind."""
+        sent = {kind: count - before[kind] for kind, count in self.totals().items()}
+        by_kind = {kind: count for kind, count in sent.items() if count}
+        ways = {
+            way: sum(count for kind, count in by_kind.items() if KINDS[kind][0] == way)
+            for way in ("up", "down")
+        }
+        return {**ways, "by_kind": by_kind}
+
+    def by_phase(self) -> dict[str, dict[str, int]]:
+        """Sum all clients' bytes by phase and direction; no tensor crosses in the set-up."""
+        return {
+            phase: {way: self.total(way, phase) for way in ("up", "down")}
+            for phase in ("setup", "training", "evaluation")
+        }
 
     def by_kind(self) -> dict[str, list[int]]:
         """Give bytes per client of every kind that occurred."""

@@ -1,0 +1,215 @@
+"""Counted bytes are the computed ones to the byte, and the kernel's own within 2 %."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toys
+import yaml
+from conftest import Launch, launcher, torchrun_line
+
+from mpsl_dist.actors import assembly
+from mpsl_dist.analysis import flops, traffic_model
+from mpsl_dist.analysis.cost_inputs import inputs_of
+from mpsl_dist.config import Experiment, to_dict
+from mpsl_dist.data.partition import shares
+from mpsl_dist.methods.setup import load_data
+from mpsl_dist.records.traffic import KINDS
+
+HERE = Path(__file__).parent
+#: Kinds that the backward brings, not a call.
+BACKWARD = ("loss_gradients", "prediction_gradients", "cut_layer_gradients")
+
+
+def _cases() -> dict[str, dict]:
+    base = {"clients_per_worker": 2}
+    at_clients = {"name": "toy-image+text", "test_at": "clients"}
+    double = to_dict(toys.experiment())["training"] | {"precision": "float64"}
+    own = to_dict(toys.experiment())["training"] | {"evaluate_own": True}
+    late = {"data": {"name": "toy-image+audio"}, "model": {"fusion": "late"}}
+    cases = {
+        "mpsl": {"data": at_clients, "tokenizer_sync": {"mode": "gradients", "every": 3}},
+        "mpsl late": late | {"tokenizer_sync": {"mode": "weights", "every": 2}, "training": own},
+        "mpsl own at clients": {"data": at_clients, "training": own},
+        "mpsl frozen tokenizers": {"model": {"train_tokenizers": False}, "training": double},
+        "mpsl dry clients": {"client_share": "equal"},
+        "psl": {"method": "psl", "tokenizer_sync": {"mode": "gradients", "every": 4}},
+        "fedavg": {"method": "fedavg", "data": at_clients, "federated": {"fraction": 0.75}},
+        "fedclip": {"method": "fedclip"},
+    }
+    return {name: base | case for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Experiment, dict]]:
+    """Every case trained to its end, one after the other in one world of two workers."""
+    folder = tmp_path_factory.mktemp("traffic")
+    toys.register()
+    experiments = {
+        name: toys.experiment(name=name.replace(" ", "-"), output=str(folder / "runs"), **case)
+        for name, case in _cases().items()
+    }
+    task = folder / "task.json"
+    task.write_text(json.dumps([to_dict(e) for e in experiments.values()]))
+    with launcher(folder) as launch:
+        line = torchrun_line(3, str(HERE / "traffic_ranks.py"), str(task))
+        status, output = launch(line).finish(300)
+    assert status == 0, output
+    found = torch.load(task.with_suffix(".pt"))
+    return {name: (experiments[name], found[i]) for i, name in enumerate(experiments)}
+
+
+def computed(experiment: Experiment) -> dict[str, list[int]]:
+    """What the whole run must send: training, a test after every epoch, the last average."""
+    toys.register()
+    inputs = inputs_of(experiment)
+    parts = flops.build(experiment, inputs)
+    held = assembly.build_local_data(experiment, load_data(experiment))
+    sizes = [len(train) for train, _ in held]
+    tests = np.array([len(test) for _, test in held])
+    epochs = experiment.training.epochs
+    plan = shares(sizes, experiment.training.batch_size, experiment.client_share)
+    total = traffic_model.training(parts, plan, epochs)
+    for kind, each in traffic_model.testing(parts, tests).items():
+        total[kind] = each * epochs
+    for kind, each in traffic_model.exporting(parts, len(sizes)).items():
+        total[kind] = total[kind] + each
+    return {kind: by_client.tolist() for kind, by_client in total.items() if by_client.any()}
+
+
+@pytest.mark.parametrize("case", _cases())
+def test_counted_bytes_are_the_computed_ones(case: str, told: dict) -> None:
+    experiment, found = told[case]
+    assert found["bytes"] == computed(experiment)
+
+
+@pytest.mark.parametrize("case", _cases())
+def test_no_tensor_crosses_uncounted(case: str, told: dict) -> None:
+    """Neither in a call's arguments nor in an answer, from the first call of the set-up on."""
+    _, found = told[case]
+    called = {"up": 0, "down": 0}
+    for kind, by_client in found["bytes"].items():
+        if kind not in BACKWARD:
+            called[KINDS[kind][0]] += sum(by_client)
+    assert found["called"] == called
+    assert found["setup"] == {"up": 0, "down": 0}
+
+
+@pytest.mark.parametrize("case", _cases())
+def test_records_have_every_byte_by_client_and_kind(case: str, told: dict) -> None:
+    experiment, found = told[case]
+    summary = json.loads((experiment.run_directory / "summary.json").read_text())
+    said = summary["communication"]
+    assert said["bytes_by_kind_and_client"] == found["bytes"]
+    lines = (experiment.run_directory / "metrics.jsonl").read_text().splitlines()
+    by_phase = {phase: dict.fromkeys(("up", "down"), 0) for phase in ("training", "evaluation")}
+    for line in map(json.loads, lines):
+        phase = "training" if line["split"] == "train" else "evaluation"
+        by_kind = dict.fromkeys(("up", "down"), 0)
+        for kind, count in line["bytes"].pop("by_kind").items():
+            by_kind[KINDS[kind][0]] += count
+        assert by_kind == line["bytes"]
+        for way in by_kind:
+            by_phase[phase][way] += by_kind[way]
+    assert said["bytes_by_phase"]["training"] == by_phase["training"]
+    assert said["bytes_by_phase"]["setup"] == {"up": 0, "down": 0}
+
+
+# -- the kernel's own counters ---------------------------------------------------------------------
+
+ADDRESSES = ("10.213.91.1", "10.213.91.2")
+PORT = 29431
+
+
+@pytest.fixture
+def cable() -> Iterator[tuple[str, str]]:
+    """Two network namespaces and a virtual cable between them; gives their names."""
+    names = tuple(f"mpsl-t{os.getpid()}-{side}" for side in "ab")
+    reason = _make_cable(names)
+    try:
+        if reason:
+            pytest.skip(reason)
+        yield names
+    finally:
+        if shutil.which("ip"):
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def _make_cable(names: tuple[str, str]) -> str | None:
+    """Say what is lacking, if anything."""
+    if os.geteuid() or not shutil.which("ip"):
+        return "network namespaces need root and the ip command"
+    lines = [f"netns add {name}" for name in names]
+    lines.append(f"link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}")
+    for name, address in zip(names, ADDRESSES, strict=True):
+        lines.append(f"-n {name} address add {address}/24 dev veth0")
+        lines += [f"-n {name} link set {device} up" for device in ("lo", "veth0")]
+    for line in lines:
+        done = subprocess.run(["ip", *line.split()], capture_output=True, text=True)
+        if done.returncode:
+            return f"no network namespaces here: {done.stderr.strip()}"
+    return None
+
+
+def _kernel_bytes(name: str) -> dict[str, int]:
+    """What the cable carried, seen from the server: up came in, down went out."""
+    line = ["ip", "-n", name, "-json", "-statistics", "link", "show", "veth0"]
+    shown = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    stats = json.loads(shown)[0]["stats64"]
+    return {"up": stats["rx"]["bytes"], "down": stats["tx"]["bytes"]}
+
+
+#: Large enough that the protocol's own bytes are few; small enough to compute.
+ON_THE_CABLE = {
+    "mpsl": {
+        "data": {"name": "digits-qa", "text_length": 12},
+        "model": {"encoder": {"size": "custom", "width": 128, "depth": 1, "heads": 2}},
+        "tokenizer_sync": {"mode": "gradients", "every": 5},
+        "training": {"epochs": 1, "batch_size": 256},
+    },
+    "fedavg": {
+        "data": {"name": "toy-image+audio", "partition": {"alpha": 0.5, "minimum": 3}},
+        "model": {"encoder": {"size": "custom", "width": 256, "depth": 4, "heads": 2}},
+        "training": {"epochs": 1, "batch_size": 32},
+    },
+}
+
+
+@pytest.mark.parametrize("method", ON_THE_CABLE)
+def test_the_kernel_counts_the_same(
+    method: str, cable: tuple[str, str], launch: Launch, tmp_path: Path
+) -> None:
+    settings = {"method": method, "name": method, "clients": 4, "clients_per_worker": 4}
+    settings |= {"device": "cpu", "runtime": {"channels": "tcp"}} | ON_THE_CABLE[method]
+    settings["model"] = settings["model"] | {"image_patch": 2 if method == "mpsl" else 4}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    worlds = []
+    for rank, name in enumerate(cable):
+        inside = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]
+        meet = ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"]
+        server = ["--master-addr", ADDRESSES[0], "--master-port", str(PORT)]
+        task = [str(HERE / "toy_command.py"), "train", str(config)]
+        worlds.append(launch([*inside, *meet, *server, *task]))
+    ended = [world.finish(300) for world in worlds]
+    assert [status for status, _ in ended] == [0, 0], ended
+    summary = json.loads((tmp_path / "runs" / method / "summary.json").read_text())
+    counted = {"up": 0, "down": 0}
+    for phase in summary["communication"]["bytes_by_phase"].values():
+        for way in counted:
+            counted[way] += phase[way]
+    kernel = _kernel_bytes(cable[0])
+    print(method, "counted", counted, "kernel", kernel)
+    for way in counted:
+        assert counted[way] > 10 * 2**20
+        assert 0 < kernel[way] / counted[way] - 1 < 0.02, (counted, kernel)
