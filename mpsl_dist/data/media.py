@@ -17,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -188,12 +189,21 @@ def _samples(container: av.container.InputContainer) -> int | None:
     return round(duration / av.time_base * audio.RATE)
 
 
-def _decode(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator:
-    """Decode frame after frame; a few damaged packets are passed over."""
+def _decode(
+    container: av.container.InputContainer, stream: av.stream.Stream, wanted: float = 0.0
+) -> Iterator:
+    """Decode frame after frame; a few damaged packets are passed over.
+
+    Pictures that no other is made from are left out until half a second before ``wanted``.
+    """
     # One thread: a machine hosts many clients, and loader processes decode side by side.
-    stream.codec_context.thread_count = 1
+    codec, far = stream.codec_context, wanted > 0.5
+    codec.thread_count = 1
     good = bad = 0
     for packet in container.demux(stream):
+        if far:
+            far = packet.pts is not None and packet.pts * packet.time_base < wanted - 0.5
+            codec.skip_frame = "NONREF" if far else "DEFAULT"
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
@@ -217,7 +227,7 @@ def _frame_at(
         except av.FFmpegError:
             return None
     shown = None
-    for count, frame in enumerate(_decode(container, stream)):
+    for count, frame in enumerate(_decode(container, stream, second)):
         if frame.time is None or shown is None or frame.time <= second + 1e-6:
             shown = frame
         if frame.time is None or frame.time >= second or count >= MAX_FRAMES:
@@ -233,20 +243,46 @@ def _decode_sound(
     if not _RATES[0] <= own <= _RATES[1]:
         raise DataError(f"{container.name}: {own} samples per second cannot be right")
     # FFmpeg's resampler takes any rate; torchaudio's makes a filter of gigabytes for an odd one.
-    resampler = av.AudioResampler(format="fltp", rate=audio.RATE)
-    pieces, had = [torch.empty(0)], 0
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=audio.RATE)
+    decoded, waiting, resampled, had, ended = [], 0, [], 0, True
     for frame in _decode(container, stream):
         if frame.sample_rate != own:
             raise DataError(f"{container.name}: its sampling rate changes")
-        for piece in resampler.resample(frame):
-            pieces.append(_mono(piece))
-            had += len(pieces[-1])
+        decoded.append(_mono(frame))
+        waiting += frame.samples
+        if waiting < own:
+            continue
+        # A second at once: a call for each of the codec's small frames takes longer than decoding.
+        resampled += _resample(resampler, decoded, own)
+        had = sum(map(len, resampled))
+        decoded, waiting = [], 0
         if had >= end:
-            return torch.cat(pieces), False
-    if had:
-        pieces += [_mono(piece) for piece in resampler.resample(None)]
-    return torch.cat(pieces), True
+            ended = False
+            break
+    if ended and (decoded or resampled):
+        resampled += _resample(resampler, decoded, own)
+        resampled += [piece.to_ndarray()[0] for piece in resampler.resample(None)]
+    waveform = np.concatenate([*resampled, np.empty(0, np.float32)])
+    return torch.from_numpy(waveform), ended
 
 
-def _mono(frame: av.AudioFrame) -> Tensor:
-    return torch.from_numpy(frame.to_ndarray()).mean(dim=0)
+def _mono(frame: av.AudioFrame) -> NDArray[np.float32]:
+    """Give the mean of the channels (s,), -1..1."""
+    values = frame.to_ndarray()
+    if not frame.format.is_planar:
+        values = values.reshape(-1, frame.layout.nb_channels).T
+    if values.dtype.kind == "u":
+        return (values.mean(axis=0, dtype=np.float32) - 128) / 128
+    scale = 1 if values.dtype.kind == "f" else -float(np.iinfo(values.dtype).min)
+    return values.mean(axis=0, dtype=np.float32) / np.float32(scale)
+
+
+def _resample(
+    resampler: av.AudioResampler, pieces: list[NDArray[np.float32]], rate: int
+) -> list[NDArray[np.float32]]:
+    if not pieces:
+        return []
+    joined = np.ascontiguousarray(np.concatenate(pieces)[None])
+    frame = av.AudioFrame.from_ndarray(joined, format="fltp", layout="mono")
+    frame.sample_rate = rate
+    return [piece.to_ndarray()[0] for piece in resampler.resample(frame)]

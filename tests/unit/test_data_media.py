@@ -35,6 +35,8 @@ def test_transparent_is_white_and_exif_turns(tmp_path: Path) -> None:
     [
         ("a.wav", "pcm_s16le", None, 8_000, 1),
         ("a.wav", "pcm_f32le", None, 44_100, 2),
+        ("a.wav", "pcm_u8", None, 16_000, 2),
+        ("a.wav", "pcm_s24le", None, 22_050, 2),
         ("a.flac", "flac", None, 16_000, 1),
         ("a.ogg", "libopus", None, 48_000, 2),
         ("a.mp3", "libmp3lame", None, 44_100, 2),
