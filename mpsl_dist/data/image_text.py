@@ -14,6 +14,7 @@ Layout under ``data.root``:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from mpsl_dist.data import catalog, listing
@@ -87,7 +88,7 @@ def _read_questions(folder: Path, source: str) -> list[tuple[str, int, str]]:
     return triples
 
 
-def coco_paths(folder: Path):
+def coco_paths(folder: Path) -> Callable[[int], str]:
     """Give the function from a picture's id to its file, official or bare name."""
     bare = folder.is_dir() and not any(folder.glob("COCO_*.jpg"))
 

@@ -96,8 +96,9 @@ def load_ms_coco(
     karpathy = home.parent / "karpathy" / "dataset_coco.json"
     if karpathy.exists():
         captioned = _read_karpathy(karpathy, source)
+        path = {below: coco_paths(home / below) for below in ("train2014", "val2014")}
         train, test = (
-            {_karpathy_path(home, below, file): texts for below, file, texts in captioned[split]}
+            {path[below](_number(karpathy, file)): texts for below, file, texts in captioned[split]}
             for split in ("train", "test")
         )
     else:
@@ -150,6 +151,8 @@ def _read_karpathy(path: Path, source: str) -> dict[str, list[tuple[str, str, li
     found: dict[str, list[tuple[str, str, list[str]]]] = {"train": [], "test": []}
     try:
         for image in listing.parsed_json(path, source)["images"]:
+            if image.get("filepath", "train2014") not in ("train2014", "val2014"):
+                raise DataError(f"{path}: unknown folder '{image['filepath']}'")
             texts = [sentence["raw"].strip() for sentence in image["sentences"]]
             row = (image.get("filepath", ""), image["filename"], texts)
             found.setdefault(image["split"], []).append(row)
@@ -158,10 +161,12 @@ def _read_karpathy(path: Path, source: str) -> dict[str, list[tuple[str, str, li
     return found
 
 
-def _karpathy_path(home: Path, below: str, file: str) -> str:
+def _number(karpathy: Path, file: str) -> int:
+    """Give the picture's id in a name like COCO_val2014_000000391895.jpg."""
     number = Path(file).stem.rpartition("_")[2]
-    official = home / below / file
-    return str(official) if official.exists() else coco_paths(home / below)(int(number))
+    if not number.isdigit():
+        raise DataError(f"{karpathy}: '{file}' is no name of an MS-COCO picture")
+    return int(number)
 
 
 def _read_tokens(path: Path, source: str) -> dict[str, list[str]]:

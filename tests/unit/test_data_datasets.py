@@ -274,6 +274,19 @@ def test_retrieval(tmp_path: Path, name: str, load: Callable[..., Splits]) -> No
     assert not torch.equal(batch.inputs["image"][0], batch.inputs["image"][2])
 
 
+def test_ms_coco_with_the_names_of_the_released_code(tmp_path: Path) -> None:
+    for path in (make_karpathy(tmp_path, "coco") / "ms-coco").rglob("*.jpg"):
+        path.rename(path.with_name(f"{int(path.stem[-12:])}.jpg"))
+    splits = retrieval.load_ms_coco(tmp_path, text_length=12, image_size=16)
+    assert splits.test.fetch([9]).inputs["image"].any()
+    annotations = tmp_path / "karpathy/dataset_coco.json"
+    content = annotations.read_text()
+    for old, new in (("val2014", "../../etc"), ("COCO_train2014_000000000001", "one")):
+        annotations.write_text(content.replace(old, new))
+        with pytest.raises(DataError, match=r"dataset_coco\.json"):
+            retrieval.load_ms_coco(tmp_path)
+
+
 def test_retrieval_without_karpathys_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="flickr30k"):
         retrieval.load_flickr30k(tmp_path)

@@ -62,6 +62,8 @@ def test_training_draws_by_seed_and_sample(clips: list[Sample]) -> None:
         assert torch.equal(one.inputs[name], same.inputs[name])
         assert torch.equal(one.inputs[name][1], alone.inputs[name][0])
         assert not torch.equal(one.inputs[name], other.inputs[name])
+        # The clips are alike: what differs was drawn.
+        assert not torch.equal(one.inputs[name][0], one.inputs[name][1])
     shades = [dataset.fetch([0], seed=s).inputs["image"].mean().item() for s in range(30)]
     assert min(shades) < 0.25 and max(shades) > 0.75
 
