@@ -23,6 +23,12 @@ from mpsl_dist.records.run import FREE_KEYS, RunDirectory, RunError, flatten
 
 #: Keys that may differ between the runs of a group.
 _NOT_THE_METHOD = (*FREE_KEYS, "name", "seed")
+#: Sections that only these methods read.
+_READERS = {
+    "adapters": ("fedclip",),
+    "federated": ("fedavg", "fedclip"),
+    "tokenizer_sync": ("mpsl", "psl"),
+}
 _ORDER = ("centralized", "mpsl", "psl", "fedavg", "fedclip")
 
 
@@ -49,12 +55,11 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All keys that tell a method and its task from another."""
+        method = self.summary["method"]
+        unread = tuple(name for name, readers in _READERS.items() if method not in readers)
+        left_out = tuple(f"{key}." for key in (*_NOT_THE_METHOD, *unread))
         flat = flatten(self.config)
-        free = tuple(f"{key}." for key in _NOT_THE_METHOD)
-        flat = {k: v for k, v in flat.items() if not k.startswith(free)}
-        return {
-            k: v for k, v in flat.items() if k not in _NOT_THE_METHOD and not k.startswith(free)
-        }
+        return {key: value for key, value in flat.items() if not f"{key}.".startswith(left_out)}
 
 
 def rounds_to(results: Sequence[float], part: float = 0.95) -> int:
@@ -284,6 +289,7 @@ def _draw(groups: Sequence[Group], path: Path) -> None:
         metric = here[0].runs[0].metric
         curves.set(xlabel="round", ylabel=f"test {metric}", title=f"{task[0]}, N={task[1]}")
         curves.set_ylim(0, 1)
+        curves.xaxis.get_major_locator().set_params(integer=True)
         curves.grid(axis="y", color="0.9")
         _draw_bars(bars, here, colours)
     handles, names = [], []
@@ -316,6 +322,7 @@ def _draw_bars(axis: Any, groups: Sequence[Group], colours: dict[str, str]) -> N
             f" {rounds:.1f} (ends at {100 * figures['mean']:.1f} %)", (rounds, place), va="center"
         )
     axis.set(title="rounds to 95 % of peak", yticks=[])
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.invert_yaxis()
-    axis.margins(x=0.45)
+    axis.margins(x=0.7)
     axis.spines[["top", "right"]].set_visible(False)
