@@ -200,8 +200,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise config.ConfigError(f"{options.run}: no model/ there; the run must be completed")
     model, experiment, _ = deployable.load(folder)
     splits = load_data(experiment)
-    accuracy = model.accuracy(splits.test, experiment.training.test_batch_size)
-    print(f"accuracy {accuracy:.4f} on the test set of {experiment.data.name}")
+    print(f"the test set of {experiment.data.name}:")
+    results = model.test(splits.test, experiment.training.test_batch_size)
+    for name, value in results.items():
+        print(f"{name} {value:.4f}")
     for name, value in splits.baselines.items():
         print(f"{name} {value:.4f}")
     return 0

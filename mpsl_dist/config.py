@@ -46,6 +46,14 @@ class Data:
     text_length: int = 16
     #: Loader processes per client; 0 loads in the worker itself.
     loaders: int = 0
+    #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's
+    #: own.
+    image_size: int | None = None
+    audio_frames: int | None = None
+    #: ``skip`` replaces a file that cannot be read by another sample, and counts it.
+    on_error: Literal["raise", "skip"] | None = None
+    #: Folder that keeps decoded inputs between epochs and runs.
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,10 @@ class Model:
     train_token_table: bool = False
     #: ``false`` freezes every tokenizer: clients only send.
     train_tokenizers: bool = True
+    #: Retrieval: embeddings of unit length, and the first value of a trained temperature (null
+    #: has none). The released code has neither.
+    normalize: bool = False
+    temperature: float | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,8 @@ class Experiment:
     #: ``equal``: ceil(B/N) each until it runs dry, the released code's rule.
     client_share: Literal["proportional", "equal"] = "proportional"
     tokenizer_sync: TokenizerSync = field(default_factory=TokenizerSync)
+    #: Retrieval's negatives: each client's own mini-batch (the paper), or the global batch.
+    contrastive: Literal["client", "global"] = "client"
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     weights: Weights = field(default_factory=Weights)

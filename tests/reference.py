@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from mpsl_dist.actors import assembly
 from mpsl_dist.config import Experiment
-from mpsl_dist.data.partition import epoch_order, partition, shares
+from mpsl_dist.data.partition import deal_pictures, epoch_order, partition, shares
 from mpsl_dist.methods.setup import load_data
 
 
@@ -25,9 +25,12 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     splits, seed = load_data(experiment), experiment.seed
     rule, settings = experiment.data.partition, experiment.training
-    parts = partition(
-        splits.train.labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed
-    )
+    if splits.retrieval:
+        parts = deal_pictures(splits.train.labels, experiment.clients, seed)
+    else:
+        parts = partition(
+            splits.train.labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed
+        )
     plan = shares([len(p) for p in parts], settings.batch_size, experiment.client_share)
     device = assembly.device_of(experiment)
     clients = [assembly.build_tokenizers(experiment, splits).to(device) for _ in parts]
@@ -51,17 +54,19 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
                 for k, x in batch.inputs.items()
             }
             tokens = clients[n](inputs)
-            early = experiment.model.fusion == "early"
+            early = experiment.model.fusion == "early" and not splits.retrieval
             cut[n] = [torch.cat(tokens, dim=1)] if early else tokens
             for tensor in cut[n]:
                 tensor.retain_grad()
         logits = server([torch.cat(tensors) for tensors in zip(*cut.values(), strict=True)])
-        loss, start, total = 0.0, 0, sum(len(b) for b in batches.values())
-        for batch in batches.values():
-            labels_b = batch.labels.to(device)
-            own = functional.cross_entropy(logits[start : start + len(batch)], labels_b)
-            loss = loss + len(batch) / total * own
-            start += len(batch)
+        labels = [batch.labels.to(device) for batch in batches.values()]
+        if experiment.contrastive == "global":
+            loss = _info_nce(logits, torch.cat(labels))
+        else:
+            compare = _info_nce if splits.retrieval else functional.cross_entropy
+            own = logits.split([len(b) for b in labels])
+            total = sum(len(b) for b in labels)
+            loss = sum(len(b) / total * compare(x, b) for x, b in zip(own, labels, strict=True))
         loss.backward()
         told["losses"].append(loss.item())
         told["cut_gradients"].append(
@@ -76,6 +81,18 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
         for n, c in enumerate(clients)
     }
     return told
+
+
+def _info_nce(embeddings: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """The paper's bidirectional contrastive loss, pair by pair, other captions left out."""
+    image, text = embeddings.unbind(1)
+    terms = []
+    for i in range(len(pictures)):
+        rivals = (pictures != pictures[i]) | (torch.arange(len(pictures)) == i).to(pictures.device)
+        own = image[i] @ text[i]
+        terms.append(torch.logsumexp((text[rivals] @ image[i]), 0) - own)
+        terms.append(torch.logsumexp((image[rivals] @ text[i]), 0) - own)
+    return torch.stack(terms).mean()
 
 
 def _adamw(module: torch.nn.Module, settings: Any) -> torch.optim.Optimizer:

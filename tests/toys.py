@@ -13,6 +13,7 @@ from mpsl_dist.data.text import VOCABULARY
 
 SHAPES = {"image": (3, 8, 8), "audio": (26, 36), "text": (6,)}
 CLASSES = ("a", "b", "c")
+PAIR_SHAPES = {name: SHAPES[name] for name in ("image", "text")}
 SAMPLES = 90
 
 
@@ -35,8 +36,23 @@ def load(modalities: tuple[str, ...]) -> Splits:
     return Splits(split(1, SAMPLES), split(2, 30), shapes, CLASSES)
 
 
+def load_pairs() -> Splits:
+    """Forty pictures with two captions each, for retrieval."""
+    splits = load(("image", "text"))
+    pictures = torch.arange(80) // 2
+    inputs = {
+        "image": splits.train.inputs["image"][pictures],
+        "text": splits.train.inputs["text"][:80],
+    }
+    train = TensorDataset(inputs, pictures)
+    return Splits(
+        train, TensorDataset(train.fetch(range(20)).inputs, pictures[:20]), PAIR_SHAPES, ()
+    )
+
+
 def register() -> None:
     """Make the toys known as ``toy-image+text`` and so on, in this process."""
+    data.LOADERS["toy-pairs"] = lambda *_, **__: load_pairs()
     for pair in (("image", "text"), ("image", "audio"), ("audio", "text")):
         data.LOADERS["toy-" + "+".join(pair)] = lambda *_, pair=pair, **__: load(pair)
 

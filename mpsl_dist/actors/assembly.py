@@ -13,11 +13,12 @@ from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data import Splits
-from mpsl_dist.data.partition import partition
+from mpsl_dist.data.partition import deal_pictures, partition
 from mpsl_dist.data.text import VOCABULARY
 from mpsl_dist.models import weight_sources, weights
 from mpsl_dist.models.adapters import Adapters
 from mpsl_dist.models.clip_text import ClipText, build_text_tower, default_tower
+from mpsl_dist.models.retrieval import TwoTowers
 from mpsl_dist.models.server_model import SIZES, ServerModel, build_encoder
 from mpsl_dist.models.tokenizers import PatchTokenizer, TextTokenizer, Tokenizers, token_table
 
@@ -36,6 +37,11 @@ def width_of(experiment: Experiment) -> int:
     """Give the encoder's width d."""
     encoder = experiment.model.encoder
     return encoder.width if encoder.size == "custom" else SIZES[encoder.size][0]
+
+
+def fusion_of(experiment: Experiment, splits: Splits) -> str:
+    """Give how modalities meet; in retrieval they never do, each is encoded by itself."""
+    return "late" if splits.retrieval else experiment.model.fusion
 
 
 def dtype_of(experiment: Experiment) -> torch.dtype:
@@ -131,6 +137,22 @@ def _load_stems(experiment: Experiment, tokenizers: Tokenizers) -> None:
             _tell(weights.load_stem(tokenizer, tokenizers.pre_norm, state, name, part))
 
 
+def check_task(experiment: Experiment, splits: Splits) -> None:
+    """Refuse options that do not fit the task, by a ConfigError."""
+    errors = []
+    if splits.retrieval:
+        if experiment.data.test_at == "clients":
+            errors.append("data.test_at: retrieval ranks the whole test set, at the server")
+        if experiment.method == "fedclip":
+            errors.append(f"method: fedclip has no adapters for retrieval ({experiment.data.name})")
+        if experiment.method == "psl" and experiment.contrastive == "global":
+            errors.append("contrastive: psl serves every client by itself; take contrastive=client")
+    elif experiment.contrastive == "global":
+        errors.append(f"contrastive: {experiment.data.name} is no retrieval dataset")
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
 def check_patches(experiment: Experiment, splits: Splits) -> None:
     """Refuse patches that do not fit the data, by a ConfigError."""
     name, model = experiment.data.name, experiment.model
@@ -168,15 +190,27 @@ def build_server(experiment: Experiment, splits: Splits, lengths: list[int]) -> 
     adapted = experiment.method == "fedclip"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed + 1)
-        server_model = ServerModel(
-            build_encoder(*dimensions, 0 if adapted else encoder.trainable_blocks),
-            dimensions[0],
-            lengths,
-            len(splits.classes),
-            model.fusion,
-            model.pooling,
-            model.post_norm,
-        )
+        blocks = build_encoder(*dimensions, 0 if adapted else encoder.trainable_blocks)
+        server_model: ServerModel | TwoTowers
+        if splits.retrieval:
+            server_model = TwoTowers(
+                blocks,
+                dimensions[0],
+                model.pooling,
+                model.post_norm,
+                model.normalize,
+                model.temperature,
+            )
+        else:
+            server_model = ServerModel(
+                blocks,
+                dimensions[0],
+                lengths,
+                len(splits.classes),
+                model.fusion,
+                model.pooling,
+                model.post_norm,
+            )
         if adapted:
             rules, modalities = experiment.adapters, list(splits.shapes)
             server_model.adapters = Adapters(modalities, rules.include, dimensions[0], rules.form)
@@ -194,10 +228,11 @@ def build_server(experiment: Experiment, splits: Splits, lengths: list[int]) -> 
 def build_local_data(experiment: Experiment, splits: Splits) -> list[tuple[LocalData, LocalData]]:
     """Give every client's training and test samples, the latter empty where the server has them."""
     seed, data = experiment.seed, experiment.data
-    rule = data.partition
-    parts = partition(
-        splits.train.labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed
-    )
+    rule, labels = data.partition, splits.train.labels
+    if splits.retrieval:
+        parts = deal_pictures(labels, experiment.clients, seed)
+    else:
+        parts = partition(labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed)
     tests = [np.empty(0, dtype=np.int64)] * experiment.clients
     if data.test_at == "clients":
         tests = partition(splits.test.labels, experiment.clients, "iid", 1.0, 1, seed)

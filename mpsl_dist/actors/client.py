@@ -8,6 +8,8 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 ``describe``              how many training and test samples it holds
 ``tokenize``              smashed activations of the cut layer (training)
 ``loss``                  one number, its mean loss over its mini-batch
+``pairs``                 which pairs of its mini-batch share a picture (retrieval with
+                          ``contrastive: global``, in place of a loss)
 ``tokenize_test``         smashed activations (evaluation, where clients hold the test set)
 ``score``                 how many of its test predictions were right
 ``tokenizer_weights``     its trained tokenizer parameters, for FedAvg
@@ -15,8 +17,9 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 ========================  =====================================================================
 
 and, by distributed autograd in the backward, the gradient of its loss with respect to its
-predictions. That gradient reads every label (softmax minus one-hot: the one negative entry is the
-label), in this protocol as in the paper's. Raw inputs and labels themselves are never returned.
+predictions. In classification that gradient reads every label (softmax minus one-hot: the one
+negative entry is the label), in this protocol as in the paper's. Raw inputs and labels themselves
+are never returned.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mpsl_dist.actors.local_data import LocalData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.data import Batch
 from mpsl_dist.models.average import load_trainable, trainable_state
+from mpsl_dist.models.losses import loss_of
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
 
 
@@ -108,10 +111,20 @@ class Client:
         """
         return self._smash(self.tokenizers.local_value(), self.data.batch(step))
 
-    def loss(self, step: int, predictions_bk: Tensor) -> Tensor:
-        """Compare predictions with its own labels: the mean cross-entropy (Eq. 2), a scalar."""
-        labels_b = self.data.batch(step).labels.to(self.device)
-        return functional.cross_entropy(predictions_bk.to(self.device), labels_b).cpu()
+    def loss(self, step: int, predictions: Tensor) -> Tensor:
+        """Compare predictions with its own labels (Eq. 2): the mean over its mini-batch."""
+        return loss_of(predictions.to(self.device), self.data.batch(step).labels).cpu()
+
+    def pairs(self, step: int) -> Tensor:
+        """Say which pairs of the mini-batch share a picture (``contrastive: global`` alone).
+
+        Returns
+        -------
+        Tensor
+            (b,) int64, numbered within the mini-batch: equal where the picture is the same, and
+            nothing about which picture.
+        """
+        return self.data.batch(step).labels.unique(return_inverse=True)[1]
 
     def tokenize_test(self, step: int) -> list[Tensor]:
         """Tokenize a batch of its test samples with the tokenizers of :meth:`begin_test`."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mpsl_dist.actors.assembly import build_server, build_tokenizers, device_of
 from mpsl_dist.config import Experiment, Weights, from_dict, to_dict
 from mpsl_dist.data import Dataset, Splits, load_batches
+from mpsl_dist.models.retrieval import TwoTowers, recalls
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
 
@@ -25,16 +26,16 @@ class Deployable(nn.Module):
     Parameters
     ----------
     tokenizers : Tokenizers
-    server_model : ServerModel
+    server_model : ServerModel or TwoTowers
     """
 
-    def __init__(self, tokenizers: Tokenizers, server_model: ServerModel) -> None:
+    def __init__(self, tokenizers: Tokenizers, server_model: ServerModel | TwoTowers) -> None:
         super().__init__()
         self.tokenizers = tokenizers
         self.server_model = server_model
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Give logits (b, classes) for inputs as in :class:`mpsl_dist.data.Batch`."""
+        """Give logits (b, classes), or embeddings (b, 2, d), for inputs as in a ``Batch``."""
         return self.server_model(fuse(self.tokenizers(inputs), self.server_model.fusion))
 
     def place(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,11 +46,27 @@ class Deployable(nn.Module):
             for name, x in inputs.items()
         }
 
+    def test(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
+        """Test on a whole split: ``accuracy``; in retrieval, R@1, R@5 and R@10 both ways."""
+        samples = range(len(dataset.labels))
+        if isinstance(self.server_model, TwoTowers):
+            return self._recalls(dataset, batch_size)
+        return {"accuracy": self.right(dataset, samples, batch_size) / len(samples)}
+
     @torch.no_grad()
-    def accuracy(self, dataset: Dataset, batch_size: int) -> float:
-        """Give the accuracy over a whole split."""
-        samples = len(dataset.labels)
-        return self.right(dataset, range(samples), batch_size) / samples
+    def _recalls(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
+        samples = range(len(dataset.labels))
+        batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+        embedded = [
+            self(self.place(batch.inputs)).cpu()
+            for batch in load_batches(dataset, batches, seed=None)
+        ]
+        embeddings_m2d = torch.cat(embedded)
+        pictures = dataset.labels.tolist()
+        first = {picture: row for row, picture in reversed(list(enumerate(pictures)))}
+        rows = {picture: row for row, picture in enumerate(first)}
+        picture_m = torch.tensor([rows[picture] for picture in pictures])
+        return recalls(embeddings_m2d[list(first.values()), 0], embeddings_m2d[:, 1], picture_m)
 
     @torch.no_grad()
     def right(self, dataset: Dataset, positions: Sequence[int], batch_size: int) -> int:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.config import Training
 from mpsl_dist.data import Batch
+from mpsl_dist.models.losses import loss_of
 
 
 class DivergedError(ArithmeticError):
@@ -50,8 +50,7 @@ class Learner:
 
     def loss(self, batch: Batch) -> Tensor:
         """Give the mean loss over these samples (Eq. 2), a scalar."""
-        predictions_bk = self.model(self.model.place(batch.inputs))
-        return functional.cross_entropy(predictions_bk, batch.labels.to(predictions_bk.device))
+        return loss_of(self.model(self.model.place(batch.inputs)), batch.labels)
 
     def gradients(self, loss: Tensor) -> dict[Tensor, Tensor]:
         """Differentiate a loss; parameters that had no part in it are left out."""

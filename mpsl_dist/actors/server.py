@@ -39,11 +39,22 @@ class Server:
         -------
         dict of int to Tensor
             Every client's own slice of the predictions, (b_n, classes), on CPU.
+
+        Notes
+        -----
+        What leaves here is a copy, and so are the gradients that come back for the activations: of
+        a view that is more than half of its storage, RPC sends all of the storage, the other
+        clients' rows with it.
         """
+        for tensors in smashed.values():
+            for tokens_bld in tensors:
+                if tokens_bld.requires_grad:
+                    tokens_bld.register_hook(torch.clone)
         sizes = [len(tensors[0]) for tensors in smashed.values()]
         together = [torch.cat(parts) for parts in zip(*smashed.values(), strict=True)]
         predictions_bk = self.model([tokens.to(self.device) for tokens in together]).cpu()
-        return dict(zip(smashed, predictions_bk.split(sizes), strict=True))
+        slices = [slice_bk.clone() for slice_bk in predictions_bk.split(sizes)]
+        return dict(zip(smashed, slices, strict=True))
 
     def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
         """Step the server's own optimizer."""

@@ -74,6 +74,11 @@ class Splits:
     classes: tuple[str, ...]
     baselines: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def retrieval(self) -> bool:
+        """Whether samples are (picture, caption) pairs without classes."""
+        return not self.classes
+
 
 @dataclass(frozen=True)
 class TensorDataset:

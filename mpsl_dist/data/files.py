@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ DATASETS: dict[str, Callable[..., Splits]] = {
     "kinetics-sounds": video_audio.load_kinetics_sounds,
     "ucf101": video_audio.load_ucf101,
     "meld": video_audio.load_meld,
+    "flickr8k": partial(retrieval.load_flickr30k, folder="flickr8k"),
     "flickr30k": retrieval.load_flickr30k,
     "ms-coco": retrieval.load_ms_coco,
     "manifest": manifest.load,

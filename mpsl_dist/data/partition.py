@@ -56,6 +56,26 @@ def partition(
     return [np.sort(np.array(part, dtype=np.int64)) for part in held]
 
 
+def deal_pictures(pictures: Tensor, clients: int, seed: int) -> Parts:
+    """Deal shuffled pictures to the clients, each with all its captions (retrieval has no classes).
+
+    Parameters
+    ----------
+    pictures : Tensor
+        (pairs,) int64: the picture of every pair.
+
+    Raises
+    ------
+    DataError
+        If there are fewer pictures than clients.
+    """
+    values = pictures.numpy()
+    shuffled = np.random.default_rng(seed).permutation(np.unique(values))
+    if len(shuffled) < clients:
+        raise DataError(f"clients: {clients} clients, but only {len(shuffled)} training pictures")
+    return [np.flatnonzero(np.isin(values, part)) for part in np.array_split(shuffled, clients)]
+
+
 def _fill(held: list[list[int]], minimum: int, rng: np.random.Generator) -> None:
     for part in held:
         while len(part) < minimum:

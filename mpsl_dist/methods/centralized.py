@@ -64,7 +64,7 @@ class Centralized:
     def evaluate(self) -> dict[str, float]:
         """Test on the whole test set, whoever would hold it."""
         size = self.experiment.training.test_batch_size
-        return {"accuracy": self.learner.model.accuracy(self.splits.test, size)}
+        return self.learner.model.test(self.splits.test, size)
 
     def deployable(self) -> Deployable:
         """Give the model."""

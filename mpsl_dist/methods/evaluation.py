@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,21 +17,27 @@ if TYPE_CHECKING:
 
 def evaluate(method: Mpsl) -> dict[str, float]:
     """Test the averaged tokenizers and, if asked for, every client's own."""
-    at_server = method.experiment.data.test_at == "server"
     own = method.experiment.training.evaluate_own
     weights = _fetch(method, everyone=own)
     mean = _mean(method, weights)
-    if at_server:
-        results = {"accuracy": _at_server(method, mean)}
+    if method.experiment.data.test_at == "server":
+        results = _at_server(method, mean)
         alone = [_at_server(method, weights[n]) for n in weights] if own else []
     else:
         results = {"accuracy": _overall(_at_clients(method, mean))}
-        alone = [r / n for r, n in _at_clients(method, None).values()] if own else []
-    if alone:
-        results["accuracy_own_mean"] = sum(alone) / len(alone)
-        results["accuracy_own_min"] = min(alone)
-        results["accuracy_own_max"] = max(alone)
-    return results
+        each = _at_clients(method, None).values() if own else ()
+        alone = [{"accuracy": right / samples} for right, samples in each]
+    return results | _spread(alone)
+
+
+def _spread(alone: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Give mean, minimum and maximum over the clients' own results."""
+    found = {}
+    for name in alone[0] if alone else ():
+        values = [one[name] for one in alone]
+        found[f"{name}_own_mean"] = sum(values) / len(values)
+        found[f"{name}_own_min"], found[f"{name}_own_max"] = min(values), max(values)
+    return found
 
 
 def fetch_average(method: Mpsl) -> None:
@@ -52,10 +58,10 @@ def _mean(method: Mpsl, weights: Mapping[int, dict[str, Tensor]]) -> dict[str, T
     return average(list(weights.values()), [method.sizes[n] for n in weights])
 
 
-def _at_server(method: Mpsl, weights: Mapping[str, Tensor]) -> float:
+def _at_server(method: Mpsl, weights: Mapping[str, Tensor]) -> dict[str, float]:
     load_trainable(method.tokenizers, weights)
     model = Deployable(method.tokenizers, method.server.model)
-    return model.accuracy(method.splits.test, method.experiment.training.test_batch_size)
+    return model.test(method.splits.test, method.experiment.training.test_batch_size)
 
 
 def _at_clients(method: Mpsl, weights: Mapping[str, Tensor] | None) -> dict[int, tuple[int, int]]:

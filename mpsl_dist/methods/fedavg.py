@@ -91,7 +91,7 @@ class FedAvg:
         """Test the server's model, where the test samples are."""
         size = self.experiment.training.test_batch_size
         if self.experiment.data.test_at == "server":
-            return {"accuracy": self.model.accuracy(self.splits.test, size)}
+            return self.model.test(self.splits.test, size)
         weights = trainable_state(self.model)
         self.traffic.add_all("test_weights_down", dict.fromkeys(self.test_sizes, weights))
         asked = dict.fromkeys(self.test_sizes, (weights, size))

@@ -9,9 +9,10 @@ steps its own optimizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpsl_dist.actors.deployable import Deployable
@@ -21,6 +22,7 @@ from mpsl_dist.data import Splits
 from mpsl_dist.data.partition import shares
 from mpsl_dist.methods import evaluation
 from mpsl_dist.models.average import average
+from mpsl_dist.models.losses import loss_of
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime import rpc
@@ -36,12 +38,25 @@ def aggregate(losses: Mapping[int, Tensor], batch_sizes: Mapping[int, int]) -> T
     return sum(loss * (batch_sizes[client] / total) for client, loss in losses.items())
 
 
-def require_finite(losses: Mapping[int, Tensor], step: int) -> None:
-    """Stop before a loss that is no number reaches anybody's parameters."""
-    for client, loss in losses.items():
+def number_apart(pairs: Iterable[Tensor]) -> Tensor:
+    """Join the clients' numbers of their pictures so that no two clients share one."""
+    joined, first = [], 0
+    for pairs_b in pairs:
+        joined.append(pairs_b + first)
+        first += int(pairs_b.max()) + 1
+    return torch.cat(joined)
+
+
+def require_finite(losses: Mapping[Any, Tensor], step: int) -> None:
+    """Stop before a loss that is no number reaches anybody's parameters.
+
+    ``losses`` are by client number, or by words that say whose it is.
+    """
+    for whose, loss in losses.items():
         if not math.isfinite(loss.item()):
+            who = f"of client {whose}" if isinstance(whose, int) else whose
             raise TrainingError(
-                f"step {step}: the loss of client {client} is {loss.item()}; no parameter was "
+                f"step {step}: the loss {who} is {loss.item()}; no parameter was "
                 "changed by this step. Lower training.server.lr and training.client.lr"
             )
 
@@ -102,14 +117,41 @@ class Mpsl:
             batches = {n: (epoch_step,) for n in batch_sizes}
             smashed = self.clients.call("tokenize", batches, where)
             predictions = self.server.forward(smashed)
-            asked = {n: (epoch_step, predictions[n]) for n in batch_sizes}
-            losses = self.clients.call("loss", asked, where)
-            require_finite(losses, step)
-            loss = aggregate(losses, batch_sizes)
-            self._count(smashed, predictions, losses)
+            if self.experiment.contrastive == "global":
+                loss = self._global_loss(predictions, epoch_step, step)
+            else:
+                loss = self._clients_loss(predictions, epoch_step, step)
+            self._count(smashed)
             self._backward(context, loss, where)
             self._step_owners(context, batch_sizes, step, where)
         return loss.item()
+
+    def _clients_loss(
+        self, predictions: Mapping[int, Tensor], epoch_step: int, step: int
+    ) -> Tensor:
+        """Have every client compare its slice of the predictions with its own labels."""
+        asked = {n: (epoch_step, predictions[n]) for n in predictions}
+        losses = self.clients.call("loss", asked, f"step {step}")
+        require_finite(losses, step)
+        self.traffic.add_all("predictions", predictions)
+        self.traffic.add_all("losses", losses)
+        self.traffic.watch_gradients(
+            "prediction_gradients", {n: [slice_b] for n, slice_b in predictions.items()}
+        )
+        self.traffic.watch_gradients("loss_gradients", {n: [x] for n, x in losses.items()})
+        return aggregate(losses, {n: len(slice_b) for n, slice_b in predictions.items()})
+
+    def _global_loss(self, predictions: Mapping[int, Tensor], epoch_step: int, step: int) -> Tensor:
+        """Contrast every pair with all others of the global batch, at the server.
+
+        Embeddings never go back to the clients; which pairs share a picture comes from them.
+        """
+        asked = {n: (epoch_step,) for n in predictions}
+        pairs = self.clients.call("pairs", asked, f"step {step}")
+        self.traffic.add_all("pairs", pairs)
+        loss = loss_of(torch.cat(list(predictions.values())), number_apart(pairs.values()))
+        require_finite({"of the global batch": loss}, step)
+        return loss
 
     def _backward(self, context: rpc.AutogradContext, loss: Tensor, where: str) -> None:
         try:
@@ -194,17 +236,6 @@ class Mpsl:
     def _everyone(self, *arguments: Any) -> dict[int, tuple[Any, ...]]:
         return dict.fromkeys(self.clients.references, arguments)
 
-    def _count(
-        self,
-        smashed: Mapping[int, list[Tensor]],
-        predictions: Mapping[int, Tensor],
-        losses: Mapping[int, Tensor],
-    ) -> None:
+    def _count(self, smashed: Mapping[int, list[Tensor]]) -> None:
         self.traffic.add_all("activations", smashed)
-        self.traffic.add_all("predictions", predictions)
-        self.traffic.add_all("losses", losses)
         self.traffic.watch_gradients("cut_layer_gradients", smashed)
-        self.traffic.watch_gradients(
-            "prediction_gradients", {n: [slice_bk] for n, slice_bk in predictions.items()}
-        )
-        self.traffic.watch_gradients("loss_gradients", {n: [x] for n, x in losses.items()})

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
-from mpsl_dist.methods.mpsl import Mpsl, require_finite
+from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.runtime import rpc
 
 #: What one client's backward leaves: its weighted loss, and the server's gradients.
@@ -51,11 +51,9 @@ class Psl(Mpsl):
         with rpc.autograd_context() as context:
             smashed = self.clients.call("tokenize", {n: (epoch_step,)}, where)
             predictions = self.server.forward(smashed)
-            losses = self.clients.call("loss", {n: (epoch_step, predictions[n])}, where)
-            require_finite(losses, step)
-            self._count(smashed, predictions, losses)
+            loss = self._clients_loss(predictions, epoch_step, step) * weight
+            self._count(smashed)
             proceed()
-            loss = losses[n] * weight
             self._backward(context, loss, where)
             if self.experiment.model.train_tokenizers:
                 summed = self.experiment.tokenizer_sync.mode == "gradients"

@@ -116,7 +116,7 @@ def checked_data(experiment: Experiment) -> Splits:
     """Load the data and refuse what cannot work, before any process waits for another."""
     splits = load_data(experiment)
     refusals = []
-    for check in (assembly.build_local_data, assembly.check_patches):
+    for check in (assembly.build_local_data, assembly.check_patches, assembly.check_task):
         try:
             check(experiment, splits)
         except (ConfigError, DataError) as error:

@@ -18,7 +18,11 @@ from mpsl_dist.runtime.placement import place
 
 def load_data(experiment: Experiment) -> Splits:
     """Load the experiment's dataset."""
-    return data.load(experiment.data.name, experiment.data.root, experiment.data.text_length)
+    chosen = experiment.data
+    options = {
+        name: getattr(chosen, name) for name in ("image_size", "audio_frames", "on_error", "cache")
+    }
+    return data.load(chosen.name, chosen.root, chosen.text_length, **options)
 
 
 def build_clients(
@@ -40,7 +44,7 @@ def build_clients(
     for number in numbers:
         tokenizers = assembly.build_tokenizers(experiment, splits, frozen_text).to(device)
         stepper = Stepper(tokenizers.parameters(), experiment.training.client)
-        fusion = experiment.model.fusion
+        fusion = assembly.fusion_of(experiment, splits)
         clients.append(
             Client(number, *held[number], reference(tokenizers), stepper, fusion, device)
         )

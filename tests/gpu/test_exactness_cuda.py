@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-
 from multiprocess.test_exactness import assert_equals_reference, cases, run_gold
 
 pytestmark = pytest.mark.skipif(

@@ -34,7 +34,16 @@ def cases(device: str = "cpu") -> dict[str, dict]:
     found["equal shares, dry clients"] = found["late image+audio float64"] | {
         "client_share": "equal"
     }
+    for contrastive in ("client", "global"):
+        # In float64 alone: the reference writes the loss as another sum, and AdamW makes steps of
+        # full size from float32's rounding in parameters without a gradient (a key's bias).
+        found[f"retrieval {contrastive}"] = _retrieval(contrastive, "float64")
     return {name: case | {"device": device} for name, case in found.items()}
+
+
+def _retrieval(contrastive: str, precision: str) -> dict:
+    case = {"clients": 3, "contrastive": contrastive} | _case("late", "pairs", precision)
+    return case | {"model": {"normalize": True, "temperature": 0.2}}
 
 
 def _case(fusion: str, pair: str, precision: str) -> dict:
@@ -47,13 +56,13 @@ def _case(fusion: str, pair: str, precision: str) -> dict:
     }
 
 
-def run_gold(folder: Path, chosen: dict[str, dict]) -> dict[str, tuple]:
+def run_gold(folder: Path, chosen: dict[str, dict], steps: int = STEPS) -> dict[str, tuple]:
     """Run all cases in one world; give (experiment, what came of it) by case."""
     toys.register()
     experiments = {name: toys.experiment(**case) for name, case in chosen.items()}
     task = folder / "task.json"
     listed = [to_dict(e) | {"output": str(folder)} for e in experiments.values()]
-    task.write_text(json.dumps({"steps": STEPS, "experiments": listed}))
+    task.write_text(json.dumps({"steps": steps, "experiments": listed}))
     with launcher(folder) as launch:
         line = torchrun_line(5, str(RANKS), "gold", str(task))
         status, output = launch(line).finish(240)
@@ -131,7 +140,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", [name for name in cases() if "retrieval" not in name])
 def test_on_one_thread_it_equals_to_the_last_bit(case: str, gold: dict) -> None:
     experiment, told = gold[case]
     expected = reference.train(experiment, STEPS)

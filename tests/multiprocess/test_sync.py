@@ -1,0 +1,89 @@
+"""Tokenizer sync: summed gradients every step are centralized training; weights are FedAvg's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import toys
+from test_exactness import assert_close, run_gold
+
+from mpsl_dist.actors import deployable
+from mpsl_dist.actors.learner import Learner
+from mpsl_dist.methods.centralized import Centralized
+from mpsl_dist.methods.setup import load_data
+
+STEPS = 20
+CLIENTS = (1, 4, 10)
+
+
+def case(clients: int, mode: str, every: int) -> dict:
+    partition = {"alpha": 0.1, "minimum": 1}
+    return {
+        "clients": clients,
+        "clients_per_worker": 3,
+        "tokenizer_sync": {"mode": mode, "every": every},
+        "data": {"name": "toy-image+text", "partition": partition},
+        "training": {
+            "precision": "float64",
+            "epochs": 10,
+            "batch_size": 20,
+            "server": {"lr": 1e-2, "weight_decay": 0.1},
+            "client": {"lr": 1e-2, "weight_decay": 0.1},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
+    toys.register()
+    chosen = {f"gradients {n}": case(n, "gradients", 1) for n in CLIENTS}
+    chosen |= {"gradients 4 every 5": case(4, "gradients", 5)}
+    chosen |= {"weights 4": case(4, "weights", 1), "none 4": case(4, "none", 1)}
+    return run_gold(tmp_path_factory.mktemp("sync"), chosen, STEPS)
+
+
+@pytest.mark.parametrize("clients", CLIENTS)
+def test_summed_gradients_every_step_equal_centralized_training(clients, trained) -> None:
+    experiment, told = trained[f"gradients {clients}"]
+    torch.set_num_threads(1)
+    splits = load_data(experiment)
+    learner = Learner(deployable.build(experiment, splits), experiment.training)
+    central = Centralized(experiment, splits, learner)
+    for step in range(STEPS):
+        epoch, epoch_step = divmod(step, len(central.plan))
+        if epoch_step == 0:
+            central.begin_epoch(epoch)
+        assert told["losses"][step] == pytest.approx(central.step(epoch_step, step), rel=1e-8)
+    for name, value in learner.model.server_model.state_dict().items():
+        assert_close(told["server"][name], value, 1e-8, f"server {name}")
+    own = dict(learner.model.tokenizers.named_parameters())
+    for client, state in told["clients"].items():
+        for name, value in state.items():
+            assert_close(value, own[name].detach(), 1e-8, f"client {client} {name}")
+
+
+@pytest.mark.parametrize("mode", ["gradients 4", "gradients 4 every 5", "weights 4"])
+def test_synced_tokenizers_are_identical_and_moved(mode: str, trained) -> None:
+    experiment, told = trained[mode]
+    first = dict(deployable.build(experiment, load_data(experiment)).tokenizers.named_parameters())
+    one, *others = told["clients"].values()
+    for name, value in one.items():
+        assert not torch.equal(value, first[name])
+        assert all(torch.equal(value, other[name]) for other in others), name
+
+
+def test_without_sync_tokenizers_drift_apart(trained) -> None:
+    one, other, *_ = trained["none 4"][1]["clients"].values()
+    assert all(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_the_toys_train_is_what_the_sync_moves(trained) -> None:
+    _, told = trained["gradients 4"]
+    assert set(told["clients"][0]) == {
+        "by_modality.image.cls",
+        "by_modality.image.positions",
+        "by_modality.image.patchify.weight",
+        "by_modality.text.positions",
+        "pre_norm.weight",
+        "pre_norm.bias",
+    }
