@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,22 @@ def train_and_tell(experiment: Experiment, world: environment.Environment, steps
     return told
 
 
+def side_by_side(
+    experiments: list[Experiment], world: environment.Environment, steps: int
+) -> list[list[float]]:
+    """Train step by step in turns; give every experiment's seconds of every step."""
+    methods = [runs.connect(e, world, load_data(e)) for e in experiments]
+    seconds: list[list[float]] = [[] for _ in methods]
+    for method in methods:
+        method.begin_epoch(0)
+    for step in range(steps):
+        for method, taken in zip(methods, seconds, strict=True):
+            started = time.perf_counter()
+            method.step(step, step)
+            taken.append(time.perf_counter() - started)
+    return seconds
+
+
 def main() -> None:
     toys.register()
     path = Path(sys.argv[1])
@@ -52,7 +69,11 @@ def main() -> None:
         return
     runs.join(toys.experiment(), world)
     task = json.loads(path.read_text())
-    told = [train_and_tell(from_dict(e), world, task["steps"]) for e in task["experiments"]]
+    experiments = [from_dict(e) for e in task["experiments"]]
+    if task.get("side_by_side"):
+        told: list = side_by_side(experiments, world, task["steps"])
+    else:
+        told = [train_and_tell(experiment, world, task["steps"]) for experiment in experiments]
     torch.save(told, path.with_suffix(".pt"))
     rpc.stop()
 
