@@ -236,6 +236,10 @@ def test_meld(tmp_path: Path) -> None:
     audio = splits.test.fetch([0]).inputs["audio"][0]
     assert audio[:55].mean() > audio[62:].mean() + 0.2, "the utterance first, then silence"
     assert torch.equal(audio[65], audio[79])
+    short = video_audio.load_meld(tmp_path, audio_frames=20)
+    levels = [short.test.fetch([0], seed).inputs["audio"].max() for seed in (None, 1, 2, 3)]
+    assert min(levels) == levels[0], "the tone grows: at test the begin"
+    assert max(levels) > levels[0] + 0.1, "in training anywhere"
     (tmp_path / "meld/dev_splits_complete/dia1_utt1.mp4").unlink()
     assert len(video_audio.load_meld(tmp_path).train.labels) == 9
     with pytest.raises(DataError, match=r"1 of 10.*dia1_utt1"):

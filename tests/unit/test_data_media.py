@@ -70,6 +70,8 @@ def test_clip_gives_the_frame_and_the_sound_of_a_moment(
     path = write_clip(tmp_path / name, 2.0, sound=sound)
     shades = [float(media.read_frame(path, f).float().mean()) for f in (0.0, 0.5, 1.0)]
     assert shades[0] < 20 and abs(shades[1] - 127) < 25 and shades[2] > 235
+    # At 1.05 s the frame of 1.0 s is shown, the eleventh of twenty.
+    assert abs(float(media.read_frame(path, 0.525).float().mean()) - 255 * 10 / 19) < 6
     early, late = (media.read_waveform(path, f, 1_600).abs().max() for f in (0.2, 0.8))
     assert 0.1 < early < 0.35 and 0.6 < late < 1.0
     assert media.read_waveform(path, 0.5, 5 * audio.RATE).shape == (5 * audio.RATE,)
@@ -183,8 +185,9 @@ def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
     tone = write_sound(tmp_path / "secret.aac", codec="aac", container_format="adts")
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tone}\n#EXT-X-ENDLIST\n"
     (tmp_path / "list.mp4").write_text(playlist)
-    (tmp_path / "list.wav").write_text(f"ffconcat version 1.0\nfile {tone}\n")
-    for name in ("list.mp4", "list.wav"):
+    (tmp_path / "list.wav").write_text("ffconcat version 1.0\nfile secret.aac\n")
+    (tmp_path / "list.m3u8").write_text(playlist.replace(str(tone), "secret.aac"))
+    for name in ("list.mp4", "list.wav", "list.m3u8"):
         with pytest.raises(DataError, match=name):
             media.read_waveform(tmp_path / name)
 

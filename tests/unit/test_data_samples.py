@@ -64,6 +64,8 @@ def test_training_draws_by_seed_and_sample(clips: list[Sample]) -> None:
         assert not torch.equal(one.inputs[name], other.inputs[name])
         # The clips are alike: what differs was drawn.
         assert not torch.equal(one.inputs[name][0], one.inputs[name][1])
+    twice = _dataset([clips[0], clips[0]], CLIP).fetch([0, 1], seed=5).inputs["image"]
+    assert not torch.equal(twice[0], twice[1]), "one clip in two samples is drawn twice"
     shades = [dataset.fetch([0], seed=s).inputs["image"].mean().item() for s in range(30)]
     assert min(shades) < 0.25 and max(shades) > 0.75
 
