@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mpsl_dist.analysis import flops, traffic_model
-from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
+from mpsl_dist.analysis.cost_inputs import CAPTIONS, Inputs, inputs_of
 from mpsl_dist.analysis.flops import Flops, Parts
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.config import Optimizer as OptimizerSettings
@@ -88,7 +88,7 @@ def about(experiment: Experiment, inputs: Inputs) -> dict[str, object]:
         "shapes": {name: list(shape) for name, shape in inputs.shapes.items()},
         "classes": inputs.classes,
         "train_samples": inputs.train,
-        "texts_per_sample": inputs.captions,
+        "sample": "a picture and a caption" if inputs.retrieval else "one",
         "encoder": encoder.size,
         "trainable_blocks": encoder.trainable_blocks,
         "fusion": experiment.model.fusion,
@@ -112,6 +112,8 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
         parts = replace(of.parts, experiment=replace(experiment, method=method))
         rows += _parameters(method, parts)
         rows += _flops(method, of.client, of.server)
+        if inputs.retrieval:
+            rows += _picture_rows(method, parts)
         rows += _bytes(method, parts)
         rows += _memory(method, parts, of)
     return Cost(experiment, inputs, tuple(rows))
@@ -186,6 +188,19 @@ def _flops(method: str, client: dict[str, Flops], server: dict[str, Flops]) -> I
     for (owner, total), value in totals.items():
         if total == "total" or (TOWER in client and owner == owner_of(method, "client")):
             yield from _flop_rows(method, owner, total, value)
+
+
+def _picture_rows(method: str, parts: Parts) -> Iterator[Row]:
+    """Give totals in the paper's unit of retrieval: a picture with all its captions."""
+    client = flops.count_client(parts, CAPTIONS)
+    for row in _flops(method, client, flops.count_server(parts, CAPTIONS)):
+        if row.part.startswith("total"):
+            yield replace(row, part=f"{row.part}, picture with {CAPTIONS} captions")
+    if method in ("mpsl", "psl"):
+        sent = traffic_model.per_sample(parts, CAPTIONS)
+        for kind in ("activations", "cut_layer_gradients"):
+            part, way = f"{kind}, picture with {CAPTIONS} captions", traffic_model.direction(kind)
+            yield Row("bytes_per_sample", method, "client", part, way, sent[kind], "bytes")
 
 
 def _flop_rows(method: str, owner: str, part: str, value: Flops) -> Iterator[Row]:

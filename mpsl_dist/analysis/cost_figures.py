@@ -58,10 +58,13 @@ def resized(experiment: Experiment, size: str) -> Experiment:
 def _point(experiment: Experiment, size: str) -> Point:
     at, inputs = resized(experiment, size), inputs_of(experiment)
     plan = traffic_model.equal_plan(at, inputs.train)
-    sent, parts = {}, None
-    for method in reversed(_METHODS):
-        parts = flops.build(replace(at, method=method), inputs)
-        kinds = traffic_model.training(parts, plan, epochs=1)
+    parts = flops.build(replace(at, method="mpsl"), inputs)
+    adapted = flops.build(replace(at, method="fedclip"), inputs)
+    sent = {}
+    for method in _METHODS:
+        built = adapted if method == "fedclip" else parts
+        asked = replace(built, experiment=replace(at, method=method))
+        kinds = traffic_model.training(asked, plan, epochs=1)
         sent[method] = sum(float(by_client.mean()) for by_client in kinds.values())
     client, server = flops.count_client(parts), flops.count_server(parts)
     tower = client.pop(TOWER, flops.Flops()).forward

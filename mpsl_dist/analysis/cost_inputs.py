@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mpsl_dist.config import Experiment
+from mpsl_dist.config import Data, Experiment
 from mpsl_dist.data import Splits, TensorDataset
 from mpsl_dist.methods.setup import load_data
+
+#: Captions of a picture in the retrieval datasets.
+CAPTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,18 @@ class Inputs:
     classes : int
         0 for retrieval.
     train, test : int
-        Samples; in retrieval pictures.
-    captions : int
-        Texts per picture in retrieval, else 1.
+        Samples; in retrieval pairs of a picture and a caption.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     classes: int
     train: int
     test: int
-    captions: int = 1
+
+    @property
+    def retrieval(self) -> bool:
+        """Whether samples are pairs of a picture and a caption."""
+        return self.classes == 0
 
     def splits(self) -> Splits:
         """Give splits without a sample, from which the actors' parts can be built."""
@@ -44,25 +49,34 @@ class Inputs:
         return Splits(empty, empty, self.shapes, tuple(str(k) for k in range(self.classes)))
 
 
-def _known(text: int) -> dict[str, Inputs]:
-    picture = (3, 224, 224)
-    image_text = {"image": picture, "text": (text,)}
+def _known(rules: Data) -> dict[str, Inputs]:
+    picture = (3, rules.image_size or 224, rules.image_size or 224)
+    text = (rules.text_length,)
+    image_text = {"image": picture, "text": text}
+
+    def audio(frames: int) -> tuple[int, int]:
+        return rules.audio_frames or frames, 128
+
+    def pairs(train: int, test: int) -> Inputs:
+        return Inputs(image_text, 0, CAPTIONS * train, CAPTIONS * test)
+
     return {
         "coco-qa": Inputs(image_text, 430, 78_736, 38_948),
         "t4sa": Inputs(image_text, 3, 368_586, 51_000),
-        "kinetics-sounds": Inputs({"image": picture, "audio": (1024, 128)}, 30, 15_376, 3_844),
-        "ucf101": Inputs({"image": picture, "audio": (98, 128)}, 51, 4_893, 1_943),
-        "meld": Inputs({"audio": (766, 128), "text": (text,)}, 7, 11_096, 2_610),
-        "flickr30k": Inputs(image_text, 0, 29_000, 1_000, captions=5),
-        "ms-coco": Inputs(image_text, 0, 82_783, 5_000, captions=5),
-        "digits-qa": Inputs({"image": (1, 8, 8), "text": (text,)}, 12, 5_768, 1_420),
-        "mnist-fsdd": Inputs({"image": (1, 28, 28), "audio": (64, 128)}, 10, 4_000, 1_000),
+        "kinetics-sounds": Inputs({"image": picture, "audio": audio(1024)}, 30, 15_376, 3_844),
+        "ucf101": Inputs({"image": picture, "audio": audio(98)}, 51, 4_893, 1_943),
+        "meld": Inputs({"audio": audio(766), "text": text}, 7, 11_096, 2_610),
+        "flickr8k": pairs(6_000, 1_000),
+        "flickr30k": pairs(29_000, 1_000),
+        "ms-coco": pairs(82_783, 5_000),
+        "digits-qa": Inputs({"image": (1, 8, 8), "text": text}, 12, 5_768, 1_420),
+        "mnist-fsdd": Inputs({"image": (1, 28, 28), "audio": audio(64)}, 10, 4_000, 1_000),
     }
 
 
 def inputs_of(experiment: Experiment) -> Inputs:
     """Give the measures of an experiment's dataset; the user's own data is looked into."""
-    known = _known(experiment.data.text_length)
+    known = _known(experiment.data)
     if experiment.data.name in known:
         return known[experiment.data.name]
     splits = load_data(experiment)

@@ -84,7 +84,7 @@ class Parts:
     @property
     def retrieval(self) -> bool:
         """Whether images and texts are encoded apart, without a classifier."""
-        return self.inputs.classes == 0
+        return self.inputs.retrieval
 
 
 def build(experiment: Experiment, inputs: Inputs) -> Parts:
@@ -115,11 +115,17 @@ def embed(parts: Parts, name: str, batch: int) -> Tensor:
     return parts.tokenizers.pre_norm(tokenizer(x) if tokens_bld is None else tokens_bld)
 
 
-def count_client(parts: Parts) -> dict[str, Flops]:
-    """Count a client's operations per sample, by modality; the frozen text tower apart."""
+def count_client(parts: Parts, captions: int = 1) -> dict[str, Flops]:
+    """Count a client's operations per sample, by modality; the frozen text tower apart.
+
+    Parameters
+    ----------
+    captions : int
+        Texts of a sample: 1 as this runtime has it, 5 for a picture of the paper's retrieval.
+    """
     counted = {}
     for name, tokenizer in parts.tokenizers.by_modality.items():
-        texts = parts.inputs.captions if name == "text" else 1
+        texts = captions if name == "text" else 1
         if isinstance(tokenizer, ClipText):
             x = meta_inputs(parts, 1)[name]
             tower = count(tokenizer, lambda t=tokenizer, x=x: t.encode(x))
@@ -132,19 +138,20 @@ def count_client(parts: Parts) -> dict[str, Flops]:
     return counted
 
 
-def count_server(parts: Parts) -> dict[str, Flops]:
+def count_server(parts: Parts, captions: int = 1) -> dict[str, Flops]:
     """Count the server's operations per sample: by pass of the encoder, and the head.
 
-    Early fusion has one pass, ``joint``; late fusion and retrieval one per modality. In retrieval
-    a sample is a picture with all its captions. FedCLIP's adapters count with the head.
+    Early fusion has one pass, ``joint``; late fusion and retrieval one per modality. FedCLIP's
+    adapters count with the head. ``captions`` as in :func:`count_client`.
     """
     model = parts.server_model
-    passes = _passes(parts)
+    lengths = _passes(parts)
     counted = {}
-    for name, (length, times) in passes.items():
+    for name, length in lengths.items():
+        times = captions if name == "text" else 1
         counted[name] = count_encoder(model.encoder, _tokens(parts, length)).times(times)
     if not parts.retrieval:
-        smashed = [_tokens(parts, length) for length, _ in passes.values()]
+        smashed = [_tokens(parts, length) for length in lengths.values()]
         with _without_encoder(model):
             counted["head"] = count(model, lambda: model(smashed))
     return counted
@@ -173,13 +180,12 @@ def _without_encoder(model: ServerModel) -> Iterator[None]:
         model.encoder = encoder
 
 
-def _passes(parts: Parts) -> dict[str, tuple[int, int]]:
-    """Give the encoder's passes for a sample: (tokens, how often)."""
+def _passes(parts: Parts) -> dict[str, int]:
+    """Give the tokens of the encoder's passes for a sample."""
     names, lengths = list(parts.inputs.shapes), parts.tokenizers.lengths
     if parts.experiment.model.fusion == "early" and not parts.retrieval:
-        return {"joint": (sum(lengths), 1)}
-    times = {"text": parts.inputs.captions}
-    return {name: (length, times.get(name, 1)) for name, length in zip(names, lengths, strict=True)}
+        return {"joint": sum(lengths)}
+    return dict(zip(names, lengths, strict=True))
 
 
 def _tokens(parts: Parts, length: int) -> Tensor:
@@ -246,16 +252,16 @@ def kept_by_server(parts: Parts, batch: int) -> int:
     """Give the bytes that the server's autograd keeps between forward and backward."""
     trained = any(p.requires_grad for p in parts.tokenizers.parameters())
 
-    def run() -> list[Tensor]:
-        tokens = [
-            torch.empty(batch * times, length, parts.width, device="meta", requires_grad=trained)
-            for length, times in _passes(parts).values()
-        ]
-        if parts.retrieval:
-            return [parts.server_model.encoder(tokens_bld) for tokens_bld in tokens]
-        return [parts.server_model(tokens)]
+    lengths = list(_passes(parts).values())
 
-    return kept_bytes(parts.server_model, run, [length for length, _ in _passes(parts).values()])
+    def run() -> Tensor:
+        tokens = [
+            torch.empty(batch, length, parts.width, device="meta", requires_grad=trained)
+            for length in lengths
+        ]
+        return parts.server_model(tokens)
+
+    return kept_bytes(parts.server_model, run, lengths)
 
 
 def kept_bytes(

@@ -6,6 +6,7 @@ Kinds are those of :mod:`mpsl_dist.records.traffic`; tensors' payload only, as t
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mpsl_dist.analysis import flops
@@ -35,24 +36,30 @@ def equal_plan(experiment: Experiment, samples: int) -> NDArray[np.int64]:
     return shares(sizes, experiment.training.batch_size, experiment.client_share)
 
 
-def per_sample(parts: Parts) -> dict[str, int]:
+def per_sample(parts: Parts, captions: int = 1) -> dict[str, int]:
     """Give the bytes that one sample causes in a step of split learning, by kind.
 
-    In retrieval a sample is a picture with all its captions, and there is no prediction.
+    Parameters
+    ----------
+    captions : int
+        Texts of a sample: 1 as this runtime has it, 5 for a picture of the paper's retrieval.
     """
     number, classes = parts.bytes_per_number, parts.inputs.classes
     lengths = dict(zip(parts.inputs.shapes, parts.tokenizers.lengths, strict=True))
     counts = {
-        name: length * (parts.inputs.captions if name == "text" else 1) * parts.width * number
+        name: length * (captions if name == "text" else 1) * parts.width * number
         for name, length in lengths.items()
     }
     trained = trained_tokens(parts)
-    return {
+    # In retrieval the embeddings of picture and caption are what is predicted.
+    predicted = (2 * parts.width if parts.retrieval else classes) * number
+    found = {
         "activations": sum(counts.values()),
         "cut_layer_gradients": sum(counts[name] for name in counts if trained[name]),
-        "predictions": classes * number,
-        "prediction_gradients": classes * number,
     }
+    if parts.experiment.contrastive == "global":
+        return found | {"pairs": torch.long.itemsize}
+    return found | {"predictions": predicted, "prediction_gradients": predicted}
 
 
 def trained_tokens(parts: Parts) -> dict[str, bool]:
@@ -79,7 +86,8 @@ def training(parts: Parts, plan: NDArray[np.int64], epochs: int) -> Bytes:
     samples, steps = plan.sum(0) * epochs, (plan > 0).sum(0) * epochs
     found = {kind: samples * each for kind, each in per_sample(parts).items()}
     number = parts.bytes_per_number
-    found |= {"losses": steps * number, "loss_gradients": steps * number}
+    if experiment.contrastive == "client":
+        found |= {"losses": steps * number, "loss_gradients": steps * number}
     return found | _sync(parts, np.tile(plan > 0, (epochs, 1)))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpsl_dist import data
@@ -17,38 +18,19 @@ from mpsl_dist.__main__ import main
 from mpsl_dist.actors import deployable
 from mpsl_dist.analysis import cost, flops, traffic_model
 from mpsl_dist.analysis.cost_figures import draw, resized
-from mpsl_dist.analysis.cost_inputs import inputs_of
+from mpsl_dist.analysis.cost_inputs import CAPTIONS, inputs_of
 from mpsl_dist.analysis.flops import Flops, Parts
-from mpsl_dist.config import Experiment, from_dict
+from mpsl_dist.config import Experiment, from_dict, load
 from mpsl_dist.models.server_model import build_encoder
 
 #: The paper's five classification datasets as its tables have them, ViT-B/16.
-PAPER = {
-    "coco-qa": "early",
-    "t4sa": "early",
-    "kinetics-sounds": "late",
-    "ucf101": "late",
-    "meld": "early",
-}
+PAPER = ("coco-qa", "t4sa", "kinetics-sounds", "ucf101", "meld")
 ONE_CLIENT_IN = 250
 
 
-def paper_setting(
-    name: str, method: str = "mpsl", size: str = "B", **changes: object
-) -> Experiment:
-    """Last six of twelve blocks trained; all of them for retrieval."""
-    retrieval = name in ("flickr30k", "ms-coco")
-    values = {
-        "clients": 100,
-        "data": {"name": name, "text_length": 77},
-        "model": {
-            "fusion": PAPER.get(name, "late"),
-            "text": "clip",
-            "encoder": {"size": "B", "trainable_blocks": "all" if retrieval else 6},
-        },
-        "training": {"batch_size": 200},
-    }
-    return from_dict(values)
+def paper_setting(name: str) -> Experiment:
+    """The shipped configuration: last six of twelve blocks trained, all of them in retrieval."""
+    return load(ROOT / "configs" / "paper" / f"{name}.yaml")
 
 
 def parts_of(name: str, method: str = "mpsl") -> Parts:
@@ -129,7 +111,14 @@ def test_the_text_tower_is_counted_but_not_trained() -> None:
 def counted() -> dict[str, tuple[dict[str, Flops], dict[str, Flops]]]:
     """Client's and server's FLOPs by dataset."""
     built = {name: parts_of(name) for name in (*PAPER, "ms-coco")}
-    return {name: (flops.count_client(p), flops.count_server(p)) for name, p in built.items()}
+    # The paper's unit of retrieval is a picture with all its captions.
+    captions = {"ms-coco": CAPTIONS}
+    return {
+        name: tuple(
+            each(p, captions.get(name, 1)) for each in (flops.count_client, flops.count_server)
+        )
+        for name, p in built.items()
+    }
 
 
 def whole(counted: tuple[dict[str, Flops], dict[str, Flops]], tower: bool = False) -> Flops:
@@ -256,8 +245,18 @@ def test_the_text_tower_breaks_the_share_and_its_cache_restores_it(counted: dict
     ],
 )
 def test_activation_bytes_are_those_of_the_released_code(name: str, each: int) -> None:
-    found = traffic_model.per_sample(parts_of(name))
+    found = traffic_model.per_sample(parts_of(name), CAPTIONS if name == "ms-coco" else 1)
     assert found["activations"] == found["cut_layer_gradients"] == each
+
+
+def test_retrieval_sends_pairs() -> None:
+    """A pair has one caption; embeddings of both come back as predictions."""
+    found = traffic_model.per_sample(parts_of("ms-coco"))
+    assert found["activations"] == (197 + 1) * 768 * 4
+    assert found["predictions"] == found["prediction_gradients"] == 2 * 768 * 4
+    at_server = replace(paper_setting("ms-coco"), contrastive="global")
+    found = traffic_model.per_sample(flops.build(at_server, inputs_of(at_server)))
+    assert found["pairs"] == 8 and "predictions" not in found
 
 
 def test_bytes_of_an_epoch_are_those_of_the_released_code() -> None:
@@ -341,6 +340,20 @@ def test_owners_hold_what_their_method_says(small: str) -> None:
             total(method, absent)
     peak = {m: found.value("memory", m, "client", "total", "peak") for m in ("mpsl", "fedavg")}
     assert peak["mpsl"] < peak["fedavg"]
+
+
+def test_retrieval_is_shown_in_the_papers_unit_too() -> None:
+    small = {"size": "custom", "width": 32, "depth": 1, "heads": 2}
+    found = cost.cost_of(from_dict({"data": {"name": "flickr30k"}, "model": {"encoder": small}}))
+    image, text = (
+        found.value("flops", "mpsl", "server", f"encode {name}", "forward")
+        for name in ("image", "text")
+    )
+    part = "total, picture with 5 captions"
+    assert found.value("flops", "mpsl", "server", part, "forward") == image + 5 * text
+    part = "activations, picture with 5 captions"
+    sent = found.value("bytes_per_sample", "mpsl", "client", part, "up")
+    assert sent == (197 + 5 * 16) * 32 * 4
 
 
 def test_figures_are_drawn(small: str, tmp_path: Path) -> None:
