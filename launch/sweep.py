@@ -8,6 +8,9 @@ A sweep is a YAML file with a ``grid``::
     grid:                             # every combination of these values is a run
       data.partition.alpha: [0.1, 1000]
       seed: [1, 2]
+    rows:                             # settings that go together; each row crosses the grid
+      central: {method: centralized}  # (optional; runs are then called alpha-central-seed1, ...)
+      synced: {tokenizer_sync: {mode: gradients, every: 5}}
     at_once: 2                        # at most so many jobs at a time; default: no limit
 """
 
@@ -27,7 +30,7 @@ from mpsl_dist import config
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.records.run import FREE_KEYS, flatten
 
-SWEEP_KEYS = ("config", "name", "set", "grid", "at_once")
+SWEEP_KEYS = ("config", "name", "set", "grid", "rows", "at_once")
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,9 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         ]
         if "name" in grid:
             found.append("grid.name: runs are named after their values")
+    rows = values.get("rows", {})
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        found.append(f"rows: expected name: {{key.path: value, ...}}, found {rows!r}")
     if not isinstance(shared, dict):
         found.append(f"set: expected keys and values, found {shared!r}")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
@@ -138,10 +144,14 @@ def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> 
     shared = [f"{key}={json.dumps(value)}" for key, value in flatten(values.get("set", {})).items()]
     grid: Mapping[str, list[Any]] = values["grid"]
     prefix, runs, errors = str(values.get("name", path.stem)), [], []
-    for combination in itertools.product(*grid.values()):
+    rows: Mapping[str, Mapping[str, Any]] = values.get("rows") or {"": {}}
+    for (row, settings), *combination in itertools.product(rows.items(), *grid.values()):
         point = dict(zip(grid, combination, strict=True))
-        name = "-".join([prefix, *(_label(key, value, grid) for key, value in point.items())])
-        chosen = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+        labels = [row] if row else []
+        labels += [_label(key, value, grid) for key, value in point.items()]
+        name = "-".join([prefix, *labels])
+        together = {**flatten(settings), **point}
+        chosen = [f"{key}={json.dumps(value)}" for key, value in together.items()]
         everything = (*shared, *overrides, *chosen, f"name={json.dumps(name)}")
         try:
             runs.append(Run(base, everything, config.load(base, everything)))

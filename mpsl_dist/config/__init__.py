@@ -1,0 +1,28 @@
+"""One experiment: frozen dataclasses <- YAML <- ``key.path=value``."""
+
+from mpsl_dist.config.loading import ConfigError, from_dict, load, to_dict
+from mpsl_dist.config.schema import (
+    Adapters,
+    Data,
+    Encoder,
+    Experiment,
+    Model,
+    Optimizer,
+    Training,
+    Weights,
+)
+
+__all__ = [
+    "Adapters",
+    "ConfigError",
+    "Data",
+    "Encoder",
+    "Experiment",
+    "Model",
+    "Optimizer",
+    "Training",
+    "Weights",
+    "from_dict",
+    "load",
+    "to_dict",
+]

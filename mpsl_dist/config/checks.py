@@ -1,0 +1,147 @@
+"""What a well-typed experiment may still ask for that cannot be done."""
+
+from __future__ import annotations
+
+from mpsl_dist.config.schema import WEIGHT_FILES, WEIGHT_SOURCES, Experiment
+
+
+def problems(experiment: Experiment) -> list[str]:
+    """List what a well-typed experiment asks for that cannot be done."""
+    found = _range_problems(experiment) + _batch_problems(experiment)
+    name = experiment.name
+    if name in ("", ".", "..") or set(name) & set("/\\"):
+        found.append(f"name: '{name}' must be one folder name")
+    if experiment.method == "fedclip":
+        found += _fedclip_problems(experiment)
+    return found + _encoder_problems(experiment) + _weight_problems(experiment)
+
+
+def _range_problems(experiment: Experiment) -> list[str]:
+    training, model, runtime = experiment.training, experiment.model, experiment.runtime
+    federated, data = experiment.federated, experiment.data
+    blocks = model.encoder.trainable_blocks
+    at_least = {
+        1: {
+            "clients": experiment.clients,
+            "clients_per_worker": experiment.clients_per_worker,
+            "tokenizer_sync.every": experiment.tokenizer_sync.every,
+            "training.epochs": training.epochs,
+            "training.batch_size": training.batch_size,
+            "training.test_batch_size": training.test_batch_size,
+            "training.server.every_epochs": training.server.every_epochs,
+            "training.client.every_epochs": training.client.every_epochs,
+            "federated.local_epochs": federated.local_epochs,
+            "federated.batch_size": federated.batch_size,
+            "model.image_patch": model.image_patch,
+            "model.audio_patch": model.audio_patch,
+            "model.audio_stride": model.audio_stride,
+            "data.partition.minimum": data.partition.minimum,
+            "data.image_size": data.image_size,
+            "data.audio_frames": data.audio_frames,
+            "checkpoint.keep": experiment.checkpoint.keep,
+            "runtime.server_threads": runtime.server_threads,
+            "runtime.worker_threads": runtime.worker_threads,
+        },
+        0: {
+            "seed": experiment.seed,
+            "data.loaders": data.loaders,
+            "model.encoder.trainable_blocks": None if blocks == "all" else blocks,
+            "training.server.warmup_steps": training.server.warmup_steps,
+            "training.client.warmup_steps": training.client.warmup_steps,
+            "checkpoint.every_epochs": experiment.checkpoint.every_epochs,
+            "checkpoint.every_steps": experiment.checkpoint.every_steps,
+        },
+        # Start and end of a text, and something between.
+        3: {"data.text_length": data.text_length},
+    }
+    found = [
+        f"{path}: must be at least {minimum}, found {value}"
+        for minimum, values in at_least.items()
+        for path, value in values.items()
+        if value is not None and value < minimum
+    ]
+    above_zero = {
+        "data.partition.alpha": data.partition.alpha,
+        "model.temperature": model.temperature,
+        "training.server.lr": training.server.lr,
+        "training.client.lr": training.client.lr,
+        "federated.fraction": federated.fraction,
+        "federated.round_timeout": federated.round_timeout,
+        "runtime.rpc_timeout": runtime.rpc_timeout,
+        "runtime.start_timeout": runtime.start_timeout,
+    }
+    found += [
+        f"{path}: must be greater than 0, found {number}"
+        for path, number in above_zero.items()
+        if number is not None and not number > 0
+    ]
+    if federated.fraction > 1:
+        found.append(f"federated.fraction: must be at most 1, found {federated.fraction}")
+    return found
+
+
+def _batch_problems(experiment: Experiment) -> list[str]:
+    clients, batch = experiment.clients, experiment.training.batch_size
+    if batch < clients:
+        return [
+            f"training.batch_size: {batch} is smaller than the {clients} clients; "
+            f"give every client at least one sample: training.batch_size={clients}"
+        ]
+    if experiment.client_share == "equal" and clients >= 1 and batch % clients:
+        return [
+            f"training.batch_size: {batch} is no multiple of the {clients} clients, as "
+            f"client_share=equal needs; take {batch // clients * clients} or "
+            f"{-(-batch // clients) * clients}, or client_share=proportional"
+        ]
+    return []
+
+
+def _encoder_problems(experiment: Experiment) -> list[str]:
+    encoder = experiment.model.encoder
+    shape = {name: getattr(encoder, name) for name in ("width", "depth", "heads")}
+    if encoder.size != "custom":
+        given = [f"model.encoder.{name}" for name, value in shape.items() if value is not None]
+        return [f"{', '.join(given)}: only with model.encoder.size=custom"] if given else []
+    missing = [f"model.encoder.{name}" for name, value in shape.items() if value is None]
+    if missing:
+        return [f"model.encoder.size=custom needs {', '.join(missing)}"]
+    if min(shape.values()) < 1:
+        return ["model.encoder: width, depth and heads must be at least 1"]
+    if encoder.width % encoder.heads:
+        return [f"model.encoder.width: {encoder.width} is no multiple of {encoder.heads} heads"]
+    return []
+
+
+def _weight_problems(experiment: Experiment) -> list[str]:
+    found = []
+    for part, named in WEIGHT_SOURCES.items():
+        source = getattr(experiment.weights, part)
+        kind, colon, which = source.partition(":")
+        if not source.endswith(WEIGHT_FILES) and (kind not in named or (colon and not which)):
+            found.append(
+                f"weights.{part}: '{source}' is no source; one of {', '.join(named)}, "
+                f"or a file ({', '.join(WEIGHT_FILES)})"
+            )
+    model, clip = experiment.model, experiment.model.text == "clip"
+    if experiment.weights.text != "random" and not clip:
+        found.append("weights.text: only with model.text=clip")
+    if model.text_tower is not None and not clip:
+        found.append("model.text_tower: only with model.text=clip")
+    if clip and model.train_token_table:
+        found.append("model.train_token_table: there is no table with model.text=clip")
+    if clip and experiment.data.text_length > 77:
+        found.append(
+            f"data.text_length: CLIP reads at most 77 tokens, found {experiment.data.text_length}"
+        )
+    return found
+
+
+def _fedclip_problems(experiment: Experiment) -> list[str]:
+    found = []
+    if experiment.model.pooling != "cls":
+        found.append("model.pooling: the adapters of fedclip act on first tokens; take cls")
+    if experiment.model.encoder.trainable_blocks not in ("all", 0):
+        found.append("model.encoder.trainable_blocks: fedclip freezes the encoder; leave it out")
+    if not experiment.adapters.include:
+        found.append("adapters.include: empty; name a modality, or take unified")
+    return found

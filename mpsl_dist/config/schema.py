@@ -1,0 +1,254 @@
+"""Every key of an experiment: name, type, default and meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How the training samples are spread over the clients."""
+
+    kind: Literal["dirichlet", "iid"] = "dirichlet"
+    #: Concentration of the Dirichlet draw per class; smaller is more skewed.
+    alpha: float = 0.1
+    #: Every client holds at least this many samples.
+    minimum: int = 1
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a sample is and where it lies."""
+
+    name: str = "digits-qa"
+    #: Folder of the datasets that are read from disk.
+    root: str | None = None
+    #: Who holds the test set: the server (a public benchmark), or the clients, a part each.
+    test_at: Literal["server", "clients"] = "server"
+    partition: Partition = field(default_factory=Partition)
+    #: Length of a text in CLIP byte-pair tokens, start and end included.
+    text_length: int = 16
+    #: Loader processes per client; 0 loads in the worker itself.
+    loaders: int = 0
+    #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's
+    #: own.
+    image_size: int | None = None
+    audio_frames: int | None = None
+    #: ``skip`` replaces a file that cannot be read by another sample, and counts it.
+    on_error: Literal["raise", "skip"] | None = None
+    #: Folder that keeps decoded inputs between epochs and runs.
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The server's ViT encoder W_b."""
+
+    #: A ViT of the paper, or ``custom`` with the width, depth and heads below.
+    size: Literal["Ti", "S", "B", "L", "H", "custom"] = "Ti"
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    #: The last k blocks are trained; ``all`` trains every block.
+    trainable_blocks: int | Literal["all"] = "all"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Tokenizers (W_h, at the clients), encoder (W_b) and head (W_t), both at the server."""
+
+    encoder: Encoder = field(default_factory=Encoder)
+    #: ``early`` concatenates the modalities' tokens before the encoder, ``late`` after it (Eq. 1).
+    fusion: Literal["early", "late"] = "early"
+    #: ``cls`` averages every modality's first token, ``mean`` all tokens (GAP of Eq. 3).
+    pooling: Literal["cls", "mean"] = "cls"
+    #: Side of a square image patch, in pixels.
+    image_patch: int = 16
+    #: Side and stride of an audio patch, in frames and mel bins (AST: 16 and 10).
+    audio_patch: int = 16
+    audio_stride: int = 10
+    #: Trained LayerNorm over the tokens, at the client.
+    pre_norm: bool = True
+    #: Trained LayerNorm after the encoder, at the server.
+    post_norm: bool = False
+    #: ``table`` embeds every token of a text; ``clip`` makes a whole text one token, by CLIP's
+    #: frozen text tower (texts of at most 77 tokens).
+    text: Literal["table", "clip"] = "table"
+    #: open_clip's name of that tower; null takes OpenAI's B/16, from width 1,024 on L/14.
+    text_tower: str | None = None
+    #: Train the 49,408-row text token table too (heavy on a client and on the wire).
+    train_token_table: bool = False
+    #: ``false`` freezes every tokenizer: clients only send.
+    train_tokenizers: bool = True
+    #: Retrieval: embeddings of unit length, and the first value of a trained temperature (null
+    #: has none). The released code has neither.
+    normalize: bool = False
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where initial weights come from, part by part; a source may name one of its own,
+    ``timm:vit_base_patch16_224.mae``, and any part may be a file. See ``docs/weights.md``.
+    """
+
+    #: ``random``, ``timm``, ``meta-transformer``, ``clip`` or a file.
+    encoder: str = "random"
+    #: The image tokenizer: ``random``, ``timm``, ``clip`` (with its pre-norm) or a file.
+    image: str = "random"
+    #: The audio tokenizer: ``random``, ``ast`` or a file.
+    audio: str = "random"
+    #: The frozen text tower of ``model.text=clip``: ``random``, ``clip`` or a file.
+    text: str = "random"
+    #: Folder of Meta-Transformer's files, which no program can download.
+    root: str | None = None
+
+
+#: Part -> its named sources.
+WEIGHT_SOURCES: dict[str, tuple[str, ...]] = {
+    "encoder": ("random", "timm", "meta-transformer", "clip"),
+    "image": ("random", "timm", "clip"),
+    "audio": ("random", "ast"),
+    "text": ("random", "clip"),
+}
+#: What a file of weights ends in.
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One owner's optimizer and schedule."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    #: ``step`` multiplies the rate by ``gamma`` every ``every_epochs`` epochs.
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    warmup_steps: int = 0
+    every_epochs: int = 5
+    gamma: float = 0.1
+
+
+@dataclass(frozen=True)
+class TokenizerSync:
+    """Whether and how often the clients' tokenizers are brought together in training."""
+
+    mode: Literal["none", "gradients", "weights"] = "none"
+    #: In steps.
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Federated:
+    """What fedavg and fedclip do in a round, which is an epoch of ``training.epochs``."""
+
+    #: Times that a client goes through its own samples in a round.
+    local_epochs: int = 1
+    #: Part of the clients that take part in a round, drawn anew for each.
+    fraction: float = 1.0
+    #: ``keep`` carries a client's optimizers from round to round (the released code), ``reset``
+    #: begins every round with new ones.
+    optimizer: Literal["keep", "reset"] = "keep"
+    #: Samples of a local mini-batch; null takes a client's part of the global batches.
+    batch_size: int | None = None
+    #: Seconds until a client's whole round counts as failed, where above ``runtime.rpc_timeout``.
+    round_timeout: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The attention adapters of fedclip, on the pooled features of the frozen encoder."""
+
+    #: An adapter for each of these modalities that the data has, or ``unified``: one for all.
+    include: list[Literal["image", "audio", "text"]] | Literal["unified"] = field(
+        default_factory=lambda: ["image", "audio", "text"]
+    )
+    #: ``scaled`` multiplies a feature by its softmax (the released form: about 1/width of its
+    #: size is left), ``residual`` adds that product to the feature.
+    form: Literal["scaled", "residual"] = "scaled"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Length, batches and optimizers of a training run."""
+
+    epochs: int = 15
+    #: Samples of the global batch, all clients together.
+    batch_size: int = 128
+    server: Optimizer = field(default_factory=Optimizer)
+    client: Optimizer = field(default_factory=Optimizer)
+    precision: Literal["float32", "float64"] = "float32"
+    #: Evaluate each client's own tokenizers too, besides their average.
+    evaluate_own: bool = False
+    #: Test samples per evaluation batch.
+    test_batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state of every rank is written."""
+
+    #: 0 turns the rule off; both rules may stand together.
+    every_epochs: int = 1
+    every_steps: int = 0
+    #: Complete checkpoints kept; older ones are removed.
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The connection between the processes."""
+
+    #: Seconds until a call to a client counts as failed.
+    rpc_timeout: float = 300.0
+    #: Seconds until all processes must have met at the start.
+    start_timeout: float = 300.0
+    #: Network interface of the RPC traffic; null picks loopback on one host.
+    interface: str | None = None
+    #: ``tcp`` keeps same-host payloads on the socket, so that interface counters see them.
+    channels: Literal["auto", "tcp"] = "auto"
+    #: Compute threads of the server, and of each worker; null divides the host's cores.
+    server_threads: int | None = None
+    worker_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run depends on."""
+
+    name: str = "run"
+    method: Literal["mpsl", "psl", "centralized", "fedavg", "fedclip"] = "mpsl"
+    seed: int = 2024
+    #: Folder of the run directories.
+    output: str = "runs"
+    #: ``auto`` takes CUDA where there is one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    clients: int = 4
+    clients_per_worker: int = 1
+    #: ``proportional``: every client's part of a global batch follows its share of the data;
+    #: ``equal``: ceil(B/N) each until it runs dry, the released code's rule.
+    client_share: Literal["proportional", "equal"] = "proportional"
+    tokenizer_sync: TokenizerSync = field(default_factory=TokenizerSync)
+    #: Retrieval's negatives: each client's own mini-batch (the paper), or the global batch.
+    contrastive: Literal["client", "global"] = "client"
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    weights: Weights = field(default_factory=Weights)
+    training: Training = field(default_factory=Training)
+    federated: Federated = field(default_factory=Federated)
+    adapters: Adapters = field(default_factory=Adapters)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    runtime: Runtime = field(default_factory=Runtime)
+
+    @property
+    def workers(self) -> int:
+        """RPC workers that host the clients."""
+        return -(-self.clients // self.clients_per_worker)
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run leaves everything."""
+        return Path(self.output) / self.name
