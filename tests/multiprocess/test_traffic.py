@@ -33,6 +33,7 @@ BACKWARD = ("loss_gradients", "prediction_gradients", "cut_layer_gradients")
 def _cases() -> dict[str, dict]:
     base = {"clients_per_worker": 2}
     at_clients = {"name": "toy-image+text", "test_at": "clients"}
+    pairs = {"name": "toy-pairs"}
     double = to_dict(toys.experiment())["training"] | {"precision": "float64"}
     own = to_dict(toys.experiment())["training"] | {"evaluate_own": True}
     late = {"data": {"name": "toy-image+audio"}, "model": {"fusion": "late"}}
@@ -42,6 +43,8 @@ def _cases() -> dict[str, dict]:
         "mpsl own at clients": {"data": at_clients, "training": own},
         "mpsl frozen tokenizers": {"model": {"train_tokenizers": False}, "training": double},
         "mpsl dry clients": {"client_share": "equal"},
+        "mpsl retrieval": {"data": pairs},
+        "mpsl retrieval global": {"data": pairs, "contrastive": "global"},
         "psl": {"method": "psl", "tokenizer_sync": {"mode": "gradients", "every": 4}},
         "fedavg": {"method": "fedavg", "data": at_clients, "federated": {"fraction": 0.75}},
         "fedclip": {"method": "fedclip"},
