@@ -143,8 +143,6 @@ def check_task(experiment: Experiment, splits: Splits) -> None:
     if splits.retrieval:
         if experiment.data.test_at == "clients":
             errors.append("data.test_at: retrieval ranks the whole test set, at the server")
-        if experiment.method == "fedclip":
-            errors.append(f"method: fedclip has no adapters for retrieval ({experiment.data.name})")
         if experiment.method == "psl" and experiment.contrastive == "global":
             errors.append("contrastive: psl serves every client by itself; take contrastive=client")
     elif experiment.contrastive == "global":

@@ -154,7 +154,7 @@ class FederatedClient:
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
         path = Path(folder) / f"client-{self.number:04d}.pt"
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state:
             self.learner.load_optimizer_state(state)
 

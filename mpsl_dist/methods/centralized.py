@@ -88,7 +88,7 @@ class Centralized:
 
     def restore(self, folder: str) -> None:
         """Continue from :meth:`save`."""
-        state = torch.load(Path(folder) / "server.pt", weights_only=True)
+        state = torch.load(Path(folder) / "server.pt", map_location="cpu", weights_only=True)
         load_trainable(self.learner.model, state["model"])
         self.learner.load_optimizer_state(state["optimizers"])
 

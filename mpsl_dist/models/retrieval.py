@@ -47,6 +47,8 @@ class TwoTowers(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.post_norm = nn.LayerNorm(width) if post_norm else nn.Identity()
+        #: FedCLIP's, over the two pooled features; other methods have none.
+        self.adapters: nn.Module = nn.Identity()
         self.pooling = pooling
         self.normalize = normalize
         self.log_scale = None
@@ -59,7 +61,7 @@ class TwoTowers(nn.Module):
         for tokens_bld in smashed:
             encoded_bld = self.post_norm(self.encoder(tokens_bld))
             pooled.append(encoded_bld[:, 0] if self.pooling == "cls" else encoded_bld.mean(1))
-        image_bd, text_bd = pooled
+        image_bd, text_bd = self.adapters(pooled)
         if self.normalize:
             image_bd, text_bd = functional.normalize(image_bd), functional.normalize(text_bd)
         if self.log_scale is not None:

@@ -66,6 +66,28 @@ def test_of_one_client_equals_centralized_step_for_step(batch_size: int, schedul
         assert_same(federated.model, central.learner.model, 0.0)
 
 
+@pytest.mark.parametrize("form", ["scaled", "residual"])
+def test_retrieval_has_the_same_methods(form: str) -> None:
+    task = {"data": {"name": "toy-pairs"}, "adapters": {"form": form}}
+    federated = fedavg(experiment("fedclip", **task))
+    before = trainable_state(federated.model)
+    assert {k.split(".")[1] for k in before if k.startswith("server_model")} == {"adapters"}
+    federated.step(0, 0)
+    after = trainable_state(federated.model)
+    assert not any(torch.equal(before[k], after[k]) for k in before if "adapters" in k)
+    assert {"image_to_text_r1", "text_to_image_r10"} <= federated.evaluate().keys()
+
+
+def test_of_one_client_equals_centralized_in_retrieval_too() -> None:
+    chosen = experiment(clients=1, data={"name": "toy-pairs"})
+    federated, central = fedavg(chosen), pooled(chosen)
+    central.begin_epoch(0)
+    for place in range(len(central.plan)):
+        central.step(place, place)
+    federated.step(0, 0)
+    assert_same(federated.model, central.learner.model, 0.0)
+
+
 def test_identical_data_and_one_local_sgd_step_equals_centralized_sgd() -> None:
     training = {"batch_size": toys.SAMPLES, "server": SGD, "client": SGD}
     chosen = experiment(training=training, federated={"batch_size": toys.SAMPLES})
