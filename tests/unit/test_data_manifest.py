@@ -164,6 +164,18 @@ def test_options_that_a_dataset_has_no_use_for_are_errors(mixed: Path) -> None:
     assert set(files.DATASETS) <= set(data.LOADERS)
 
 
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    content = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    (tmp_path / "manifest.csv").write_text(content.split("```csv\n")[1].split("```")[0])
+    for n, suffix in enumerate(("jpg", "png", "jpg"), start=1):
+        write_picture(tmp_path / f"photos/{n}.{suffix}")
+    write_sound(tmp_path / "calls/1.wav")
+    write_sound(tmp_path / "calls/2.mp3", codec="libmp3lame")
+    splits = manifest.load(tmp_path, **SMALL)
+    assert splits.classes == ("robin", "wren") and splits.train.clients == ("north", "south")
+    assert not splits.test.fetch([0]).inputs["audio"].any()
+
+
 @needs("stamps")
 def test_real_stamps(tmp_path: Path) -> None:
     """Real pictures, spoken and written English; the spoken name is the sound."""
