@@ -51,16 +51,22 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing or damaged."""
-        return self.usable and not self.missing and not self.damaged
+        """Whether nothing is missing or damaged, and all of a known dataset is there."""
+        whole = all(self.samples.get(split, 0) >= n for split, n in self._official.items())
+        return self.usable and whole and not self.missing and not self.damaged
+
+    @property
+    def _official(self) -> dict[str, int]:
+        entry = CATALOG.get(self.name)
+        whole = () if entry is None or entry.samples is None else entry.samples
+        return dict(zip(("train", "test"), whole, strict=False))
 
     def __str__(self) -> str:
         lines = [f"{self.name} under {self.root}"]
         entry = CATALOG.get(self.name)
         if self.problem:
             lines.append(f"  not usable: {self.problem}")
-        whole = () if entry is None or entry.samples is None else entry.samples
-        official = dict(zip(("train", "test"), whole, strict=False))
+        official = self._official
         for split, count in self.samples.items():
             of = f" of {official[split]:,} in the whole dataset" if split in official else ""
             lines.append(f"  {split}: {count:,} samples{of}")

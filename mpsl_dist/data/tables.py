@@ -58,7 +58,9 @@ def keep_existing(
         lost = len(samples) - len(kept)
         first = next(iter(missing))
         said = f"{name}: {lost} of {len(samples)} samples have no file, the first {first}"
-        if on_error == "raise" or not kept:
+        if not kept:
+            raise DataError(f"{said}; {source}")
+        if on_error == "raise":
             raise DataError(f"{said}; {source}, or leave them out with data.on_error=skip")
         _log.warning("skipped %s", said)
     return kept, tuple(missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 from pathlib import Path
 
@@ -9,15 +10,19 @@ import pytest
 from media_files import make_coco_qa, make_kinetics_sounds, make_meld, write_clip, write_csv
 
 from mpsl_dist.data import DataError
+from mpsl_dist.data.catalog import CATALOG
 from mpsl_dist.data.check import check
 
 
-def test_whole(tmp_path: Path) -> None:
+def test_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = check("coco-qa", make_coco_qa(tmp_path))
-    assert report.complete and report.samples == {"train": 12, "test": 4}
+    assert report.usable and report.samples == {"train": 12, "test": 4}
     assert report.classes == 3 and report.decoded == 8
     assert "train: 12 samples of 78,736 in the whole dataset" in str(report)
-    assert "official place" not in str(report)
+    assert not report.complete and "official place" in str(report)
+    entry = dataclasses.replace(CATALOG["coco-qa"], samples=(12, 4))
+    monkeypatch.setitem(CATALOG, "coco-qa", entry)
+    assert report.complete and "official place" not in str(report)
 
 
 def test_missing_and_damaged_are_named(tmp_path: Path) -> None:
