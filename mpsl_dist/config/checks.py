@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mpsl_dist.config.schema import WEIGHT_FILES, WEIGHT_SOURCES, Experiment
 
 
@@ -11,6 +13,8 @@ def problems(experiment: Experiment) -> list[str]:
     name = experiment.name
     if name in ("", ".", "..") or set(name) & set("/\\"):
         found.append(f"name: '{name}' must be one folder name")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", experiment.device):
+        found.append(f"device: expected auto, cpu, cuda or cuda:N, found '{experiment.device}'")
     if experiment.method == "fedclip":
         found += _fedclip_problems(experiment)
     return found + _encoder_problems(experiment) + _weight_problems(experiment)

@@ -224,8 +224,9 @@ class Experiment:
     seed: int = 2024
     #: Folder of the run directories.
     output: str = "runs"
+    #: ``auto``, ``cpu``, ``cuda`` (each rank its own GPU where there are several) or ``cuda:1``;
     #: ``auto`` takes CUDA where there is one.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     clients: int = 4
     clients_per_worker: int = 1
     #: ``proportional``: every client's part of a global batch follows its share of the data;

@@ -24,7 +24,7 @@ from mpsl_dist.actors.federated_client import FederatedClient, Update
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.data.partition import shares
-from mpsl_dist.methods.setup import load_data, open_fleet
+from mpsl_dist.methods.setup import load_data, on_own_gpu, open_fleet
 from mpsl_dist.models.average import average, load_trainable, trainable_state
 from mpsl_dist.records.run import log_to
 from mpsl_dist.records.traffic import Traffic
@@ -171,6 +171,7 @@ def host_clients(
     """Build these clients on a worker."""
     log = log_to(experiment.run_directory / f"rank{rank}.log")
     rpc.set_threads(threads)
+    experiment = on_own_gpu(experiment)
     clients = build_clients(experiment, numbers, load_data(experiment))
     for client in clients:
         log.info("client %d: %s", client.number, client.describe())
@@ -180,5 +181,5 @@ def host_clients(
 def build(experiment: Experiment, splits: Splits, threads: int) -> FedAvg:
     """Build the server's model here and the clients on the workers of a joined world."""
     timeout = max(experiment.runtime.rpc_timeout, experiment.federated.round_timeout)
-    clients = open_fleet(experiment, threads, host_clients, timeout)
+    clients = open_fleet(experiment, splits, threads, host_clients, timeout)
     return FedAvg(experiment, splits, deployable.build(experiment, splits), clients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from mpsl_dist.methods.setup import load_data, open_fleet
 from mpsl_dist.records.run import RunDirectory, environment_of, log_to
 from mpsl_dist.runtime import environment, process, rpc
 from mpsl_dist.runtime.environment import Environment
+
+_log = logging.getLogger("mpsl_dist")
 
 
 def processes(experiment: Experiment) -> int:
@@ -71,7 +74,8 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
 def serve_as_worker(experiment: Experiment, world: Environment) -> None:
     """Host clients until the server ends the world."""
     join(experiment, world)
-    process.watch_server(lambda seconds: rpc.ping(0, seconds))
+    patience = min(60.0, experiment.runtime.rpc_timeout)
+    process.watch_server(lambda: rpc.ping(0, patience))
     rpc.stop()
 
 
@@ -89,6 +93,9 @@ def train_as_server(
     device = assembly.device_of(experiment)
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     placement = method.clients.workers if world.world > 1 else {}
+    for line in method.clients.placement(device) if world.world > 1 else ():
+        print(line)
+        _log.info(line)
     run.write_json("environment", environment_of(world.world, [name], placement))
     summary = loop.train(experiment, splits, method, run, stop)
     if world.world > 1:
@@ -105,7 +112,7 @@ def connect(experiment: Experiment, world: Environment, splits: Splits) -> loop.
     if experiment.method in ("fedavg", "fedclip"):
         federated = {"fedavg": fedavg, "fedclip": fedclip}[experiment.method]
         return federated.build(experiment, splits, worker_threads)
-    clients = open_fleet(experiment, worker_threads)
+    clients = open_fleet(experiment, splits, worker_threads)
     tokenizers = assembly.build_tokenizers(experiment, splits)
     server = assembly.build_server(experiment, splits, tokenizers.lengths)
     method = {"mpsl": Mpsl, "psl": Psl}[experiment.method]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from mpsl_dist import data
 from mpsl_dist.actors import assembly
@@ -12,8 +16,8 @@ from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.records.run import log_to
-from mpsl_dist.runtime import rpc
-from mpsl_dist.runtime.placement import place
+from mpsl_dist.runtime import environment, rpc
+from mpsl_dist.runtime.placement import gpu_of, place
 
 
 def load_data(experiment: Experiment) -> Splits:
@@ -23,6 +27,18 @@ def load_data(experiment: Experiment) -> Splits:
         name: getattr(chosen, name) for name in ("image_size", "audio_frames", "on_error", "cache")
     }
     return data.load(chosen.name, chosen.root, chosen.text_length, **options)
+
+
+def on_own_gpu(experiment: Experiment) -> Experiment:
+    """Name this rank's GPU, where there are any.
+
+    By number, because torch's current device is a thread's own and calls come on many threads.
+    """
+    world = environment.resolve(os.environ)
+    if assembly.device_of(experiment) != "cuda" or world is None:
+        return experiment
+    gpu = gpu_of(world.local_rank, torch.cuda.device_count(), beside_server=world.node == 0)
+    return replace(experiment, device=f"cuda:{gpu}")
 
 
 def build_clients(
@@ -57,6 +73,7 @@ def host_clients(
     """Build these clients on a worker; each holds an RRef to its tokenizers."""
     log = log_to(experiment.run_directory / f"rank{rank}.log")
     rpc.set_threads(threads)
+    experiment = on_own_gpu(experiment)
     clients = build_clients(experiment, numbers, load_data(experiment), rpc.reference)
     for client in clients:
         log.info("client %d: %s on %s", client.number, client.describe(), client.device)
@@ -65,6 +82,7 @@ def host_clients(
 
 def open_fleet(
     experiment: Experiment,
+    splits: Splits,
     threads: int,
     host: Callable[..., list[Any]] = host_clients,
     timeout: float | None = None,
@@ -73,6 +91,8 @@ def open_fleet(
 
     Parameters
     ----------
+    splits : Splits
+        Say how many samples each client has; workers get about as many each.
     threads : int
         Compute threads of a worker.
     host : callable
@@ -80,11 +100,12 @@ def open_fleet(
     timeout : float, optional
         Seconds until a call counts as failed, if not ``runtime.rpc_timeout``.
     """
-    placed = place(experiment.clients, experiment.workers)
+    sizes = [len(train) for train, _ in assembly.build_local_data(experiment, splits)]
+    placed = place(sizes, experiment.workers)
     arguments = {
         rank: (experiment, clients, rank, threads) for rank, clients in enumerate(placed, 1)
     }
-    owned = rpc.create(host, arguments)
+    owned = rpc.create(host, arguments, experiment.runtime.start_timeout)
     owners = {
         client: reference
         for rank, clients in enumerate(placed, 1)

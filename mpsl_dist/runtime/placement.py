@@ -1,28 +1,11 @@
-"""Which client on which worker."""
+"""Which client on which worker, and which rank on which GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def place(clients: int, workers: int) -> list[list[int]]:
-    """Spread clients over workers in order, as evenly as can be.
-
-    Returns
-    -------
-    list of list of int
-        Client numbers of worker rank 1, 2, ...
-    """
-    each, more = divmod(clients, workers)
-    placed, first = [], 0
-    for worker in range(workers):
-        count = each + (worker < more)
-        placed.append(list(range(first, first + count)))
-        first += count
-    return placed
-
-
-def place_by_size(sizes: Sequence[int], workers: int) -> list[list[int]]:
+def place(sizes: Sequence[int], workers: int) -> list[list[int]]:
     """Spread clients over workers so that each worker has about as much data.
 
     The largest client goes first, to the worker with the least data so far; none gets more clients
@@ -48,3 +31,20 @@ def place_by_size(sizes: Sequence[int], workers: int) -> list[list[int]]:
         placed[worker].append(client)
         loads[worker] += sizes[client]
     return [sorted(clients) for clients in placed]
+
+
+def gpu_of(local_rank: int, gpus: int, beside_server: bool) -> int:
+    """Give the number of a rank's GPU on its node.
+
+    The server, local rank 0 of its node, has its GPU to itself where there are several.
+
+    Parameters
+    ----------
+    local_rank, gpus : int
+        Of this node; at least one GPU.
+    beside_server : bool
+        Whether the server is on this node.
+    """
+    if not beside_server or local_rank == 0 or gpus == 1:
+        return local_rank % gpus
+    return 1 + (local_rank - 1) % (gpus - 1)

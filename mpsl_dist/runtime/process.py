@@ -37,7 +37,7 @@ class StopRequest:
         self.signal = signal.Signals(number).name
 
 
-def watch_server(ping: Callable[[float], bool], interval: float = 5.0) -> None:
+def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> None:
     """End this worker when the server is gone, whatever else it is doing.
 
     Runs on a thread of its own. Three missed answers in a row count as gone, so that a busy server
@@ -46,7 +46,7 @@ def watch_server(ping: Callable[[float], bool], interval: float = 5.0) -> None:
     Parameters
     ----------
     ping : callable
-        Takes seconds to wait, says whether the server answered.
+        Waits as long as it has patience, says whether the server answered.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the server decides when the world ends
@@ -55,7 +55,7 @@ def watch_server(ping: Callable[[float], bool], interval: float = 5.0) -> None:
         missed = 0
         while missed < 3:
             _pause.wait(interval if missed == 0 else 1.0)
-            missed = 0 if ping(60.0) else missed + 1
+            missed = 0 if ping() else missed + 1
         print("the server is gone; this worker ends", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -129,7 +129,7 @@ def autograd_context() -> Iterator[AutogradContext]:
 
 
 def create(
-    function: Callable[..., list[Any]], arguments: Mapping[int, Sequence[Any]]
+    function: Callable[..., list[Any]], arguments: Mapping[int, Sequence[Any]], timeout: float
 ) -> dict[int, list[rpc.RRef]]:
     """Run ``function`` on workers, at once, and give RRefs on the objects that it returns there.
 
@@ -139,6 +139,8 @@ def create(
         Gives a list of objects.
     arguments : mapping of int to sequence
         Rank -> positional arguments.
+    timeout : float
+        Seconds until it counts as failed; building clients takes longer than a step.
 
     Raises
     ------
@@ -146,7 +148,7 @@ def create(
         If it fails on any.
     """
     futures = {
-        rank: rpc.rpc_async(rank_name(rank), _own, args=(function, tuple(values)))
+        rank: rpc.rpc_async(rank_name(rank), _own, args=(function, tuple(values)), timeout=timeout)
         for rank, values in arguments.items()
     }
     owned = {}
@@ -299,11 +301,11 @@ class Fleet:
             assert time.monotonic() < deadline + 60
         return silent
 
-    def placement(self) -> list[str]:
-        """Say which client is on which worker and node, a line a worker."""
-        lines = [f"{SERVER} on {host_name()}"]
+    def placement(self, device: str) -> list[str]:
+        """Say which client is on which worker, node and device, a line a worker."""
+        lines = [f"{SERVER} on {host_name()}, {device}"]
         for worker, hosted in self.workers.items():
-            lines.append(f"{worker} on {self.hosts[worker]}: {_clients(hosted)}")
+            lines.append(f"{worker} on {self.hosts[worker]}, {device}: {_clients(hosted)}")
         return lines
 
     def _who(self, worker: str, clients: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_interrupted_and_killed_runs_resume_bit_identical(torchrun, config, tmp_
     os.kill(world.rank(2), signal.SIGKILL)
     status, output = world.finish()
     assert status != 0
-    assert "worker2 (clients 2-3): lost in" in output and "step " in output, output
+    assert re.search(r"error: worker2 \(clients .*\): lost in \w+, step \d+", output), output
     assert json.loads((runs / "parts" / "summary.json").read_text())["status"] == "failed"
 
     status, output = train(torchrun, config, "name=parts", "--resume").finish()
@@ -136,12 +137,12 @@ def test_a_clients_error_reaches_the_user_with_its_name_and_step(torchrun, confi
     script.write_text(FAULTY)
     status, output = torchrun(WORLD, str(script), "train", str(config)).finish()
     assert status != 0
-    expected = "error: worker2, tokenize, step 5: client 3: OSError: clip_0042.mp4: truncated"
-    assert output.count(expected) == 1, output
-    assert "Traceback" not in output.split("ChildFailedError")[0].split(expected)[0], output
+    expected = r"error: worker(\d), tokenize, step 5: client 3: OSError: clip_0042.mp4: truncated"
+    (worker,) = re.findall(expected, output)
+    assert "Traceback" not in re.split(expected, output)[0], output
     run = tmp_path / "runs" / "run"
     assert "clip_0042" in (run / "error.txt").read_text()
-    assert "clip_0042" in (run / "rank2.log").read_text()
+    assert "clip_0042" in (run / f"rank{worker}.log").read_text()
 
 
 def test_the_test_set_may_lie_with_the_clients_and_own_tokenizers_be_tested(
