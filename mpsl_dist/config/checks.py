@@ -9,7 +9,7 @@ from mpsl_dist.config.schema import WEIGHT_FILES, WEIGHT_SOURCES, Experiment
 
 def problems(experiment: Experiment) -> list[str]:
     """List what a well-typed experiment asks for that cannot be done."""
-    found = _range_problems(experiment) + _batch_problems(experiment)
+    found = _too_small(experiment) + _not_positive(experiment) + _batch_problems(experiment)
     name = experiment.name
     if name in ("", ".", "..") or set(name) & set("/\\"):
         found.append(f"name: '{name}' must be one folder name")
@@ -17,12 +17,15 @@ def problems(experiment: Experiment) -> list[str]:
         found.append(f"device: expected auto, cpu, cuda or cuda:N, found '{experiment.device}'")
     if experiment.method == "fedclip":
         found += _fedclip_problems(experiment)
+    chosen = experiment.data.modalities
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
+        found.append("data.modalities: name at least one, each once, or leave it null")
     return found + _encoder_problems(experiment) + _weight_problems(experiment)
 
 
-def _range_problems(experiment: Experiment) -> list[str]:
-    training, model, runtime = experiment.training, experiment.model, experiment.runtime
-    federated, data = experiment.federated, experiment.data
+def _too_small(experiment: Experiment) -> list[str]:
+    training, model, data = experiment.training, experiment.model, experiment.data
+    federated, runtime = experiment.federated, experiment.runtime
     blocks = model.encoder.trainable_blocks
     at_least = {
         1: {
@@ -58,15 +61,19 @@ def _range_problems(experiment: Experiment) -> list[str]:
         # Start and end of a text, and something between.
         3: {"data.text_length": data.text_length},
     }
-    found = [
+    return [
         f"{path}: must be at least {minimum}, found {value}"
         for minimum, values in at_least.items()
         for path, value in values.items()
         if value is not None and value < minimum
     ]
+
+
+def _not_positive(experiment: Experiment) -> list[str]:
+    training, federated, runtime = experiment.training, experiment.federated, experiment.runtime
     above_zero = {
-        "data.partition.alpha": data.partition.alpha,
-        "model.temperature": model.temperature,
+        "data.partition.alpha": experiment.data.partition.alpha,
+        "model.temperature": experiment.model.temperature,
         "training.server.lr": training.server.lr,
         "training.client.lr": training.client.lr,
         "federated.fraction": federated.fraction,
@@ -74,7 +81,7 @@ def _range_problems(experiment: Experiment) -> list[str]:
         "runtime.rpc_timeout": runtime.rpc_timeout,
         "runtime.start_timeout": runtime.start_timeout,
     }
-    found += [
+    found = [
         f"{path}: must be greater than 0, found {number}"
         for path, number in above_zero.items()
         if number is not None and not number > 0

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.actors.server import Server
+from mpsl_dist.config import Experiment
+from mpsl_dist.data import Splits
 from mpsl_dist.models.average import average, load_trainable
+from mpsl_dist.models.tokenizers import Tokenizers
+from mpsl_dist.records.traffic import Traffic
+from mpsl_dist.runtime import rpc
 
-if TYPE_CHECKING:
-    from mpsl_dist.methods.mpsl import Mpsl
+
+class Split(Protocol):
+    """What split learning has when it is tested: clients with tokenizers, a server with the rest.
+
+    ``tokenizers`` is the server's own copy; ``sizes`` and ``test_sizes`` are samples by client.
+    """
+
+    experiment: Experiment
+    splits: Splits
+    server: Server
+    clients: rpc.Fleet
+    tokenizers: Tokenizers
+    traffic: Traffic
+    sizes: dict[int, int]
+    test_sizes: dict[int, int]
 
 
-def evaluate(method: Mpsl) -> dict[str, float]:
+def evaluate(method: Split) -> dict[str, float]:
     """Test the averaged tokenizers and, if asked for, every client's own."""
     own = method.experiment.training.evaluate_own
     weights = _fetch(method, everyone=own)
@@ -40,12 +59,12 @@ def _spread(alone: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
-def fetch_average(method: Mpsl) -> None:
+def fetch_average(method: Split) -> None:
     """Load the average of the clients' tokenizers into the server's copy."""
     load_trainable(method.tokenizers, _mean(method, _fetch(method)))
 
 
-def _fetch(method: Mpsl, everyone: bool = False) -> dict[int, dict[str, Tensor]]:
+def _fetch(method: Split, everyone: bool = False) -> dict[int, dict[str, Tensor]]:
     """Fetch the tokenizers; one client speaks for all where they are kept identical."""
     same = method.experiment.tokenizer_sync.mode == "gradients" and not everyone
     asked = list(method.sizes)[: 1 if same else None]
@@ -54,17 +73,17 @@ def _fetch(method: Mpsl, everyone: bool = False) -> dict[int, dict[str, Tensor]]
     return weights
 
 
-def _mean(method: Mpsl, weights: Mapping[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _mean(method: Split, weights: Mapping[int, dict[str, Tensor]]) -> dict[str, Tensor]:
     return average(list(weights.values()), [method.sizes[n] for n in weights])
 
 
-def _at_server(method: Mpsl, weights: Mapping[str, Tensor]) -> dict[str, float]:
+def _at_server(method: Split, weights: Mapping[str, Tensor]) -> dict[str, float]:
     load_trainable(method.tokenizers, weights)
     model = Deployable(method.tokenizers, method.server.model)
     return model.test(method.splits.test, method.experiment.training.test_batch_size)
 
 
-def _at_clients(method: Mpsl, weights: Mapping[str, Tensor] | None) -> dict[int, tuple[int, int]]:
+def _at_clients(method: Split, weights: Mapping[str, Tensor] | None) -> dict[int, tuple[int, int]]:
     """Give (right, samples) of every client that holds test samples."""
     each = max(1, method.experiment.training.test_batch_size // len(method.sizes))
     counts = {
