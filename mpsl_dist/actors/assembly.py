@@ -13,7 +13,7 @@ from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data import Splits
-from mpsl_dist.data.partition import deal_pictures, partition
+from mpsl_dist.data.partition import Dealt, deal, partition
 from mpsl_dist.data.text import VOCABULARY
 from mpsl_dist.models import weight_sources, weights
 from mpsl_dist.models.adapters import Adapters
@@ -223,14 +223,38 @@ def build_server(experiment: Experiment, splits: Splits, lengths: list[int]) -> 
     return Server(server_model, stepper, device_of(experiment))
 
 
+def deal_train(experiment: Experiment, splits: Splits) -> Dealt:
+    """Give the training samples of every client, by the experiment's rule."""
+    rule, clients = experiment.data.partition, experiment.clients
+    dealt = deal(splits, clients, rule.kind, rule.alpha, rule.minimum, experiment.seed)
+    if len(dealt.parts) != clients:
+        raise ConfigError(
+            f"clients: {clients}, but the data names {len(dealt.parts)} and "
+            f"data.partition.kind=natural takes each; set clients={len(dealt.parts)}"
+        )
+    return dealt
+
+
+def log_partition(experiment: Experiment, splits: Splits) -> None:
+    """Log who holds how much, by which rule."""
+    dealt = deal_train(experiment, splits)
+    sizes = [len(part) for part in dealt.parts]
+    _log.info(
+        "partition: %s; %d clients with %d to %d training samples, median %g",
+        dealt.rule,
+        len(sizes),
+        min(sizes),
+        max(sizes),
+        float(np.median(sizes)),
+    )
+    for number, name in enumerate(dealt.names):
+        _log.info("client %d is '%s': %d samples", number, name, sizes[number])
+
+
 def build_local_data(experiment: Experiment, splits: Splits) -> list[tuple[LocalData, LocalData]]:
     """Give every client's training and test samples, the latter empty where the server has them."""
     seed, data = experiment.seed, experiment.data
-    rule, labels = data.partition, splits.train.labels
-    if splits.retrieval:
-        parts = deal_pictures(labels, experiment.clients, seed)
-    else:
-        parts = partition(labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed)
+    parts = deal_train(experiment, splits).parts
     tests = [np.empty(0, dtype=np.int64)] * experiment.clients
     if data.test_at == "clients":
         tests = partition(splits.test.labels, experiment.clients, "iid", 1.0, 1, seed)

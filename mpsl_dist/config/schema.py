@@ -11,7 +11,8 @@ from typing import Literal
 class Partition:
     """How the training samples are spread over the clients."""
 
-    kind: Literal["dirichlet", "iid"] = "dirichlet"
+    #: ``natural``: as the data names its owners, whatever they hold.
+    kind: Literal["dirichlet", "iid", "natural"] = "dirichlet"
     #: Concentration of the Dirichlet draw per class; smaller is more skewed.
     alpha: float = 0.1
     #: Every client holds at least this many samples.
@@ -30,6 +31,8 @@ class Data:
     partition: Partition = field(default_factory=Partition)
     #: Length of a text in CLIP byte-pair tokens, start and end included.
     text_length: int = 16
+    #: ``manifest`` only: what to read, in the order of fusion; null is all that its columns give.
+    modalities: list[Literal["image", "audio", "text"]] | None = None
     #: Loader processes per client; 0 loads in the worker itself.
     loaders: int = 0
     #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's

@@ -53,7 +53,8 @@ def load(name: str, root: str | None = None, text_length: int = 16, **options: A
     Parameters
     ----------
     options
-        ``image_size``, ``audio_frames``, ``on_error``, ``cache``; None is the dataset's own.
+        ``image_size``, ``audio_frames``, ``modalities``, ``on_error``, ``cache``; None is the
+        dataset's own.
 
     Raises
     ------

@@ -33,8 +33,8 @@ def load(name: str, root: str | Path | None, text_length: int = 77, **options: A
     text_length : int
         Byte-pair tokens of a text; of no effect where there are no texts.
     options
-        ``image_size``, ``audio_frames``, ``on_error`` and ``cache``; None leaves the dataset's own
-        default.
+        ``image_size``, ``audio_frames``, ``modalities``, ``on_error`` and ``cache``; None leaves
+        the dataset's own default.
 
     Raises
     ------

@@ -100,9 +100,7 @@ def load(
         labels.sort(key=int)
     tables = [_table(path.parent, part, columns, labels) for part in parts]
     chosen = tuple(modalities or _modalities(tables[0].samples))
-    unknown = sorted(set(chosen) - {"image", "audio", "text"})
-    if unknown:
-        raise DataError(f"data.modalities: unknown '{unknown[0]}'; valid: image, audio, text")
+    _require_modalities(path, chosen, columns)
     view = View(
         modalities=chosen,
         image_size=image_size,
@@ -275,6 +273,17 @@ def _modalities(samples: Sequence[Sample]) -> list[str]:
     if any(sample.text is not None for sample in samples):
         found.append("text")
     return found
+
+
+def _require_modalities(path: Path, chosen: Sequence[str], columns: frozenset[str]) -> None:
+    """Refuse modalities that no column can give: they would be zeros everywhere."""
+    sources = {"image": {"image", "video"}, "audio": {"audio", "video"}, "text": {"text"}}
+    for name in chosen:
+        if name not in sources:
+            raise DataError(f"data.modalities: unknown '{name}'; valid: {', '.join(sources)}")
+        if not sources[name] & columns:
+            needed = " or ".join(sorted(sources[name]))
+            raise DataError(f"data.modalities: {name} needs a column {needed} in {path}")
 
 
 def _has_sound(clip: str) -> bool:

@@ -2,14 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsl_dist.data.dataset import DataError
+from mpsl_dist.data.dataset import DataError, Splits
 
 #: Sample positions of every client.
 Parts = list[NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """The training samples of every client.
+
+    Attributes
+    ----------
+    rule : str
+        By which rule and seed, in words.
+    names : tuple of str
+        The clients' own names, where the data gives them.
+    """
+
+    parts: Parts
+    rule: str
+    names: tuple[str, ...] = ()
+
+
+def deal(splits: Splits, clients: int, kind: str, alpha: float, minimum: int, seed: int) -> Dealt:
+    """Spread the training samples by ``data.partition.kind``.
+
+    ``natural`` follows the owners that the data names and gives as many clients as there are names;
+    otherwise retrieval deals pictures (it has no classes to be skewed), and classes are spread by
+    :func:`partition`.
+    """
+    labels = splits.train.labels
+    if kind == "natural":
+        names, parts = natural(getattr(splits.train, "clients", None))
+        return Dealt(parts, "natural: as the data names its owners, nothing drawn", names)
+    if splits.retrieval:
+        rule = f"shuffled pictures dealt evenly, each with all its captions; seed {seed}"
+        return Dealt(deal_pictures(labels, clients, seed), rule)
+    rule = f"iid: a shuffled deck dealt evenly; seed {seed}"
+    if kind == "dirichlet":
+        rule = (
+            f"dirichlet({alpha:g}) for every class; a client with fewer than {minimum} samples "
+            f"takes single ones of the largest client; seed {seed}"
+        )
+    return Dealt(partition(labels, clients, kind, alpha, minimum, seed), rule)
+
+
+def natural(owners: Sequence[str] | None) -> tuple[tuple[str, ...], Parts]:
+    """Give the owners' names, sorted (numbers by value), and every owner's samples.
+
+    Raises
+    ------
+    DataError
+        If the data names no owners, or not every sample's.
+    """
+    if owners is None:
+        raise DataError("data.partition.kind: natural needs data that names every sample's client")
+    nameless = sum(not owner.strip() for owner in owners)
+    if nameless:
+        raise DataError(f"data.partition.kind: natural, but {nameless} samples name no client")
+    unique = set(owners)
+    numbers = all(name.isdecimal() for name in unique)
+    names = sorted(unique, key=lambda name: (int(name) if numbers else 0, name))
+    held = np.array(owners, dtype=object)
+    return tuple(names), [np.flatnonzero(held == name) for name in names]
 
 
 def partition(

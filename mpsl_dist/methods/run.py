@@ -107,6 +107,7 @@ def connect(experiment: Experiment, world: Environment, splits: Splits) -> loop.
     """Build the server here and the clients on the workers of a joined world."""
     server_threads, worker_threads = _threads(experiment, world)
     rpc.set_threads(server_threads)
+    assembly.log_partition(experiment, splits)
     if experiment.method == "centralized":
         return centralized.build(experiment, splits)
     if experiment.method in ("fedavg", "fedclip"):

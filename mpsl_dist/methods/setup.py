@@ -23,10 +23,13 @@ from mpsl_dist.runtime.placement import gpu_of, place
 def load_data(experiment: Experiment) -> Splits:
     """Load the experiment's dataset."""
     chosen = experiment.data
-    options = {
-        name: getattr(chosen, name) for name in ("image_size", "audio_frames", "on_error", "cache")
-    }
-    return data.load(chosen.name, chosen.root, chosen.text_length, **options)
+    return data.load(chosen.name, chosen.root, chosen.text_length, **data_options(experiment))
+
+
+def data_options(experiment: Experiment) -> dict[str, Any]:
+    """Give what the experiment asks of its dataset; None is the dataset's own."""
+    names = ("image_size", "audio_frames", "modalities", "on_error", "cache")
+    return {name: getattr(experiment.data, name) for name in names}
 
 
 def on_own_gpu(experiment: Experiment) -> Experiment:
