@@ -137,6 +137,14 @@ def _load_stems(experiment: Experiment, tokenizers: Tokenizers) -> None:
             _tell(weights.load_stem(tokenizer, tokenizers.pre_norm, state, name, part))
 
 
+def _load_encoder(experiment: Experiment, encoder: nn.Sequential) -> None:
+    source, root = experiment.weights.encoder, experiment.weights.root
+    if source != "random":
+        size = experiment.model.encoder.size
+        name, state = weight_sources.fetch("encoder", source, size, root, "")
+        _tell(weights.load_encoder(encoder, state, name))
+
+
 def check_task(experiment: Experiment, splits: Splits) -> None:
     """Refuse options that do not fit the task, by a ConfigError."""
     errors = []
@@ -212,12 +220,7 @@ def build_server(experiment: Experiment, splits: Splits, lengths: list[int]) -> 
         if adapted:
             rules, modalities = experiment.adapters, list(splits.shapes)
             server_model.adapters = Adapters(modalities, rules.include, dimensions[0], rules.form)
-    source = experiment.weights.encoder
-    if source != "random":
-        name, state = weight_sources.fetch(
-            "encoder", source, encoder.size, experiment.weights.root, ""
-        )
-        _tell(weights.load_encoder(server_model.encoder, state, name))
+    _load_encoder(experiment, server_model.encoder)
     server_model = server_model.to(device_of(experiment), dtype_of(experiment))
     stepper = Stepper(server_model.parameters(), experiment.training.server)
     return Server(server_model, stepper, device_of(experiment))

@@ -17,7 +17,7 @@ def _count(value: float) -> str:
 
 
 def _giga(value: float) -> str:
-    return f"{value / 1e9:.4g}" if value >= 1e5 else "0"
+    return f"{value / 1e9:.4g}" if value >= 1e4 else "0"
 
 
 def _mebi(value: float) -> str:
