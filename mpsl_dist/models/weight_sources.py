@@ -85,6 +85,8 @@ def fetch(part: str, source: str, size: str, root: str | None, tower: str) -> tu
             f"(it has {', '.join(defaults)}); name one, as {kind}:{next(iter(defaults.values()))}"
         )
     name = f"{kind}:{which}"
+    if kind == "clip":
+        _check_activation(part, which, tower)
     try:
         return name, {"timm": _timm, "clip": _clip, "ast": _ast}[kind](which)
     except Exception as error:
@@ -93,6 +95,23 @@ def fetch(part: str, source: str, size: str, root: str | None, tower: str) -> tu
             f"weights.{part}: {name} cannot be had: {reason[0] if reason else type(error).__name__}"
             ". Where there is no network, give a local file instead"
         ) from error
+
+
+def _check_activation(part: str, which: str, tower: str) -> None:
+    """Refuse weights that were trained with another activation than they would meet here."""
+    architecture, _, tag = which.partition("/")
+    quick = "quickgelu" in architecture or tag in ("", "openai")
+    if part == "encoder" and quick:
+        raise WeightsError(
+            f"weights.encoder: clip:{which} was trained with QuickGELU, the encoder here has GELU; "
+            f"take {', '.join(f'clip:{name}' for name in _CLIP.values())}"
+        )
+    if part == "text" and (architecture != tower or quick != ("quickgelu" in tower)):
+        wanted = architecture.removesuffix("-quickgelu") + ("-quickgelu" if quick else "")
+        raise WeightsError(
+            f"weights.text: clip:{which} does not fit model.text_tower={tower}; take "
+            f"model.text_tower={wanted} and weights.text=clip:{wanted}/{tag or 'openai'}"
+        )
 
 
 @lru_cache(maxsize=4)

@@ -349,6 +349,28 @@ def test_a_size_without_a_default_says_so() -> None:
         fetch("image", "clip", "Ti", None, "")
 
 
+@pytest.mark.parametrize(
+    ("part", "source", "tower", "message"),
+    [
+        ("encoder", "clip:ViT-B-16/openai", "", "trained with QuickGELU"),
+        ("encoder", "clip:ViT-B-16-quickgelu/dfn2b", "", "trained with QuickGELU"),
+        ("text", "clip", "ViT-B-16", r"take model\.text_tower=ViT-B-16-quickgelu"),
+        (
+            "text",
+            "clip:ViT-B-16/laion2b_s34b_b88k",
+            "ViT-B-16-quickgelu",
+            r"model\.text_tower=ViT-B-16 and weights\.text=clip:ViT-B-16/laion2b",
+        ),
+        ("text", "clip:ViT-L-14/laion2b_s32b_b82k", "ViT-B-16", r"model\.text_tower=ViT-L-14 "),
+    ],
+)
+def test_weights_of_another_activation_are_refused(
+    part: str, source: str, tower: str, message: str
+) -> None:
+    with pytest.raises(WeightsError, match=message):
+        fetch(part, source, "B", None, tower)
+
+
 def test_a_failed_download_advises_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no route to host\nand a long story")
