@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare = commands.add_parser("compare", help="methods beside each other, from their runs")
     compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="completed run directories")
     compare.add_argument("--out", metavar="FILE.md", help="write page, csv and picture")
+    _add_data_commands(commands)
     options, rest = parser.parse_known_args(arguments)
     for word in rest:  # argparse takes no positionals after an option
         if word.startswith("-") or "=" not in word:
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
+        command |= {"data": _data, "partition": _partition}
         return command[options.command](options)
     except ValueError as error:
         if not _is_users(error):
@@ -53,6 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="an experiment, configs/*.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+
+def _add_data_commands(commands: argparse._SubParsersAction) -> None:
+    data = commands.add_parser("data", help="check a dataset on disk, or download it")
+    actions = data.add_subparsers(dest="action", required=True)
+    check = actions.add_parser(
+        "check", help="what is there, missing or damaged, and where to get it"
+    )
+    _add_experiment(check)
+    check.add_argument("--workers", type=int, metavar="N", help="threads that decode")
+    check.add_argument("--limit", type=int, metavar="N", help="decode only N files, 0 for none")
+    _add_experiment(actions.add_parser("download", help="resumed, verified, safely unpacked"))
+    partition = commands.add_parser("partition", help="who holds what: a table and a picture")
+    _add_experiment(partition)
+    partition.add_argument("--out", metavar="FILE.png", help="default: partition-<name>.png")
 
 
 def _user_error(message: str) -> int:
@@ -165,6 +182,27 @@ def _compare(options: argparse.Namespace) -> int:
     print(compare.markdown(groups))
     for path in compare.write(groups, Path(options.out)) if options.out else ():
         print(f"wrote {path}")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from mpsl_dist import config
+    from mpsl_dist.analysis import data_commands
+
+    experiment = config.load(options.config, options.overrides)
+    if options.action == "check":
+        return data_commands.check_data(experiment, options.workers, options.limit)
+    return data_commands.download_data(experiment)
+
+
+def _partition(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mpsl_dist import config
+    from mpsl_dist.analysis import partition_view
+
+    experiment = config.load(options.config, options.overrides)
+    partition_view.show(experiment, Path(options.out or f"partition-{experiment.name}.png"))
     return 0
 
 

@@ -81,7 +81,7 @@ class Report:
             lines.append(
                 f"  by hand: {entry.by_hand}"
                 if entry.by_hand
-                else f"  a program may download it: {', '.join(a.name for a in entry.archives)}"
+                else f"  `data download` may fetch: {', '.join(a.name for a in entry.archives)}"
             )
         return "\n".join(lines)
 

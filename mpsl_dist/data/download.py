@@ -17,7 +17,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from mpsl_dist.data.catalog import CATALOG, Archive
 from mpsl_dist.data.dataset import DataError
 
 _BLOCK = 1 << 20
+#: Told as bytes come: the file's name, how many are there, and of how many (None: not known).
+Tell = Callable[[str, int, int | None], None]
 _log = logging.getLogger(__name__)
 
 
@@ -34,8 +36,13 @@ class _Wrong(Exception):
     """What came is not what was asked for; the next attempt starts anew."""
 
 
-def download(name: str, root: str | Path) -> list[str]:
+def download(name: str, root: str | Path, tell: Tell | None = None) -> list[str]:
     """Download a dataset into ``data.root``; what is there already is not fetched again.
+
+    Parameters
+    ----------
+    tell : callable, optional
+        Is told the progress, see :data:`Tell`.
 
     Returns
     -------
@@ -52,11 +59,17 @@ def download(name: str, root: str | Path) -> list[str]:
     entry = CATALOG[name]
     if not entry.archives:
         raise DataError(f"{name}: {entry.by_hand}; official place: {entry.place}")
-    return [get(archive, Path(root)) for archive in entry.archives]
+    return [get(archive, Path(root), tell=tell) for archive in entry.archives]
 
 
 def get(
-    archive: Archive, root: Path, *, attempts: int = 8, wait: float = 1.0, timeout: float = 60.0
+    archive: Archive,
+    root: Path,
+    *,
+    attempts: int = 8,
+    wait: float = 1.0,
+    timeout: float = 60.0,
+    tell: Tell | None = None,
 ) -> str:
     """Download and unpack one archive.
 
@@ -68,6 +81,8 @@ def get(
         Seconds before the second attempt, doubled for each further one.
     timeout : float
         Seconds without a byte until a connection counts as lost.
+    tell : callable, optional
+        Is told the progress, see :data:`Tell`.
 
     Returns
     -------
@@ -80,7 +95,7 @@ def get(
             return f"{archive.name}: there already"
         file = root / ".downloads" / archive.name
         if not file.exists():
-            _fetch(archive, file, attempts, wait, timeout)
+            _fetch(archive, file, attempts, wait, timeout, tell)
         _verify(archive, file, known)
         if archive.extract:
             count = archives.unpack(file, root / archive.into)
@@ -117,7 +132,9 @@ def _locked(root: Path) -> Iterator[dict[str, Any]]:
             aside.replace(path)
 
 
-def _fetch(archive: Archive, file: Path, attempts: int, wait: float, timeout: float) -> None:
+def _fetch(
+    archive: Archive, file: Path, attempts: int, wait: float, timeout: float, tell: Tell | None
+) -> None:
     """Bring the whole file, in as many attempts as make progress."""
     part = file.with_name(f"{file.name}.part")
     if not archive.url.startswith(("http://", "https://")):
@@ -126,7 +143,7 @@ def _fetch(archive: Archive, file: Path, attempts: int, wait: float, timeout: fl
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            _attempt(archive, part, timeout)
+            _attempt(archive, part, timeout, tell)
             part.replace(file)
             return
         except urllib.error.HTTPError as error:
@@ -148,7 +165,7 @@ def _fetch(archive: Archive, file: Path, attempts: int, wait: float, timeout: fl
         time.sleep(wait * 2 ** min(fruitless, 6))
 
 
-def _attempt(archive: Archive, part: Path, timeout: float) -> None:
+def _attempt(archive: Archive, part: Path, timeout: float, tell: Tell | None) -> None:
     """Ask for the rest of the file and write what comes; returns when it is whole."""
     tag_file = part.with_name(f"{part.name}.tag")
     have = part.stat().st_size if part.exists() else 0
@@ -167,7 +184,11 @@ def _attempt(archive: Archive, part: Path, timeout: float) -> None:
         if length is not None and int(length) > shutil.disk_usage(part.parent).free:
             raise DataError(f"{archive.url}: {int(length)} bytes are more than the disk has left")
         with part.open("ab" if resumed else "wb") as file:
-            shutil.copyfileobj(answer, file, _BLOCK)
+            total = None if length is None else start + int(length)
+            while block := answer.read(_BLOCK):
+                file.write(block)
+                if tell is not None:
+                    tell(archive.name, file.tell(), total)
             end = file.tell()
     if length is not None and end - start < int(length):
         raise OSError(f"the connection ended {int(length) - end + start} bytes early")

@@ -49,8 +49,8 @@ def deal(splits: Splits, clients: int, kind: str, alpha: float, minimum: int, se
     rule = f"iid: a shuffled deck dealt evenly; seed {seed}"
     if kind == "dirichlet":
         rule = (
-            f"dirichlet({alpha:g}) for every class; a client with fewer than {minimum} samples "
-            f"takes single ones of the largest client; seed {seed}"
+            f"dirichlet({alpha:g}) for every class; a client below the minimum of {minimum} takes "
+            f"single samples of the largest client; seed {seed}"
         )
     return Dealt(partition(labels, clients, kind, alpha, minimum, seed), rule)
 

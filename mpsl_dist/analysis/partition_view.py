@@ -1,0 +1,196 @@
+"""``partition``: who holds what, as a table and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from mpsl_dist.actors import assembly
+from mpsl_dist.config import ConfigError, Experiment
+from mpsl_dist.methods.setup import load_data
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".pdf", ".svg")
+#: Up to so many classes have a column each; above, and always in retrieval, clients are summed up.
+_COLUMNS = 12
+#: Clients that the table lists, and clients and classes whose names fit the picture.
+_LISTED, _NAMED = 100, 40
+#: Characters of a line that goes to a file or a pipe.
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Who holds what.
+
+    Attributes
+    ----------
+    counts : array
+        (clients, classes) training samples; in retrieval (clients, 2) pictures and captions.
+    columns : tuple of str
+        The classes' names.
+    clients : tuple of str
+    rule : str
+        How it came about.
+    retrieval : bool
+    """
+
+    counts: NDArray[np.int64]
+    columns: tuple[str, ...]
+    clients: tuple[str, ...]
+    rule: str
+    retrieval: bool = False
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(clients,) training samples."""
+        return self.counts[:, 1] if self.retrieval else self.counts.sum(1)
+
+
+def holdings(experiment: Experiment) -> Holdings:
+    """Load the data and deal it as a run would."""
+    splits = load_data(experiment)
+    dealt = assembly.deal_train(experiment, splits)
+    labels = splits.train.labels.numpy()
+    held = [labels[part] for part in dealt.parts]
+    if splits.retrieval:
+        counts = [[len(np.unique(pictures)), len(pictures)] for pictures in held]
+    else:
+        counts = [np.bincount(own, minlength=len(splits.classes)) for own in held]
+    return Holdings(
+        np.array(counts, dtype=np.int64),
+        ("pictures", "captions") if splits.retrieval else splits.classes,
+        dealt.names or tuple(map(str, range(len(held)))),
+        dealt.rule,
+        splits.retrieval,
+    )
+
+
+def show(experiment: Experiment, out: Path, console: Console | None = None) -> None:
+    """Print the table and draw the picture."""
+    if out.suffix not in FORMATS:
+        raise ConfigError(f"--out: {out} must end in {', '.join(FORMATS)}")
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = _WIDTH
+    found = holdings(experiment)
+    console.print(f"{experiment.data.name}, {len(found.clients)} clients", highlight=False)
+    console.print(f"rule: {found.rule}", highlight=False, soft_wrap=True)
+    if found.retrieval and experiment.data.partition.kind == "dirichlet":
+        console.print("data.partition.alpha has no effect: retrieval has no classes to be skewed")
+    console.print(table(found, console))
+    left = len(found.clients) - _LISTED
+    if left > 0:
+        console.print(f"… and {left:,} more clients; the picture shows all", highlight=False)
+    sizes = found.sizes
+    console.print(
+        f"samples of a client: {sizes.min():,} to {sizes.max():,}, median {np.median(sizes):g}; "
+        f"{sizes.sum():,} in all",
+        highlight=False,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture(found, experiment.data.name).savefig(out, dpi=120)
+    console.print(f"drawn: {out}", highlight=False, soft_wrap=True)
+
+
+def table(found: Holdings, console: Console) -> Table:
+    """Lay out clients × classes; where that is too wide, a summary of each client."""
+    if found.retrieval or len(found.columns) <= _COLUMNS:
+        whole = _table_of_classes(found)
+        if console.measure(whole).maximum <= console.width:
+            return whole
+    summary = ("samples", "classes", "largest class", "its share", "entropy (bits)")
+    return _lay_out(found, summary, [_summary(found, counts) for counts in found.counts])
+
+
+def _table_of_classes(found: Holdings) -> Table:
+    rows = [[f"{n}" if n else "·" for n in counts] for counts in found.counts]
+    if found.retrieval:
+        return _lay_out(found, found.columns, rows)
+    whole = [[*row, str(size)] for row, size in zip(rows, found.sizes, strict=True)]
+    return _lay_out(found, (*found.columns, "all"), whole)
+
+
+def _lay_out(found: Holdings, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    laid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    laid.add_column("client")
+    for name in names:
+        laid.add_column(name, justify="left" if name == "largest class" else "right")
+    for client, row in list(zip(found.clients, rows, strict=True))[:_LISTED]:
+        laid.add_row(client, *row)
+    return laid
+
+
+def _summary(found: Holdings, counts: NDArray[np.int64]) -> list[str]:
+    total, largest = int(counts.sum()), int(counts.argmax())
+    return [
+        f"{total}",
+        f"{np.count_nonzero(counts)}",
+        found.columns[largest],
+        f"{counts[largest] / total:.0%}",
+        f"{entropy(counts):.2f}",
+    ]
+
+
+def entropy(counts: NDArray[np.int64]) -> float:
+    """Give the entropy of a client's classes in bits: 0 for one class, log2(k) for k equal ones."""
+    shares = counts[counts > 0] / counts.sum()
+    return float((shares * np.log2(1 / shares)).sum())
+
+
+def picture(found: Holdings, name: str) -> Figure:
+    """Draw clients × classes, the darker the more samples, beside each client's samples."""
+    from matplotlib.figure import Figure
+
+    rows, columns = found.counts.shape
+    height = min(12.0, 2.4 + 0.24 * rows)
+    if found.retrieval:
+        figure = Figure(figsize=(7, height), layout="constrained")
+        bars = figure.subplots()
+    else:
+        width = min(14.0, 5.0 + 0.3 * columns)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        grid, bars = figure.subplots(1, 2, sharey=True, width_ratios=(max(2.0, width - 3.5), 2))
+        _draw_grid(figure, grid, found)
+    bars.barh(range(rows), found.sizes, height=1.0 if rows > _NAMED else 0.8, color="0.45")
+    bars.set(xlabel="captions" if found.retrieval else "samples", ylim=(rows - 0.5, -0.5))
+    bars.spines[["top", "right"]].set_visible(False)
+    if found.retrieval:
+        _name_clients(bars, found)
+    figure.suptitle(f"{name}: {found.rule}", fontsize=9, wrap=True)
+    return figure
+
+
+def _draw_grid(figure: Figure, grid: Axes, found: Holdings) -> None:
+    from matplotlib.colors import LogNorm
+
+    largest = max(2, int(found.counts.max()))
+    colours = grid.imshow(
+        np.ma.masked_equal(found.counts, 0),
+        norm=LogNorm(1, largest),
+        cmap="viridis_r",
+        aspect="auto",
+        interpolation="nearest",
+    )
+    figure.colorbar(colours, ax=grid, label="samples (white: none)", location="left")
+    _name_clients(grid, found)
+    if len(found.columns) <= _NAMED:
+        grid.set_xticks(range(len(found.columns)), found.columns, rotation=60, ha="right")
+    else:
+        grid.set_xlabel(f"{len(found.columns)} classes, in label order")
+
+
+def _name_clients(axes: Axes, found: Holdings) -> None:
+    if len(found.clients) <= _NAMED:
+        axes.set_yticks(range(len(found.clients)), found.clients)
+    axes.set_ylabel("client")
