@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 #: Real public data, beside the repository; users do not have it.
 DATA = Path(os.environ.get("MPSL_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 
