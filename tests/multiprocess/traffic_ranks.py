@@ -43,9 +43,9 @@ def watch_calls() -> None:
     rpc.Fleet.start = watching
     create = rpc.create
 
-    def creating(function, arguments):
+    def creating(function, arguments, *others, **named):
         CALLED["down"] += sum(deep_bytes(values) for values in arguments.values())
-        return create(function, arguments)
+        return create(function, arguments, *others, **named)
 
     rpc.create = creating
 
