@@ -58,6 +58,8 @@ def start(
         Keep same-host payloads on the socket instead of process-memory reads.
     """
     os.environ["TP_SOCKET_IFNAME"] = interface
+    # RPC's start meets in a gloo group, which would else go by what the host's name resolves to.
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
     # RPC's own barrier uses a process group in a way that warns its user, who cannot mend it.
     warnings.filterwarnings("ignore", message="You are using a Backend", category=UserWarning)
     # Shared memory can fail with more than 18 workers on one host: sockets always.
