@@ -15,6 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from media_files import DATA, write_clip, write_picture, write_sound
 
 #: Seconds in which one file must be read or refused, on a busy machine.

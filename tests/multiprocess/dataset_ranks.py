@@ -1,0 +1,36 @@
+"""What every rank of the datasets' test runs: ``torchrun dataset_ranks.py TASK.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import toys
+
+from mpsl_dist.config import from_dict
+from mpsl_dist.methods import loop
+from mpsl_dist.methods import run as runs
+from mpsl_dist.runtime import environment, process, rpc
+
+
+def main() -> None:
+    world = environment.resolve(os.environ)
+    assert world is not None
+    if world.rank > 0:
+        runs.serve_as_worker(toys.experiment(), world)
+        return
+    runs.join(toys.experiment(), world)
+    for values in json.loads(Path(sys.argv[1]).read_text()):
+        experiment = from_dict(values)
+        splits = runs.checked_data(experiment)
+        run = runs.open_run(experiment, resume=False, overwrite=False)
+        method = runs.connect(experiment, world, splits)
+        loop.train(experiment, splits, method, run, process.StopRequest())
+    rpc.stop()
+
+
+if __name__ == "__main__":
+    main()
