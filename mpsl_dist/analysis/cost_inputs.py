@@ -62,6 +62,7 @@ def _known(rules: Data) -> dict[str, Inputs]:
 
     return {
         "coco-qa": Inputs(image_text, 430, 78_736, 38_948),
+        # Not confirmed: the official lists are given on request only.
         "t4sa": Inputs(image_text, 3, 368_586, 51_000),
         "kinetics-sounds": Inputs({"image": picture, "audio": audio(1024)}, 30, 15_376, 3_844),
         "ucf101": Inputs({"image": picture, "audio": audio(98)}, 51, 4_893, 1_943),

@@ -80,7 +80,8 @@ def show(experiment: Experiment, out: Path, console: Console | None = None) -> N
     """Print the table and draw the picture."""
     if out.suffix not in FORMATS:
         raise ConfigError(f"--out: {out} must end in {', '.join(FORMATS)}")
-    console = console or Console()
+    # The user's own names are no markup: "[x]" is a name.
+    console = console or Console(markup=False)
     if not console.is_terminal:
         console.width = _WIDTH
     found = holdings(experiment)
@@ -167,7 +168,7 @@ def picture(found: Holdings, name: str) -> Figure:
     bars.spines[["top", "right"]].set_visible(False)
     if found.retrieval:
         _name_clients(bars, found)
-    figure.suptitle(f"{name}: {found.rule}", fontsize=9, wrap=True)
+    figure.suptitle(f"{name}\n{found.rule}", fontsize=9)
     return figure
 
 
@@ -185,12 +186,13 @@ def _draw_grid(figure: Figure, grid: Axes, found: Holdings) -> None:
     figure.colorbar(colours, ax=grid, label="samples (white: none)", location="left")
     _name_clients(grid, found)
     if len(found.columns) <= _NAMED:
-        grid.set_xticks(range(len(found.columns)), found.columns, rotation=60, ha="right")
+        places = range(len(found.columns))
+        grid.set_xticks(places, found.columns, rotation=60, ha="right", parse_math=False)
     else:
         grid.set_xlabel(f"{len(found.columns)} classes, in label order")
 
 
 def _name_clients(axes: Axes, found: Holdings) -> None:
     if len(found.clients) <= _NAMED:
-        axes.set_yticks(range(len(found.clients)), found.clients)
+        axes.set_yticks(range(len(found.clients)), found.clients, parse_math=False)
     axes.set_ylabel("client")

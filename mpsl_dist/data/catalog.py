@@ -41,7 +41,7 @@ class Entry:
     place : str
         Where to get it, in words; a part of every message about missing files.
     samples : tuple of int or None
-        Training and test samples of the whole dataset.
+        Training and test samples of the whole dataset; None where they are not confirmed.
     by_hand : str
         What a person must do, where the licence or the size forbids a download by a program.
     """
@@ -78,7 +78,6 @@ CATALOG: dict[str, Entry] = {
     ),
     "t4sa": Entry(
         "B-T4SA: t4sa.it (access on request)",
-        (368_586, 51_000),
         by_hand="ask for access at t4sa.it; unpack raw_tweets_text.csv, b-t4sa_train.txt, "
         "b-t4sa_test.txt and data/ into b-t4sa/",
     ),

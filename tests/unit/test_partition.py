@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsl_dist.data import DataError
-from mpsl_dist.data.partition import epoch_order, partition, shares
+from mpsl_dist.data.partition import epoch_order, natural, partition, shares
 
 labels = st.integers(2, 12).flatmap(
     lambda classes: st.lists(st.integers(0, classes - 1), min_size=40, max_size=400)
@@ -78,3 +78,13 @@ def test_the_order_of_an_epoch_depends_on_seed_client_and_epoch_alone() -> None:
     assert orders[1, 2, 3] == epoch_order(50, 1, 2, 3).tolist()
     assert len({tuple(order) for order in orders.values()}) == 3
     assert all(sorted(order) == list(range(50)) for order in orders.values())
+
+
+def test_owners_keep_what_is_theirs() -> None:
+    names, parts = natural(["10", "9", "10", "9", "9"])
+    assert names == ("9", "10") and [part.tolist() for part in parts] == [[1, 3, 4], [0, 2]]
+    assert natural(["b", "a", "10"])[0] == ("10", "a", "b")
+    with pytest.raises(DataError, match="names every sample's client"):
+        natural(None)
+    with pytest.raises(DataError, match="2 samples name no client"):
+        natural(["a", "", " "])

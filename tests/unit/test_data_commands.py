@@ -1,0 +1,182 @@
+"""The commands ``data check``, ``data download`` and ``partition``."""
+
+from __future__ import annotations
+
+import io
+import threading
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from media_files import make_coco_qa, make_karpathy, write_csv, write_picture
+
+from mpsl_dist import config
+from mpsl_dist.__main__ import main
+from mpsl_dist.analysis import partition_view
+from mpsl_dist.data import catalog
+from mpsl_dist.data.catalog import Archive, Entry
+
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+PAPER = ROOT / "configs/paper"
+
+
+def _check(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    status = main(["data", "check", *words])
+    return status, capsys.readouterr().out
+
+
+def test_check_says_whether_the_experiment_can_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(PAPER / "coco-qa.yaml"), f"data.root={tmp_path}"]
+    status, said = _check(capsys, *words)
+    assert status == 2 and "no such folder" in said and "cs.toronto.edu" in said
+    make_coco_qa(tmp_path)
+    status, said = _check(capsys, *words, "--workers", "2")
+    assert status == 0 and "train: 12 samples of 78,736" in said and "decoded: 8 files" in said
+    assert said.rstrip().endswith("usable")
+    pictures = tmp_path / "ms-coco/train2014"
+    (pictures / "COCO_train2014_000000000101.jpg").unlink()
+    (pictures / "COCO_train2014_000000000103.jpg").write_bytes(b"damaged")
+    status, said = _check(capsys, *words)
+    assert status == 2 and "missing: 1 files" in said and "damaged: 1 files" in said
+    assert "data.on_error=raise ends a run at any of these 2 files" in said
+    status, said = _check(capsys, *words, "data.on_error=skip", "--limit", "0")
+    assert status == 0 and "missing: 1 files" in said and "decoded" not in said
+
+
+def test_check_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _check(capsys, QUICKSTART) == (0, "digits-qa is built in: nothing to check\n")
+    status, said = _check(capsys, str(PAPER / "t4sa.yaml"), f"data.root={tmp_path}")
+    assert status == 2 and "ask for access at t4sa.it" in said
+    words = ["data.name=mnist-fsdd", f"data.root={tmp_path}", "data.modalities=[image]"]
+    assert main(["data", "check", QUICKSTART, *words]) == 2
+    assert "data.modalities: mnist-fsdd has no use for it" in capsys.readouterr().err
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A server on loopback that has all of MELD, as far as the catalogue knows."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("train_sent_emo.csv", "x" * 3_000_000)
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop/meld.zip").write_bytes(content.getvalue())
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = partial(Handler, directory=str(tmp_path / "shop"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}/meld.zip"
+    entry = Entry("MELD: here", archives=(Archive(url, "meld"),))
+    monkeypatch.setitem(catalog.CATALOG, "meld", entry)
+    yield
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("shop")
+def test_download_shows_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "download", str(PAPER / "meld.yaml"), f"data.root={tmp_path / 'data'}"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "meld.zip: 2.9 of 2.9 MiB" in said or "meld.zip: 1.0 of 2.9 MiB" in said
+    assert "1 files into" in said and (tmp_path / "data/meld/train_sent_emo.csv").exists()
+    assert main(words) == 0 and "meld.zip: there already" in capsys.readouterr().out
+
+
+def test_download_says_what_must_be_done_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "download", QUICKSTART]) == 0
+    assert main(["data", "download", str(PAPER / "t4sa.yaml"), "data.root=null"]) == 2
+    assert "data.root: name the folder" in capsys.readouterr().err
+    assert main(["data", "download", str(PAPER / "t4sa.yaml")]) == 2
+    assert "ask for access at t4sa.it" in capsys.readouterr().err
+
+
+def _png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_partition_prints_the_table_and_draws_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["partition", QUICKSTART, "clients=5"]) == 0
+    said = capsys.readouterr().out
+    assert "rule: dirichlet(0.1) for every class; a client below the minimum of 1" in said
+    assert "seed 2024" in said and "5,768 in all" in said and _png(Path("partition-quickstart.png"))
+    rows = [line.split() for line in said.splitlines() if line[:1].isdigit()]
+    counts = [[int(cell.replace("·", "0")) for cell in row] for row in rows]
+    assert [row[0] for row in counts] == [0, 1, 2, 3, 4]
+    assert all(sum(row[1:-1]) == row[-1] for row in counts)
+    assert sum(row[-1] for row in counts) == 5768
+    # The same numbers as a run's own.
+    found = partition_view.holdings(config.load(QUICKSTART, ["clients=5"]))
+    assert found.counts.tolist() == [row[1:-1] for row in counts]
+    assert main(["partition", QUICKSTART, "--out", "x.txt"]) == 2
+    assert "must end in .png" in capsys.readouterr().err
+
+
+def test_partition_of_pictures_and_of_many_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_karpathy(tmp_path, "flickr30k")
+    out = tmp_path / "new/drawn.png"
+    words = ["clients=3", f"data.root={tmp_path}", "training.batch_size=3", "--out", str(out)]
+    assert main(["partition", str(PAPER / "flickr30k.yaml"), *words]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].split() == ["client", "pictures", "captions"]
+    assert [line.split() for line in said[3:6]] == [
+        ["0", "2", "10"],
+        ["1", "1", "5"],
+        ["2", "1", "5"],
+    ]
+    assert _png(out)
+    make_coco_qa(tmp_path, train=60, answers=20)
+    assert main(["partition", str(PAPER / "coco-qa.yaml"), *words]) == 0
+    said = capsys.readouterr().out
+    assert "largest class" in said and "entropy (bits)" in said and _png(out)
+
+
+def test_entropy() -> None:
+    assert partition_view.entropy(np.array([0, 7, 0])) == 0
+    assert partition_view.entropy(np.array([3, 3, 3, 3])) == pytest.approx(2)
+
+
+@pytest.fixture
+def owned(tmp_path: Path) -> str:
+    """A manifest with three owners, one of a single sample."""
+    rows = []
+    for n, owner in enumerate(["c10", "c10", "c9", "c10", "c9", "[x]$^$"]):
+        write_picture(tmp_path / f"{n}.png")
+        rows.append([f"{n}.png", f"text {n}", "ab"[n % 2], "train", owner])
+    rows.append(["0.png", "text", "a", "test", ""])
+    write_csv(tmp_path / "manifest.csv", ["image", "text", "label", "split", "client"], rows)
+    return f"data.root={tmp_path}"
+
+
+def test_a_natural_partition(
+    owned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data.name=manifest", owned, "data.partition.kind=natural", "data.image_size=8"]
+    words += ["--out", str(tmp_path / "p.png"), "data.partition.minimum=3"]
+    assert main(["partition", QUICKSTART, *words, "clients=2"]) == 2
+    error = "the data names 3 and data.partition.kind=natural takes each; set clients=3"
+    assert error in capsys.readouterr().err
+    assert main(["partition", QUICKSTART, *words, "clients=3"]) == 0
+    said = capsys.readouterr().out
+    assert "rule: natural: as the data names its owners" in said
+    rows = [line.split() for line in said.splitlines() if line.startswith(("[x]$^$", "c"))]
+    assert rows[1:] == [["[x]$^$", "·", "1", "1"], ["c10", "1", "2", "3"], ["c9", "2", "·", "2"]]
+    assert main(["partition", QUICKSTART, "data.partition.kind=natural"]) == 2
+    assert "natural needs data that names every sample's client" in capsys.readouterr().err
