@@ -35,9 +35,6 @@ def check_data(experiment: Experiment, workers: int | None = None, limit: int | 
     if data.name == "digits-qa":
         print(f"{data.name} is built in: nothing to check")
         return 0
-    options = {name: value for name, value in data_options(experiment).items() if value is not None}
-    if data.name != "manifest" and "modalities" in options:
-        raise ConfigError(f"data.modalities: {data.name} has no use for it")
     report = check(
         data.name,
         data.root,
@@ -45,7 +42,7 @@ def check_data(experiment: Experiment, workers: int | None = None, limit: int | 
         workers=workers or min(8, os.cpu_count() or 1),
         limit=limit,
         text_length=data.text_length,
-        **options,
+        **data_options(experiment),
     )
     print(report)
     verdict = _hindrance(report, data.on_error or _own_rule(data.name))

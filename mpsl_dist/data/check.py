@@ -121,7 +121,8 @@ def check(
     """
     where = str(root)
     if name not in files.DATASETS:
-        raise DataError(f"data.name: {name} is built in, there is nothing to check")
+        known = ", ".join(sorted(files.DATASETS))
+        raise DataError(f"data.name: {name} is built in or unknown; read from files are: {known}")
     if name != "mnist-fsdd":
         options = {**options, "on_error": "skip"}
     try:

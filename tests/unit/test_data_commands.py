@@ -55,8 +55,10 @@ def test_check_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     status, said = _check(capsys, str(PAPER / "t4sa.yaml"), f"data.root={tmp_path}")
     assert status == 2 and "ask for access at t4sa.it" in said
     words = ["data.name=mnist-fsdd", f"data.root={tmp_path}", "data.modalities=[image]"]
-    assert main(["data", "check", QUICKSTART, *words]) == 2
-    assert "data.modalities: mnist-fsdd has no use for it" in capsys.readouterr().err
+    status, said = _check(capsys, QUICKSTART, *words)
+    assert status == 2 and "data.modalities: mnist-fsdd has no use for it" in said
+    assert main(["data", "check", QUICKSTART, "data.name=coco"]) == 2
+    assert "coco is built in or unknown; read from files are: coco-qa," in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from media_files import DATA, needs, write_clip, write_csv, write_picture, write_sound
 
-from mpsl_dist import data
+from mpsl_dist import config, data
 from mpsl_dist.data import DataError, files, manifest
 from mpsl_dist.data.text import tokenize
+from mpsl_dist.methods.setup import load_data
 
 SMALL = {"image_size": 16, "audio_frames": 20, "text_length": 8}
 
@@ -154,6 +156,23 @@ def test_silent_clips_give_pictures_only(tmp_path: Path) -> None:
     assert list(manifest.load(path, image_size=16).shapes) == ["image"]
     with pytest.raises(DataError, match="unknown 'sound'"):
         manifest.load(path, modalities=["sound"])
+    with pytest.raises(DataError, match=r"modalities: text needs a column text in .*m\.csv"):
+        manifest.load(path, modalities=["image", "text"])
+
+
+def test_modalities_are_chosen_and_ordered_by_the_experiment(mixed: Path) -> None:
+    words = ["data.name=manifest", f"data.root={mixed}", "data.modalities=[text, image]"]
+    splits = load_data(config.load(ROOT / "configs/quickstart.yaml", words))
+    assert list(splits.shapes) == ["text", "image"]
+    assert list(splits.train.fetch([0]).inputs) == ["text", "image"]
+    words[2] = "data.modalities=null"
+    splits = load_data(config.load(ROOT / "configs/quickstart.yaml", words))
+    assert list(splits.shapes) == ["image", "audio", "text"]
+    words = ["data.name=mnist-fsdd", "data.modalities=[image]"]
+    with pytest.raises(DataError, match=r"data\.modalities: mnist-fsdd has no use for it"):
+        load_data(config.load(ROOT / "configs/quickstart.yaml", words))
+    with pytest.raises(DataError, match=r"data\.modalities: digits-qa has no use for it"):
+        load_data(config.load(ROOT / "configs/quickstart.yaml", words[1:]))
 
 
 def test_options_that_a_dataset_has_no_use_for_are_errors(mixed: Path) -> None:
