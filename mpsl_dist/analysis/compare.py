@@ -59,7 +59,12 @@ class Run:
         unread = tuple(name for name, readers in _READERS.items() if method not in readers)
         left_out = tuple(f"{key}." for key in (*_NOT_THE_METHOD, *unread))
         flat = flatten(self.config)
-        return {key: value for key, value in flat.items() if not f"{key}.".startswith(left_out)}
+        return {
+            key: value
+            for key, value in flat.items()
+            # A key that is newer than a run is null there.
+            if value is not None and not f"{key}.".startswith(left_out)
+        }
 
 
 def rounds_to(results: Sequence[float], part: float = 0.95) -> int:
@@ -187,7 +192,11 @@ def _label(run: Run, all_runs: Sequence[Run]) -> str:
         for key in rival.keys() | run.settings.keys()
         if rival.get(key) != run.settings.get(key)
     }
-    settings = ", ".join(f"{key}={_short(run.settings.get(key))}" for key in sorted(differing))
+    lasts = [key.rpartition(".")[2] for key in differing]
+    names = {
+        k: k if lasts.count(k.rpartition(".")[2]) > 1 else k.rpartition(".")[2] for k in differing
+    }
+    settings = ", ".join(f"{names[key]}={_short(run.settings.get(key))}" for key in sorted(names))
     return f"{run.summary['method']} ({settings})" if settings else run.summary["method"]
 
 
