@@ -86,7 +86,7 @@ def test_a_group_is_labelled_by_what_tells_it_from_others_of_its_method(tmp_path
     assert [g.label for g in groups] == [
         "centralized",
         "mpsl (every=1, mode=none)",
-        "mpsl (tokenizer_sync.every=5, tokenizer_sync.mode=gradients)",
+        "mpsl (every=5, mode=gradients)",
     ]
     assert groups[0].figures["mean"] == pytest.approx(0.8)
 
