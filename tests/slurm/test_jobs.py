@@ -35,7 +35,11 @@ class Cluster:
 
     def __init__(self, folder: Path, launch) -> None:
         self.folder, self.launch = folder, launch
-        self.variables = {"SLURM_CONF": str(folder / "slurm" / "slurm.conf")}
+        self.variables = {
+            "SLURM_CONF": str(folder / "slurm" / "slurm.conf"),
+            # As where the environment is activated, which the plain batch file asks for.
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
         #: A cluster that keeps its state under a name that no other test run has.
         self.habits = folder / "habits.yaml"
         self.habits.write_text(yaml.safe_dump({"logs": str(folder / "logs"), "time": 10}))
