@@ -6,13 +6,18 @@ venv=$root/.venv
 
 install_project() {
     local target=$root${1:+"[$1]"} stamp
-    stamp=$venv/.installed${1:+-$1}
     if [ ! -x "$venv/bin/python" ]; then
         "${PYTHON:-python3}" -m venv "$venv" || {
             echo "error: could not make $venv; Debian and Ubuntu need: apt install python3-venv" >&2
             return 2
         }
     fi
+    if [ -z "${1:-}" ]; then
+        for stamp in "$venv"/.installed*; do # with an extra, the rest was installed too
+            if cmp -s "$root/setup.cfg" "$stamp"; then return; fi
+        done
+    fi
+    stamp=$venv/.installed${1:+-$1}
     if ! cmp -s "$root/setup.cfg" "$stamp"; then
         echo "installing into $venv (about a minute and 5 GB the first time)"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target" &&
