@@ -57,8 +57,10 @@ class Run:
         """All keys that tell a method and its task from another."""
         method = self.summary["method"]
         unread = tuple(name for name, readers in _READERS.items() if method not in readers)
-        left_out = tuple(f"{key}." for key in (*_NOT_THE_METHOD, *unread))
         flat = flatten(self.config)
+        if flat.get("tokenizer_sync.mode") == "none":
+            unread += ("tokenizer_sync.every",)
+        left_out = tuple(f"{key}." for key in (*_NOT_THE_METHOD, *unread))
         return {
             key: value
             for key, value in flat.items()
@@ -163,8 +165,8 @@ def client_gflop(config: dict[str, Any]) -> float | None:
 def group(runs: Sequence[Run]) -> list[Group]:
     """Put runs together that differ in seed alone.
 
-    A group is labelled by its method, and by the settings that tell it from other groups of the
-    same method and dataset.
+    A group is labelled by its method, and by the settings that tell it from most other groups of
+    the same method and dataset.
     """
     found: dict[str, list[Run]] = {}
     for run in runs:
@@ -186,17 +188,14 @@ def _label(run: Run, all_runs: Sequence[Run]) -> str:
         return of.summary["method"], of.summary["dataset"], of.summary["clients"]
 
     rivals = [other.settings for other in all_runs if task(other) == task(run)]
-    differing = {
-        key
-        for rival in rivals
-        for key in rival.keys() | run.settings.keys()
-        if rival.get(key) != run.settings.get(key)
-    }
-    lasts = [key.rpartition(".")[2] for key in differing]
-    names = {
-        k: k if lasts.count(k.rpartition(".")[2]) > 1 else k.rpartition(".")[2] for k in differing
-    }
-    settings = ", ".join(f"{names[key]}={_short(run.settings.get(key))}" for key in sorted(names))
+    telling = {}
+    for key in sorted(set().union(*rivals)):
+        values = [rival.get(key) for rival in rivals]
+        alike = values.count(run.settings.get(key))
+        # What most of the groups have goes without saying.
+        if alike < len(values) and 2 * alike <= len(values) and key in run.settings:
+            telling[key] = run.settings[key]
+    settings = ", ".join(f"{key}={_short(value)}" for key, value in telling.items())
     return f"{run.summary['method']} ({settings})" if settings else run.summary["method"]
 
 

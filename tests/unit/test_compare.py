@@ -85,10 +85,28 @@ def test_a_group_is_labelled_by_what_tells_it_from_others_of_its_method(tmp_path
     groups = compare.group(compare.read(runs))
     assert [g.label for g in groups] == [
         "centralized",
-        "mpsl (every=1, mode=none)",
-        "mpsl (every=5, mode=gradients)",
+        "mpsl (tokenizer_sync.every=5, tokenizer_sync.mode=gradients)",
+        "mpsl (tokenizer_sync.mode=none)",
     ]
     assert groups[0].figures["mean"] == pytest.approx(0.8)
+
+
+def test_a_label_leaves_out_what_most_groups_have(tmp_path: Path) -> None:
+    sync = {"mode": "gradients", "every": 5}
+    runs = [
+        write_run(tmp_path, "a", [0.5], tokenizer_sync=sync),
+        write_run(tmp_path, "b", [0.5], tokenizer_sync=sync, client_share="equal"),
+        # How often nothing is synchronised tells no runs apart.
+        write_run(tmp_path, "c", [0.5], tokenizer_sync={"mode": "none", "every": 3}),
+        write_run(tmp_path, "d", [0.5], tokenizer_sync={"mode": "none", "every": 7}),
+        write_run(tmp_path, "e", [0.5], tokenizer_sync=sync, seed=9, training={"epochs": 3}),
+    ]
+    assert sorted(g.label for g in compare.group(compare.read(runs))) == [
+        "mpsl",
+        "mpsl (client_share=equal)",
+        "mpsl (tokenizer_sync.mode=none)",
+        "mpsl (training.epochs=3)",
+    ]
 
 
 def test_the_page_sets_method_against_dataset(tmp_path: Path) -> None:
