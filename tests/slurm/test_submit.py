@@ -113,6 +113,14 @@ def test_sweep_is_the_grid_in_arrays_of_one_shape(here: Path, capsys: pytest.Cap
     assert "#SBATCH --array=0-1%2" in shown and "#SBATCH --ntasks=4" in shown
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_sweep_of_the_project_loads(path: Path):
+    runs, _ = sweep.read(path, ["data.root=."])
+    assert len(runs) > 1
+
+
 def test_mistakes_of_a_sweep_are_named_at_once(here: Path):
     with pytest.raises(ConfigError) as error:
         sweep.read(write_sweep(here, grid={"sead": [1], "clients": 3}, at_once=-1), [])

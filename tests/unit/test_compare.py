@@ -74,6 +74,19 @@ def test_mean_and_deviation_are_over_seeds(tmp_path: Path) -> None:
     assert only.figures["rounds_to_95_percent_of_peak"] == 2
 
 
+def test_retrieval_is_compared_by_the_mean_of_its_recalls(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "a", [0.5])
+    recalls = {f"{way}_r{k}": k / 20 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
+    test = recalls | {"image_to_text_r1_own_mean": 0.9}
+    line = {"step": 1, "epoch": 0, "split": "test", "metric": test}
+    (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    summary = json.loads((path / "summary.json").read_text()) | {"test": test}
+    (path / "summary.json").write_text(json.dumps(summary))
+    (only,) = compare.group(compare.read([path]))
+    assert only.figures["metric"] == "mean recall"
+    assert only.figures["mean"] == pytest.approx(0.15)
+
+
 def test_a_group_is_labelled_by_what_tells_it_from_others_of_its_method(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path, "a", [0.5]),
