@@ -158,7 +158,7 @@ class Mpsl:
             context.backward(loss)
         except RuntimeError as error:
             lost = ", ".join(self.clients.lost())
-            cause = f"{lost} lost in backward" if lost else f"backward failed: {error}"
+            cause = f"{lost}: lost in backward" if lost else f"backward failed: {error}"
             raise rpc.RemoteError(f"{cause}, {where}") from error
 
     def _step_owners(

@@ -75,7 +75,10 @@ def serve_as_worker(experiment: Experiment, world: Environment) -> None:
     """Host clients until the server ends the world."""
     join(experiment, world)
     patience = min(60.0, experiment.runtime.rpc_timeout)
-    process.watch_server(lambda: rpc.ping(0, patience))
+    end_watch = process.watch_server(lambda: rpc.ping(0, patience))
+    rpc.await_end()
+    # A ping that outlived RPC would take the server's orderly end for its death, or abort Python's.
+    end_watch()
     rpc.stop()
 
 
@@ -99,7 +102,7 @@ def train_as_server(
     run.write_json("environment", environment_of(world.world, [name], placement))
     summary = loop.train(experiment, splits, method, run, stop)
     if world.world > 1:
-        rpc.stop()
+        rpc.dismiss(world.world)
     return summary
 
 

@@ -37,7 +37,7 @@ class StopRequest:
         self.signal = signal.Signals(number).name
 
 
-def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> None:
+def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[], None]:
     """End this worker when the server is gone, whatever else it is doing.
 
     Runs on a thread of its own. Three missed answers in a row count as gone, so that a busy server
@@ -47,20 +47,32 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> None:
     ----------
     ping : callable
         Waits as long as it has patience, says whether the server answered.
+
+    Returns
+    -------
+    callable
+        Ends the watch; when it returns, no ping is under way.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the server decides when the world ends
+    over = threading.Event()
 
     def watch() -> None:
         missed = 0
-        while missed < 3:
-            _pause.wait(interval if missed == 0 else 1.0)
+        while not over.wait(interval if missed == 0 else 1.0):
             missed = 0 if ping() else missed + 1
-        print("the server is gone; this worker ends", file=sys.stderr, flush=True)
-        os._exit(1)
+            if missed == 3:
+                print("the server is gone; this worker ends", file=sys.stderr, flush=True)
+                os._exit(1)
 
-    _pause = threading.Event()
-    threading.Thread(target=watch, name="watch-server", daemon=True).start()
+    thread = threading.Thread(target=watch, name="watch-server", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        over.set()
+        thread.join()
+
+    return end
 
 
 def leave(status: int, *streams: Any) -> None:

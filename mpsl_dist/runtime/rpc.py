@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import traceback
 import warnings
@@ -24,6 +25,8 @@ from mpsl_dist.runtime.environment import Environment
 from mpsl_dist.runtime.network import host_name
 
 SERVER = "server"
+#: Set by the server's word that the run is over; a call from afar finds only what a module names.
+_ended = threading.Event()
 _log = logging.getLogger("mpsl_dist")
 
 
@@ -86,8 +89,30 @@ def start(
     rpc._set_rpc_timeout(timeout)
 
 
+def dismiss(world: int) -> None:
+    """Tell the workers of a world of so many ranks that the run is over, and leave with them."""
+    told = {rank: rpc.rpc_async(rank_name(rank), _end) for rank in range(1, world)}
+    for rank, answer in told.items():
+        try:
+            answer.wait()
+        except RuntimeError as error:
+            raise RemoteError(
+                f"{rank_name(rank)}: lost at the end of the run: {_brief(error)}"
+            ) from error
+    stop()
+
+
+def await_end() -> None:
+    """Wait until rank 0 says that the run is over."""
+    _ended.wait()
+
+
+def _end() -> None:
+    _ended.set()
+
+
 def stop() -> None:
-    """Leave the RPC world once every rank is done; only after :func:`start` returned."""
+    """Leave the RPC world once every rank does; a worker's, after :func:`await_end`."""
     rpc.shutdown(graceful=True)
 
 

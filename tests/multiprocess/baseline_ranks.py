@@ -75,7 +75,7 @@ def main() -> None:
     else:
         told = [train_and_tell(experiment, world, task["steps"]) for experiment in experiments]
     torch.save(told, path.with_suffix(".pt"))
-    rpc.stop()
+    rpc.dismiss(world.world)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main() -> None:
         run = runs.open_run(experiment, resume=False, overwrite=False)
         method = runs.connect(experiment, world, splits)
         loop.train(experiment, splits, method, run, process.StopRequest())
-    rpc.stop()
+    rpc.dismiss(world.world)
 
 
 if __name__ == "__main__":

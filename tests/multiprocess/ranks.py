@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.methods import run as runs
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.setup import load_data
-from mpsl_dist.runtime import environment, rpc
+from mpsl_dist.runtime import environment, process, rpc
 
 
 def train_and_tell(experiment: Experiment, world: environment.Environment, steps: int) -> dict:
@@ -138,6 +139,8 @@ def main() -> None:
     assert world is not None
     if task.startswith("leak"):
         leaking(task)
+    if task == "end":
+        process.watch_server = partial(process.watch_server, interval=0.0)
     if world.rank > 0:
         sent = keep_what_is_sent() if task != "gold" else []
         runs.serve_as_worker(toys.experiment(), world)
@@ -145,8 +148,9 @@ def main() -> None:
             torch.save(sent, argument.with_name(f"sent-by-{world.rank}.pt"))
         return
     runs.join(toys.experiment(), world)
-    (gold if task == "gold" else record)(argument, world)
-    rpc.stop()
+    tasks = {"gold": gold, "end": lambda *_: None}
+    tasks.get(task, record)(argument, world)
+    rpc.dismiss(world.world)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,15 @@ def test_workers_end_when_the_server_is_killed(torchrun, config, tmp_path) -> No
     assert status != 0
 
 
+def test_workers_that_ask_for_the_server_all_the_time_take_no_end_for_its_death(
+    torchrun, tmp_path
+) -> None:
+    ranks = str(ROOT / "tests" / "multiprocess" / "ranks.py")
+    status, output = torchrun(9, ranks, "end", str(tmp_path / "none")).finish()
+    assert status == 0, output
+    assert "gone" not in output and "terminate" not in output
+
+
 FAULTY = """
 import runpy, sys
 from mpsl_dist.actors.local_data import LocalData

@@ -82,7 +82,7 @@ def main() -> None:
     runs.join(toys.experiment(), world)
     experiments = [from_dict(values) for values in json.loads(path.read_text())]
     torch.save([train_and_tell(e, world) for e in experiments], path.with_suffix(".pt"))
-    rpc.stop()
+    rpc.dismiss(world.world)
 
 
 if __name__ == "__main__":
