@@ -61,14 +61,19 @@ class Run:
         return rounds_to([self.result(test) for test in self.tests])
 
     @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """Sections and keys that this run's method does not look at."""
+        method = self.summary["method"]
+        found = [name for name, readers in _READERS.items() if method not in readers]
+        if self.config["tokenizer_sync"]["mode"] == "none":
+            found.append("tokenizer_sync.every")
+        return tuple(found)
+
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """All keys that tell a method and its task from another."""
-        method = self.summary["method"]
-        unread = tuple(name for name, readers in _READERS.items() if method not in readers)
         flat = flatten(self.config)
-        if flat.get("tokenizer_sync.mode") == "none":
-            unread += ("tokenizer_sync.every",)
-        left_out = tuple(f"{key}." for key in (*_NOT_THE_METHOD, *unread))
+        left_out = tuple(f"{key}." for key in (*_NOT_THE_METHOD, *self.unread))
         return {
             key: value
             for key, value in flat.items()
@@ -201,13 +206,15 @@ def _label(run: Run, all_runs: Sequence[Run]) -> str:
         values = [rival.get(key) for rival in rivals]
         alike = values.count(run.settings.get(key))
         # What most of the groups have goes without saying.
-        if alike < len(values) and 2 * alike <= len(values) and key in run.settings:
-            telling[key] = run.settings[key]
+        if 2 * alike <= len(values) and key not in run.unread:
+            telling[key] = run.settings.get(key)
     settings = ", ".join(f"{key}={_short(value)}" for key, value in telling.items())
     return f"{run.summary['method']} ({settings})" if settings else run.summary["method"]
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "null"
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -122,6 +122,21 @@ def test_a_label_leaves_out_what_most_groups_have(tmp_path: Path) -> None:
     ]
 
 
+def test_no_two_groups_share_a_label_where_a_key_is_null(tmp_path: Path) -> None:
+    data = toys.experiment().data
+    sized = {"name": data.name, "image_size": 64}
+    runs = [
+        write_run(tmp_path, "a", [0.5]),
+        write_run(tmp_path, "b", [0.5], data=sized),
+        write_run(tmp_path, "c", [0.5], data=sized, client_share="equal"),
+    ]
+    assert sorted(g.label for g in compare.group(compare.read(runs))) == [
+        "mpsl",
+        "mpsl (client_share=equal)",
+        "mpsl (data.image_size=null)",
+    ]
+
+
 def test_the_page_sets_method_against_dataset(tmp_path: Path) -> None:
     audio = {"name": "toy-image+audio"}
     runs = [
