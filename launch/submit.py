@@ -130,7 +130,7 @@ def _job(run: Run, options: argparse.Namespace) -> TrainJob:
     how = ["--overwrite"] if options.overwrite else ["--resume"] if run.exists else []
     return TrainJob(
         config=str(run.config.resolve()),
-        arguments=(*run.overrides, *how),
+        arguments=(*run.settings, *how),
         run_directory=str(run.experiment.run_directory.absolute()),
         port=_free_port() if options.local else None,
     )

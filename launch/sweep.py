@@ -52,6 +52,12 @@ class Run:
     experiment: Experiment
 
     @property
+    def settings(self) -> tuple[str, ...]:
+        """All of the experiment as overrides: the file may change before a queued run starts."""
+        values = config.to_dict(self.experiment)
+        return _overrides({key: values[key] for key in (*sorted(values.keys() - {"name"}), "name")})
+
+    @property
     def processes(self) -> int:
         """RPC ranks: the server and the workers."""
         return 1 if self.experiment.method == "centralized" else self.experiment.workers + 1
@@ -141,7 +147,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
 
 def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> list[Run]:
     base = path.parent / values["config"]
-    shared = [f"{key}={json.dumps(value)}" for key, value in flatten(values.get("set", {})).items()]
+    shared = _overrides(values.get("set", {}))
     grid: Mapping[str, list[Any]] = values["grid"]
     prefix, runs, errors = str(values.get("name", path.stem)), [], []
     rows: Mapping[str, Mapping[str, Any]] = values.get("rows") or {"": {}}
@@ -150,8 +156,7 @@ def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> 
         labels = [row] if row else []
         labels += [_label(key, value, grid) for key, value in point.items()]
         name = "-".join([prefix, *labels])
-        together = {**flatten(settings), **point}
-        chosen = [f"{key}={json.dumps(value)}" for key, value in together.items()]
+        chosen = _overrides({**settings, **point})
         everything = (*shared, *overrides, *chosen, f"name={json.dumps(name)}")
         try:
             runs.append(Run(base, everything, config.load(base, everything)))
@@ -162,6 +167,10 @@ def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> 
     if errors:
         raise ConfigError("\n".join(errors))
     return runs
+
+
+def _overrides(values: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={json.dumps(value)}" for key, value in flatten(values).items())
 
 
 def _label(key: str, value: Any, grid: Mapping[str, Any]) -> str:

@@ -164,6 +164,16 @@ def test_a_job_that_starts_again_resumes(here: Path, monkeypatch: pytest.MonkeyP
     assert task._arguments() == ["seed=1", "--resume"]
 
 
+def test_a_queued_run_is_what_was_submitted_though_its_file_changed(here: Path):
+    path = here / "mine.yaml"
+    path.write_text(TINY.read_text())
+    (run,), _ = sweep.read(path, ["seed=7"])
+    task = submit._job(run, submit._parser().parse_args([str(path)]))
+    path.write_text(TINY.read_text() + "\ntokenizer_sync: {mode: weights}\n")
+    assert load(path, ["seed=7"]) != run.experiment
+    assert load(path, task.arguments) == run.experiment
+
+
 def test_local_executor_trains(launch: Launch, tmp_path: Path):
     pytest.importorskip("submitit")
     (tmp_path / "habits.yaml").write_text(yaml.safe_dump({"time": 10}))
