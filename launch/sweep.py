@@ -28,7 +28,7 @@ import yaml
 
 from mpsl_dist import config
 from mpsl_dist.config import ConfigError, Experiment
-from mpsl_dist.records.run import FREE_KEYS, flatten
+from mpsl_dist.records.run_directory import FREE_KEYS, flatten
 
 SWEEP_KEYS = ("config", "name", "set", "grid", "rows", "at_once")
 

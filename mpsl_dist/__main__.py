@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mpsl_dist.errors import UserError
+
 if TYPE_CHECKING:
     from mpsl_dist.config import Experiment
 
@@ -46,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
         command |= {"data": _data, "partition": _partition}
         return command[options.command](options)
-    except ValueError as error:
-        if not _is_users(error):
-            raise
+    except UserError as error:
         return _user_error(str(error))
 
 
@@ -88,10 +88,10 @@ def _train(options: argparse.Namespace) -> int:
     experiment = config.load(options.config, options.overrides)
     if options.resume and options.overwrite:
         raise config.ConfigError("--resume and --overwrite exclude each other")
-    from mpsl_dist.methods import run as runs
+    from mpsl_dist.methods import processes
 
-    if runs.is_worker():
-        runs.serve_as_worker(experiment, runs.place_in_world(experiment, options.words))
+    if processes.is_worker():
+        processes.serve_as_worker(experiment, processes.place_in_world(experiment, options.words))
         return 0
     world, splits = _check_everything(options, experiment)
     return _train_as_server(options, experiment, world, splits)
@@ -100,21 +100,19 @@ def _train(options: argparse.Namespace) -> int:
 def _check_everything(options: argparse.Namespace, experiment: Experiment) -> tuple[Any, Any]:
     """Do everything that can refuse the run, and report all refusals at once."""
     from mpsl_dist import config
-    from mpsl_dist.methods import run as runs
-    from mpsl_dist.records.run import RunDirectory
+    from mpsl_dist.methods import processes
+    from mpsl_dist.records.run_directory import RunDirectory
 
     resolved, directory = config.to_dict(experiment), RunDirectory(experiment.run_directory)
     results, refusals = [], []
     for check in (
-        lambda: runs.place_in_world(experiment, options.words),
-        lambda: runs.checked_data(experiment),
+        lambda: processes.place_in_world(experiment, options.words),
+        lambda: processes.checked_data(experiment),
         lambda: directory.check(resolved, options.resume, options.overwrite),
     ):
         try:
             results.append(check())
-        except ValueError as error:
-            if not _is_users(error):
-                raise
+        except UserError as error:
             refusals.append(str(error))
     if refusals:
         raise config.ConfigError("\n".join(refusals))
@@ -126,30 +124,24 @@ def _train_as_server(
     options: argparse.Namespace, experiment: Experiment, world: Any, splits: Any
 ) -> int:
     from mpsl_dist.analysis.plots import learning_curve
-    from mpsl_dist.methods import loop
-    from mpsl_dist.methods import run as runs
+    from mpsl_dist.methods import loop, processes
     from mpsl_dist.runtime.process import StopRequest, leave
 
-    run = runs.open_run(experiment, options.resume, options.overwrite)
+    run = processes.open_run(experiment, options.resume, options.overwrite)
     stop = StopRequest()
     stop.listen()
     try:
-        summary = runs.train_as_server(experiment, world, splits, run, stop)
+        summary = processes.train_as_server(experiment, world, splits, run, stop)
     except Exception as error:
         details = getattr(error, "details", "") or traceback.format_exc()
         (run.path / "error.txt").write_text(details, encoding="utf-8")
         reason = str(error) or type(error).__name__
         loop.failed_summary(experiment, run, reason)
         print(f"error: {reason}\n(traceback in {run.path / 'error.txt'})", file=sys.stderr)
-        leave(2 if getattr(error, "user_error", _is_users(error)) else 1)
+        leave(2 if getattr(error, "user_error", isinstance(error, UserError)) else 1)
     learning_curve(run)
     _report(summary, run.path)
     return 0 if summary["status"] == "completed" else 1
-
-
-def _is_users(error: BaseException) -> bool:
-    """Say whether an error is the user's to mend: a named subclass of ValueError."""
-    return isinstance(error, ValueError) and type(error) is not ValueError
 
 
 def _report(summary: dict, path) -> None:
@@ -231,7 +223,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from mpsl_dist import config
     from mpsl_dist.actors import deployable
-    from mpsl_dist.methods.setup import load_data
+    from mpsl_dist.methods.hosting import load_data
 
     folder = Path(options.run) / "model"
     if not (folder / "config.json").is_file():

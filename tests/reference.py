@@ -14,7 +14,7 @@ from torch.nn import functional
 from mpsl_dist.actors import assembly
 from mpsl_dist.config import Experiment
 from mpsl_dist.data.partition import deal_pictures, epoch_order, partition, shares
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods.hosting import load_data
 
 
 def train(experiment: Experiment, steps: int) -> dict[str, Any]:

@@ -67,10 +67,7 @@ def _tower(experiment: Experiment) -> ClipText:
     name = experiment.model.text_tower or default_tower(width_of(experiment))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed + 2)
-        try:
-            tower = ClipText(build_text_tower(name), width_of(experiment))
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        tower = ClipText(build_text_tower(name), width_of(experiment))
     source, size = experiment.weights.text, experiment.model.encoder.size
     if source != "random":
         label, state = weight_sources.fetch("text", source, size, experiment.weights.root, name)

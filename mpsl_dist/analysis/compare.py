@@ -20,7 +20,7 @@ import yaml
 
 from mpsl_dist.config import ConfigError, from_dict
 from mpsl_dist.data import DataError
-from mpsl_dist.records.run import FREE_KEYS, RunDirectory, RunError, flatten
+from mpsl_dist.records.run_directory import FREE_KEYS, RunDirectory, RunError, flatten
 
 #: Keys that may differ between the runs of a group.
 _NOT_THE_METHOD = (*FREE_KEYS, "name", "seed")

@@ -12,7 +12,7 @@ import torch
 
 from mpsl_dist.config import Data, Experiment
 from mpsl_dist.data import Splits, TensorDataset
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods.hosting import load_data
 
 #: Captions of a picture in the retrieval datasets.
 CAPTIONS = 5

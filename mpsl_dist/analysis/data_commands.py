@@ -13,7 +13,7 @@ from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data import files
 from mpsl_dist.data.check import Report, check
 from mpsl_dist.data.download import download
-from mpsl_dist.methods.setup import data_options
+from mpsl_dist.methods.hosting import data_options
 
 
 def check_data(experiment: Experiment, workers: int | None = None, limit: int | None = None) -> int:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mpsl_dist.actors import assembly
 from mpsl_dist.config import ConfigError, Experiment
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods.hosting import load_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

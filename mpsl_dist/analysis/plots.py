@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpsl_dist.records.run import RunDirectory
+from mpsl_dist.records.run_directory import RunDirectory
 
 
 def learning_curve(run: RunDirectory) -> None:

@@ -1,6 +1,6 @@
 """One experiment: frozen dataclasses <- YAML <- ``key.path=value``."""
 
-from mpsl_dist.config.loading import ConfigError, from_dict, load, to_dict
+from mpsl_dist.config.loading import from_dict, load, to_dict
 from mpsl_dist.config.schema import (
     Adapters,
     Data,
@@ -11,6 +11,7 @@ from mpsl_dist.config.schema import (
     Training,
     Weights,
 )
+from mpsl_dist.errors import ConfigError
 
 __all__ = [
     "Adapters",

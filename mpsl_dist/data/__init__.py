@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mpsl_dist.data.dataset import Batch, DataError, Dataset, Splits, TensorDataset, load_batches
+from mpsl_dist.data.dataset import Batch, Dataset, Splits, TensorDataset, load_batches
+from mpsl_dist.errors import DataError
 
 __all__ = ["Batch", "DataError", "Dataset", "Splits", "TensorDataset", "load", "load_batches"]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from mpsl_dist.data.dataset import DataError
+from mpsl_dist.errors import DataError
 
 _BLOCK = 1 << 20
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from mpsl_dist.data import files, media
 from mpsl_dist.data.catalog import CATALOG
-from mpsl_dist.data.dataset import DataError
 from mpsl_dist.data.samples import FileDataset, View
+from mpsl_dist.errors import DataError
 
 #: Files that a report names; it counts all.
 _NAMED = 10

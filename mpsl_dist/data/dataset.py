@@ -15,10 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 
-class DataError(ValueError):
-    """Data that is missing, damaged or too small, said in the user's terms."""
-
-
 @dataclass(frozen=True)
 class Batch:
     """Some samples.

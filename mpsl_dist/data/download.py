@@ -24,7 +24,7 @@ from typing import Any
 
 from mpsl_dist.data import archives
 from mpsl_dist.data.catalog import CATALOG, Archive
-from mpsl_dist.data.dataset import DataError
+from mpsl_dist.errors import DataError
 
 _BLOCK = 1 << 20
 #: Told as bytes come: the file's name, how many are there, and of how many (None: not known).

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mpsl_dist.data import image_text, manifest, mnist_fsdd, retrieval, video_audio
-from mpsl_dist.data.dataset import DataError, Splits
+from mpsl_dist.data.dataset import Splits
+from mpsl_dist.errors import DataError
 
 DATASETS: dict[str, Callable[..., Splits]] = {
     "coco-qa": image_text.load_coco_qa,

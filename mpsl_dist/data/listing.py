@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpsl_dist.data.dataset import DataError
+from mpsl_dist.errors import DataError
 
 
 def folder(root: str | Path | None, name: str, below: str, source: str) -> Path:

@@ -32,9 +32,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpsl_dist.data import listing, media
-from mpsl_dist.data.dataset import DataError, Splits
+from mpsl_dist.data.dataset import Splits
 from mpsl_dist.data.samples import OnError, Sample, View
 from mpsl_dist.data.tables import Table, build
+from mpsl_dist.errors import DataError
 
 FILES = ("image", "audio", "video")
 COLUMNS = (*FILES, "text", "label", "split", "client")

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mpsl_dist.data import audio
-from mpsl_dist.data.dataset import DataError
+from mpsl_dist.errors import DataError
 
 #: Pixels of the largest picture that is decoded: a header may promise any size.
 MAX_PIXELS = 100_000_000

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from mpsl_dist.data import audio
-from mpsl_dist.data.dataset import DataError, Splits, TensorDataset
+from mpsl_dist.data.dataset import Splits, TensorDataset
+from mpsl_dist.errors import DataError
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 #: Draws the pairs; fixed, as the dataset is one thing whatever the experiment's seed.

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsl_dist.data.dataset import DataError, Splits
+from mpsl_dist.data.dataset import Splits
+from mpsl_dist.errors import DataError
 
 #: Sample positions of every client.
 Parts = list[NDArray[np.int64]]

@@ -25,10 +25,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mpsl_dist.data import catalog, listing
-from mpsl_dist.data.dataset import DataError, Splits
+from mpsl_dist.data.dataset import Splits
 from mpsl_dist.data.image_text import coco_paths
 from mpsl_dist.data.samples import OnError, Sample, View
 from mpsl_dist.data.tables import Table, build
+from mpsl_dist.errors import DataError
 
 #: Captions taken of every picture, the first ones.
 CAPTIONS = 5

@@ -21,7 +21,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from mpsl_dist.data import audio, media, text
 from mpsl_dist.data.cache import Cache
-from mpsl_dist.data.dataset import Batch, DataError
+from mpsl_dist.data.dataset import Batch
+from mpsl_dist.errors import DataError
 
 OnError = Literal["raise", "skip"]
 #: Mean and standard deviation of ImageNet's colours: what the pretrained image stems expect.

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from mpsl_dist.data.cache import Cache
-from mpsl_dist.data.dataset import DataError, Splits
+from mpsl_dist.data.dataset import Splits
 from mpsl_dist.data.samples import FileDataset, OnError, Sample, View
+from mpsl_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
 

@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpsl_dist.data import catalog, listing
-from mpsl_dist.data.dataset import DataError, Splits
+from mpsl_dist.data.dataset import Splits
 from mpsl_dist.data.samples import OnError, Sample, View
 from mpsl_dist.data.tables import Table, build
+from mpsl_dist.errors import DataError
 
 _KINETICS_SOUNDS = """
 blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing,

@@ -24,9 +24,9 @@ from mpsl_dist.actors.federated_client import FederatedClient, Update
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.data.partition import shares
-from mpsl_dist.methods.setup import load_data, on_own_gpu, open_fleet
+from mpsl_dist.methods.hosting import load_data, on_own_gpu, open_fleet
 from mpsl_dist.models.average import average, load_trainable, trainable_state
-from mpsl_dist.records.run import log_to
+from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime import rpc
 

@@ -17,7 +17,7 @@ from mpsl_dist.data import Splits
 from mpsl_dist.methods.progress import Progress
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.checkpoint import Manifest
-from mpsl_dist.records.run import RunDirectory, RunError
+from mpsl_dist.records.run_directory import RunDirectory, RunError
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.process import StopRequest
 

@@ -20,7 +20,7 @@ from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.data.partition import shares
-from mpsl_dist.methods import evaluation
+from mpsl_dist.methods import testing
 from mpsl_dist.models.average import average
 from mpsl_dist.models.losses import loss_of
 from mpsl_dist.models.tokenizers import Tokenizers
@@ -206,11 +206,11 @@ class Mpsl:
             ``accuracy``; where ``training.evaluate_own`` asks for them, also ``accuracy_own_mean``,
             ``accuracy_own_min`` and ``accuracy_own_max`` over the clients.
         """
-        return evaluation.evaluate(self)
+        return testing.evaluate(self)
 
     def deployable(self) -> Deployable:
         """Join the averaged tokenizers with the server's part."""
-        evaluation.fetch_average(self)
+        testing.fetch_average(self)
         return Deployable(self.tokenizers, self.server.model)
 
     def trainable_parameters(self) -> dict[str, int]:

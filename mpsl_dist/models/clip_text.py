@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mpsl_dist.errors import ConfigError
+
 #: Tokens of a text that CLIP was trained on, start and end included.
 CONTEXT = 77
 
@@ -32,7 +34,7 @@ def build_text_tower(name: str) -> nn.Module:
 
     Raises
     ------
-    ValueError
+    ConfigError
         If open_clip has no such architecture, or its text tower is another model.
     """
     from open_clip import get_model_config
@@ -40,12 +42,14 @@ def build_text_tower(name: str) -> nn.Module:
 
     settings: dict[str, Any] | None = get_model_config(name)
     if settings is None:
-        raise ValueError(f"model.text_tower: open_clip has no architecture '{name}'")
+        raise ConfigError(f"model.text_tower: open_clip has no architecture '{name}'")
     text = dict(settings["text_cfg"])
     known = {"context_length", "vocab_size", "width", "heads", "layers"}
     if set(text) - known:
         odd = ", ".join(sorted(set(text) - known))
-        raise ValueError(f"model.text_tower: '{name}' is no classic CLIP text tower (it has {odd})")
+        raise ConfigError(
+            f"model.text_tower: '{name}' is no classic CLIP text tower (it has {odd})"
+        )
     return TextTransformer(
         **text,
         output_dim=settings["embed_dim"],

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpsl_dist.models.weights import State, WeightsError, stem_of
+from mpsl_dist.errors import WeightsError
+from mpsl_dist.models.weights import State, stem_of
 
 _TIMM = {
     "Ti": "vit_tiny_patch16_224.augreg_in21k",

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mpsl_dist.errors import WeightsError
 from mpsl_dist.models.clip_text import ClipText
 from mpsl_dist.models.tokenizers import PatchTokenizer
 
@@ -78,10 +79,6 @@ _STEMS: dict[str, dict[str, str]] = {
 
 #: Patches of AST's own positions: mel bins by frames, after a CLS and a distillation token.
 _AST_GRID = (12, 101)
-
-
-class WeightsError(ValueError):
-    """Weights that do not fit; names the file and the key."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpsl_dist.records.run import write_atomic
+from mpsl_dist.records.run_directory import write_atomic
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,13 @@ import socket
 import struct
 import sys
 
+from mpsl_dist.errors import LaunchError
+
 #: ``SIOCGIFADDR`` of Linux: the IPv4 address of a named interface.
 _GET_INTERFACE_ADDRESS = 0x8915
 
 #: An address of the documentation range: the way to it is the default route. Nothing is sent.
 _ELSEWHERE = "192.0.2.1"
-
-
-class LaunchError(ValueError):
-    """The processes cannot find themselves or each other; says what to set."""
 
 
 def host_name() -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
+from mpsl_dist.errors import UserError
 from mpsl_dist.runtime.environment import Environment
 from mpsl_dist.runtime.network import host_name
 
@@ -37,7 +38,7 @@ class RemoteError(RuntimeError):
         super().__init__(message)
         #: The remote traceback.
         self.details = details
-        #: Whether the cause is the user's to mend (a ValueError there).
+        #: Whether the cause is the user's to mend (a UserError there).
         self.user_error = user_error
 
 
@@ -206,7 +207,7 @@ class _Failure:
     @classmethod
     def of(cls, error: Exception, where: str) -> _Failure:
         text = f"{where}: {type(error).__name__}: {error}"
-        return cls(text, traceback.format_exc(), isinstance(error, ValueError))
+        return cls(text, traceback.format_exc(), isinstance(error, UserError))
 
 
 def _unwrap(answer: Any, who: str) -> Any:

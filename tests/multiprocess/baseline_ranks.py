@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys
 
 from mpsl_dist.config import Experiment, from_dict
-from mpsl_dist.methods import run as runs
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods import processes
+from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.runtime import environment, rpc
 
 
 def train_and_tell(experiment: Experiment, world: environment.Environment, steps: int) -> dict:
     """Train some steps; give losses, traffic and every trained parameter."""
-    method = runs.connect(experiment, world, load_data(experiment))
+    method = processes.connect(experiment, world, load_data(experiment))
     told: dict[str, Any] = {"losses": [], "backwards": [], "plan": method.plan.tolist()}
     if experiment.method in ("mpsl", "psl"):
         encoder = method.server.model.encoder
@@ -47,7 +47,7 @@ def side_by_side(
     experiments: list[Experiment], world: environment.Environment, steps: int
 ) -> list[list[float]]:
     """Train step by step in turns; give every experiment's seconds of every step."""
-    methods = [runs.connect(e, world, load_data(e)) for e in experiments]
+    methods = [processes.connect(e, world, load_data(e)) for e in experiments]
     seconds: list[list[float]] = [[] for _ in methods]
     for method in methods:
         method.begin_epoch(0)
@@ -65,9 +65,9 @@ def main() -> None:
     world = environment.resolve(os.environ)
     assert world is not None
     if world.rank > 0:
-        runs.serve_as_worker(toys.experiment(), world)
+        processes.serve_as_worker(toys.experiment(), world)
         return
-    runs.join(toys.experiment(), world)
+    processes.join(toys.experiment(), world)
     task = json.loads(path.read_text())
     experiments = [from_dict(e) for e in task["experiments"]]
     if task.get("side_by_side"):

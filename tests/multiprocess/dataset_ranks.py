@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys
 
 from mpsl_dist.config import from_dict
-from mpsl_dist.methods import loop
-from mpsl_dist.methods import run as runs
+from mpsl_dist.methods import loop, processes
 from mpsl_dist.runtime import environment, process, rpc
 
 
@@ -20,14 +19,14 @@ def main() -> None:
     world = environment.resolve(os.environ)
     assert world is not None
     if world.rank > 0:
-        runs.serve_as_worker(toys.experiment(), world)
+        processes.serve_as_worker(toys.experiment(), world)
         return
-    runs.join(toys.experiment(), world)
+    processes.join(toys.experiment(), world)
     for values in json.loads(Path(sys.argv[1]).read_text()):
         experiment = from_dict(values)
-        splits = runs.checked_data(experiment)
-        run = runs.open_run(experiment, resume=False, overwrite=False)
-        method = runs.connect(experiment, world, splits)
+        splits = processes.checked_data(experiment)
+        run = processes.open_run(experiment, resume=False, overwrite=False)
+        method = processes.connect(experiment, world, splits)
         loop.train(experiment, splits, method, run, process.StopRequest())
     rpc.dismiss(world.world)
 

@@ -20,15 +20,15 @@ import toys
 
 from mpsl_dist.actors.client import Client
 from mpsl_dist.config import Experiment, from_dict
-from mpsl_dist.methods import run as runs
+from mpsl_dist.methods import processes
+from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.methods.mpsl import Mpsl
-from mpsl_dist.methods.setup import load_data
 from mpsl_dist.runtime import environment, process, rpc
 
 
 def train_and_tell(experiment: Experiment, world: environment.Environment, steps: int) -> dict:
     """Train some steps by the real method; give every number that came of it."""
-    method = runs.connect(experiment, world, load_data(experiment))
+    method = processes.connect(experiment, world, load_data(experiment))
     told: dict[str, Any] = {"losses": [], "cut_gradients": [], "forwards": 0, "backwards": 0}
     encoder = method.server.model.encoder
     encoder.register_forward_hook(lambda *_: told.update(forwards=told["forwards"] + 1))
@@ -71,7 +71,7 @@ def gold(path: Path, world: environment.Environment) -> None:
 def record(path: Path, world: environment.Environment) -> None:
     """Train an experiment for two epochs by the real loop's calls, with tests at the clients."""
     experiment = from_dict(json.loads(path.read_text())["experiment"])
-    method = runs.connect(experiment, world, load_data(experiment))
+    method = processes.connect(experiment, world, load_data(experiment))
     for epoch in range(2):
         method.begin_epoch(epoch)
         for epoch_step in range(len(method.plan)):
@@ -143,11 +143,11 @@ def main() -> None:
         process.watch_server = partial(process.watch_server, interval=0.0)
     if world.rank > 0:
         sent = keep_what_is_sent() if task != "gold" else []
-        runs.serve_as_worker(toys.experiment(), world)
+        processes.serve_as_worker(toys.experiment(), world)
         if task != "gold":
             torch.save(sent, argument.with_name(f"sent-by-{world.rank}.pt"))
         return
-    runs.join(toys.experiment(), world)
+    processes.join(toys.experiment(), world)
     tasks = {"gold": gold, "end": lambda *_: None}
     tasks.get(task, record)(argument, world)
     rpc.dismiss(world.world)

@@ -20,7 +20,7 @@ from mpsl_dist.actors import deployable
 from mpsl_dist.config import to_dict
 from mpsl_dist.methods import centralized
 from mpsl_dist.methods.fedavg import FedAvg, build_clients
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.models.average import trainable_state
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from test_exactness import assert_close, run_gold
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.learner import Learner
 from mpsl_dist.methods.centralized import Centralized
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods.hosting import load_data
 
 STEPS = 20
 CLIENTS = (1, 4, 10)

@@ -22,7 +22,7 @@ from mpsl_dist.analysis import flops, traffic_model
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.data.partition import shares
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.records.traffic import KINDS
 
 HERE = Path(__file__).parent

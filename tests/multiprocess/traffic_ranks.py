@@ -15,9 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys
 
 from mpsl_dist.config import Experiment, from_dict
-from mpsl_dist.methods import loop
-from mpsl_dist.methods import run as runs
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods import loop, processes
+from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.records.traffic import nbytes
 from mpsl_dist.runtime import environment, process, rpc
 
@@ -63,8 +62,8 @@ def train_and_tell(experiment: Experiment, world: environment.Environment) -> di
     """Run a whole training; gives what was counted, and what was called."""
     CALLED.update(up=0, down=0)
     splits = load_data(experiment)
-    run = runs.open_run(experiment, resume=False, overwrite=False)
-    method = runs.connect(experiment, world, splits)
+    run = processes.open_run(experiment, resume=False, overwrite=False)
+    method = processes.connect(experiment, world, splits)
     setup = dict(CALLED)
     loop.train(experiment, splits, method, run, process.StopRequest())
     return {"bytes": method.traffic.by_kind(), "called": dict(CALLED), "setup": setup}
@@ -76,10 +75,10 @@ def main() -> None:
     world = environment.resolve(os.environ)
     assert world is not None
     if world.rank > 0:
-        runs.serve_as_worker(toys.experiment(), world)
+        processes.serve_as_worker(toys.experiment(), world)
         return
     watch_calls()
-    runs.join(toys.experiment(), world)
+    processes.join(toys.experiment(), world)
     experiments = [from_dict(values) for values in json.loads(path.read_text())]
     torch.save([train_and_tell(e, world) for e in experiments], path.with_suffix(".pt"))
     rpc.dismiss(world.world)

@@ -13,9 +13,9 @@ import toys
 from mpsl_dist.actors.learner import DivergedError
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.methods import centralized, loop
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.models.average import trainable_state
-from mpsl_dist.records.run import RunDirectory
+from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime.process import StopRequest
 
 toys.register()

@@ -14,7 +14,7 @@ import yaml
 from mpsl_dist.__main__ import main
 from mpsl_dist.analysis import compare
 from mpsl_dist.config import to_dict
-from mpsl_dist.records.run import RunError
+from mpsl_dist.records.run_directory import RunError
 
 
 def write_run(

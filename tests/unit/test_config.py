@@ -10,7 +10,7 @@ import pytest
 from mpsl_dist import config
 from mpsl_dist.__main__ import main
 from mpsl_dist.config import ConfigError
-from mpsl_dist.records.run import RunDirectory, RunError
+from mpsl_dist.records.run_directory import RunDirectory, RunError
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from media_files import DATA, needs, write_clip, write_csv, write_picture, write
 from mpsl_dist import config, data
 from mpsl_dist.data import DataError, files, manifest
 from mpsl_dist.data.text import tokenize
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods.hosting import load_data
 
 SMALL = {"image_size": 16, "audio_frames": 20, "text_length": 8}
 

@@ -16,9 +16,9 @@ from mpsl_dist.actors.local_data import LocalData
 from mpsl_dist.config import ConfigError, Experiment, to_dict
 from mpsl_dist.methods import centralized, loop
 from mpsl_dist.methods.fedavg import FedAvg, aggregate, build_clients, draw
-from mpsl_dist.methods.setup import load_data
+from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.models.average import trainable_state
-from mpsl_dist.records.run import RunDirectory
+from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime.process import StopRequest
 
 toys.register()

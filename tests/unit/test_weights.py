@@ -19,12 +19,13 @@ from mpsl_dist import data
 from mpsl_dist.actors import assembly
 from mpsl_dist.config import ConfigError, from_dict
 from mpsl_dist.data.text import tokenize
+from mpsl_dist.errors import WeightsError
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.clip_text import ClipText, build_text_tower
 from mpsl_dist.models.server_model import build_encoder
 from mpsl_dist.models.tokenizers import PatchTokenizer
 from mpsl_dist.models.weight_sources import fetch, read
-from mpsl_dist.models.weights import WeightsError, load_encoder, load_stem, load_text
+from mpsl_dist.models.weights import load_encoder, load_stem, load_text
 
 WIDTH, DEPTH, HEADS = 48, 3, 4
 TOLERANCE = 1e-5

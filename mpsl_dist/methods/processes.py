@@ -14,10 +14,10 @@ from mpsl_dist.actors import assembly
 from mpsl_dist.config import ConfigError, Experiment, to_dict
 from mpsl_dist.data import DataError, Splits
 from mpsl_dist.methods import centralized, fedavg, fedclip, loop
+from mpsl_dist.methods.hosting import load_data, open_fleet
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.psl import Psl
-from mpsl_dist.methods.setup import load_data, open_fleet
-from mpsl_dist.records.run import RunDirectory, environment_of, log_to
+from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
 from mpsl_dist.runtime import environment, process, rpc
 from mpsl_dist.runtime.environment import Environment
 

@@ -15,7 +15,7 @@ from mpsl_dist.actors.client import Client, Local
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
-from mpsl_dist.records.run import log_to
+from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import environment, rpc
 from mpsl_dist.runtime.placement import gpu_of, place
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from mpsl_dist.errors import RunError
+
 #: Keys that may differ when a run is resumed: none of them changes what is computed.
 FREE_KEYS = (
     "checkpoint",
@@ -27,10 +29,6 @@ FREE_KEYS = (
     "runtime",
     "training.test_batch_size",
 )
-
-
-class RunError(ValueError):
-    """A run directory that stands in the way, or cannot be resumed."""
 
 
 class RunDirectory:

@@ -1,0 +1,63 @@
+"""Whose mistake it is, decided once.
+
+A :class:`UserError` is the user's to mend: the command line prints its message without a traceback
+and exits with status 2. Everything else is a failure of the run, and exits with status 1.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the message names the file or key and what to do."""
+
+
+class ConfigError(UserError):
+    """A configuration or command line that cannot be run; every problem at once, one a line."""
+
+
+class DataError(UserError):
+    """Data that is missing, damaged or too small."""
+
+
+class WeightsError(UserError):
+    """Initial weights that cannot be had, or do not fit the model."""
+
+
+class RunError(UserError):
+    """A run directory that stands in the way, is damaged, or cannot be resumed."""
+
+
+class LaunchError(UserError):
+    """Processes that cannot find themselves or each other; the message says what to set."""
+
+
+class DivergedError(ArithmeticError):
+    """A loss that is no finite number, found before it changed any parameter."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception as it travels between processes, which would else keep only its text.
+
+    Attributes
+    ----------
+    message : str
+        The exception's type and text.
+    details : str
+        The traceback where it was raised.
+    user_error : bool
+        Whether it was a :class:`UserError`.
+    """
+
+    message: str
+    details: str
+    user_error: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Describe an exception that is being handled."""
+        message = f"{type(error).__name__}: {error}"
+        return cls(message, traceback.format_exc(), isinstance(error, UserError))

@@ -1,0 +1,93 @@
+"""Frozen dataclasses from nested mappings, with every problem named at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+def build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) -> Any:
+    """Build a dataclass from a mapping; fields that it does not name keep their defaults.
+
+    Parameters
+    ----------
+    cls : type
+        A dataclass whose fields are dataclasses, numbers, texts, truth values, lists, mappings,
+        Literals, or unions of these.
+    prefix : str
+        Stands before every key in a message, as ``"training."``.
+    errors : list of str
+        Receives a line for every unknown key (naming the nearest valid one) and every value of a
+        wrong type; such fields keep their defaults.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [entry.name for entry in dataclasses.fields(cls)]
+    arguments = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"valid: {', '.join(names)}"
+            errors.append(f"{path}: unknown key; {hint}")
+            continue
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if isinstance(value, Mapping):
+                arguments[key] = build(hint, value, f"{path}.", errors)
+            else:
+                errors.append(f"{path}: expected keys and values, found {value!r}")
+        else:
+            try:
+                arguments[key] = _convert(hint, value)
+            except ValueError:
+                errors.append(f"{path}: expected {_describe(hint)}, found {value!r}")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """Return ``value`` as ``hint`` asks, or raise ValueError."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return _convert(option, value)
+            except ValueError:
+                continue
+        raise ValueError
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError
+        return [_convert(typing.get_args(hint)[0], entry) for entry in value]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError
+        return dict(value)
+    if origin is Literal:
+        if value in typing.get_args(hint) and not isinstance(value, bool):
+            return value
+        raise ValueError
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)  # YAML reads 1e-4 as a string
+    if hint is type(None):
+        hint = types.NoneType
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise ValueError
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is dict:
+        return "keys and values"
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(option) for option in typing.get_args(hint))
+    if hint is types.NoneType:
+        return "null"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
