@@ -223,7 +223,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from mpsl_dist import config
     from mpsl_dist.actors import deployable
-    from mpsl_dist.methods.hosting import load_data
+    from mpsl_dist.actors.holdings import load_data
 
     folder = Path(options.run) / "model"
     if not (folder / "config.json").is_file():

@@ -38,6 +38,33 @@ class DivergedError(ArithmeticError):
     """A loss that is no finite number, found before it changed any parameter."""
 
 
+class RemoteError(RuntimeError):
+    """A client or worker failed; the message names it, the phase and the step.
+
+    Parameters
+    ----------
+    message : str
+    details : str
+        The traceback there, where there is one.
+    user_error : bool
+        Whether the cause is the user's to mend (a :class:`UserError` there).
+    lost : tuple of int
+        The clients that did not answer.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        details: str = "",
+        user_error: bool = False,
+        lost: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.details = details
+        self.user_error = user_error
+        self.lost = lost
+
+
 @dataclass(frozen=True)
 class Failure:
     """An exception as it travels between processes, which would else keep only its text.

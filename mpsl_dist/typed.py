@@ -91,3 +91,15 @@ def _describe(hint: Any) -> str:
     if hint is types.NoneType:
         return "null"
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings, or a dataclass of such, as ``key.path`` -> value."""
+    values = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    flat: dict[str, Any] = {}
+    for key, entry in values.items():
+        if isinstance(entry, Mapping):
+            flat |= flatten(entry, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = entry
+    return flat

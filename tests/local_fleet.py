@@ -1,32 +1,46 @@
-"""Clients of one process behind the face of ``rpc.Fleet``."""
+"""Clients of this process behind the server's links, with every call remembered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mpsl_dist.actors.host import Host
+from mpsl_dist.methods.link import RoundLink, SplitLink
+from mpsl_dist.records.traffic import Traffic
+from mpsl_dist.runtime.answers import Answers
+from mpsl_dist.runtime.local import LocalFleet
 
-class LocalFleet:
-    """Calls the clients directly, and remembers every call."""
 
-    def __init__(self, clients: Sequence[Any]) -> None:
-        self.references = dict(enumerate(clients))
-        self.workers = {"here": list(self.references)}
+class WatchedFleet(LocalFleet):
+    """Remembers (message, clients) of every call."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
         self.calls: list[tuple[str, list[int]]] = []
 
-    def __len__(self) -> int:
-        return len(self.references)
-
-    def call(
-        self, method: str, arguments: Mapping[int, Sequence[Any]], where: str = ""
-    ) -> dict[int, Any]:
-        """Call a method of these clients."""
-        self.calls.append((method, list(arguments)))
-        return {n: getattr(self.references[n], method)(*a) for n, a in arguments.items()}
-
     def start(
-        self, method: str, arguments: Mapping[int, Sequence[Any]], where: str = ""
-    ) -> Callable[[], dict[int, Any]]:
-        """The same; already done when it is waited for."""
-        answers = self.call(method, arguments, where)
-        return lambda: answers
+        self,
+        message: str,
+        arguments: Mapping[int, Sequence[Any]],
+        where: str = "",
+        autograd: Any = None,
+    ) -> Callable[[], Answers]:
+        self.calls.append((message, list(arguments)))
+        return super().start(message, arguments, where, autograd)
+
+
+class LocalRounds(RoundLink):
+    """A link to federated clients of this process."""
+
+    def __init__(self, clients: Sequence[Any]) -> None:
+        super().__init__(WatchedFleet(Host(clients)), Traffic(len(clients)))
+        self.references, self.calls = self.fleet.host.clients, self.fleet.calls
+
+
+class LocalSplit(SplitLink):
+    """A link to split learning's clients of this process."""
+
+    def __init__(self, clients: Sequence[Any]) -> None:
+        super().__init__(WatchedFleet(Host(clients)), Traffic(len(clients)))
+        self.references, self.calls = self.fleet.host.clients, self.fleet.calls

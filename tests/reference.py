@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mpsl_dist.actors import assembly
+from mpsl_dist.actors import assembly, choices
+from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Experiment
 from mpsl_dist.data.partition import deal_pictures, epoch_order, partition, shares
-from mpsl_dist.methods.hosting import load_data
 
 
 def train(experiment: Experiment, steps: int) -> dict[str, Any]:
@@ -32,9 +32,9 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
             splits.train.labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed
         )
     plan = shares([len(p) for p in parts], settings.batch_size, experiment.client_share)
-    device = assembly.device_of(experiment)
+    device = choices.device_of(experiment)
     clients = [assembly.build_tokenizers(experiment, splits).to(device) for _ in parts]
-    server = assembly.build_server(experiment, splits, clients[0].lengths).model
+    server = assembly.build_server_model(experiment, splits, clients[0].lengths)
     optimizers = [_adamw(c, settings.client) for c in clients]
     server_optimizer = _adamw(server, settings.server)
     dtype = next(server.parameters()).dtype

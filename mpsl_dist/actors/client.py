@@ -24,7 +24,6 @@ are never returned.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,9 @@ from mpsl_dist.actors.local_data import LocalData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.data import Batch
 from mpsl_dist.models.average import load_trainable, trainable_state
-from mpsl_dist.models.losses import loss_of
-from mpsl_dist.models.tokenizers import Tokenizers, fuse
+from mpsl_dist.models.tasks import Task
+from mpsl_dist.models.tokenizers import Tokenizers, copy_of, fuse
+from mpsl_dist.records import state
 
 
 class Reference(Protocol):
@@ -71,6 +71,8 @@ class Client:
     stepper : Stepper
         Steps its tokenizers.
     fusion : "early" or "late"
+    task : Task
+        Compares predictions with its labels.
     device : str
     """
 
@@ -82,6 +84,7 @@ class Client:
         tokenizers: Reference,
         stepper: Stepper,
         fusion: str,
+        task: Task,
         device: str = "cpu",
     ) -> None:
         self.number = number
@@ -90,6 +93,7 @@ class Client:
         self.tokenizers = tokenizers
         self.stepper = stepper
         self.fusion = fusion
+        self.task = task
         self.device = device
         self._accumulated: Tensor | None = None
         self._visiting: Tokenizers | None = None
@@ -113,7 +117,7 @@ class Client:
 
     def loss(self, step: int, predictions: Tensor) -> Tensor:
         """Compare predictions with its own labels (Eq. 2): the mean over its mini-batch."""
-        return loss_of(predictions.to(self.device), self.data.batch(step).labels).cpu()
+        return self.task.loss(predictions.to(self.device), self.data.batch(step).labels).cpu()
 
     def pairs(self, step: int) -> Tensor:
         """Say which pairs of the mini-batch share a picture (``contrastive: global`` alone).
@@ -134,19 +138,18 @@ class Client:
 
     def score(self, step: int, predictions_bk: Tensor) -> int:
         """Count right predictions of a batch of its test samples."""
-        labels_b = self.test_data.batch(step).labels
-        return int((predictions_bk.argmax(1) == labels_b).sum())
+        return self.task.score(predictions_bk, self.test_data.batch(step).labels)
 
     def tokenizer_weights(self) -> dict[str, Tensor]:
         """Give its trained tokenizer parameters, for an average."""
         return trainable_state(self.tokenizers.local_value())
 
-    def take_gradients(self, gradients: Mapping[Tensor, Tensor]) -> Tensor | None:
-        """Give its gradients accumulated with this step's, one vector; start again from zero.
+    def take_gradients(self, gradients: Mapping[Tensor, Tensor] | None = None) -> Tensor | None:
+        """Return its gradients accumulated with this step's, one vector; start again from zero.
 
         None if it took part in no step since the last time.
         """
-        self.accumulate(gradients)
+        self.accumulate(gradients or {})
         vector, self._accumulated = self._accumulated, None
         return vector
 
@@ -190,8 +193,7 @@ class Client:
         """Lay out its test batches, with averaged tokenizers, or its own where None."""
         self._visiting = self.tokenizers.local_value()
         if weights is not None:
-            frozen = {id(p): p for p in self._visiting.parameters() if not p.requires_grad}
-            self._visiting = copy.deepcopy(self._visiting, memo=frozen)
+            self._visiting = copy_of(self._visiting)
             load_trainable(self._visiting, weights)
         self.test_data.begin_epoch(0, counts)
 
@@ -199,26 +201,28 @@ class Client:
 
     def save(self, folder: str) -> None:
         """Write its state to ``folder``; it stays on the client's machine."""
-        target = Path(folder) / f"client-{self.number:04d}.pt"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        state = {
+        parts = {
             "tokenizers": trainable_state(self.tokenizers.local_value()),
             "optimizer": self.stepper.state(),
             "accumulated": self._accumulated,
         }
-        torch.save(state, partial)
-        partial.replace(target)
+        state.save(self._file(folder), parts)
 
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
-        path = Path(folder) / f"client-{self.number:04d}.pt"
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.set_tokenizer_weights(state["tokenizers"])
-        self.stepper.load(state["optimizer"])
-        self._accumulated = state["accumulated"]
+        parts = state.load(self._file(folder), self.device)
+        self.set_tokenizer_weights(parts["tokenizers"])
+        self.stepper.load(parts["optimizer"])
+        self._accumulated = parts["accumulated"]
 
     # -- its own business ------------------------------------------------------------------
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that it steps."""
+        return self.stepper.parameters
+
+    def _file(self, folder: str) -> Path:
+        return Path(folder) / f"client-{self.number:04d}.pt"
 
     def _smash(self, tokenizers: Tokenizers, batch: Batch) -> list[Tensor]:
         dtype = next(tokenizers.parameters()).dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpsl_dist.actors.assembly import build_server, build_tokenizers, device_of
+from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
+from mpsl_dist.actors.choices import device_of, task_of
 from mpsl_dist.config import Experiment, Weights, from_dict, to_dict
 from mpsl_dist.data import Dataset, Splits, load_batches
-from mpsl_dist.models.retrieval import TwoTowers, recalls
 from mpsl_dist.models.server_model import ServerModel
+from mpsl_dist.models.tasks import Task, Tested
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
 
 
@@ -26,20 +27,22 @@ class Deployable(nn.Module):
     Parameters
     ----------
     tokenizers : Tokenizers
-    server_model : ServerModel or TwoTowers
+    server_model : ServerModel
+    task : Task
     """
 
-    def __init__(self, tokenizers: Tokenizers, server_model: ServerModel | TwoTowers) -> None:
+    def __init__(self, tokenizers: Tokenizers, server_model: ServerModel, task: Task) -> None:
         super().__init__()
         self.tokenizers = tokenizers
         self.server_model = server_model
+        self.task = task
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Give logits (b, classes), or embeddings (b, 2, d), for inputs as in a ``Batch``."""
         return self.server_model(fuse(self.tokenizers(inputs), self.server_model.fusion))
 
-    def place(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give inputs on the model's device, and in its precision."""
+    def to_own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return inputs on the model's device, and in its precision."""
         like = next(self.parameters())
         return {
             name: x.to(like.device, like.dtype if x.is_floating_point() else None)
@@ -47,35 +50,22 @@ class Deployable(nn.Module):
         }
 
     def test(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
-        """Test on a whole split: ``accuracy``; in retrieval, R@1, R@5 and R@10 both ways."""
-        samples = range(len(dataset.labels))
-        if isinstance(self.server_model, TwoTowers):
-            return self._recalls(dataset, batch_size)
-        return {"accuracy": self.right(dataset, samples, batch_size) / len(samples)}
+        """Return the task's metrics over a whole split: ``accuracy``, or recalls."""
+        return self.task.metrics(self._predict(dataset, range(len(dataset.labels)), batch_size))
 
-    @torch.no_grad()
-    def _recalls(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
-        samples = range(len(dataset.labels))
-        batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-        embedded = [
-            self(self.place(batch.inputs)).cpu()
-            for batch in load_batches(dataset, batches, seed=None)
-        ]
-        embeddings_m2d = torch.cat(embedded)
-        pictures = dataset.labels.tolist()
-        first = {picture: row for row, picture in reversed(list(enumerate(pictures)))}
-        rows = {picture: row for row, picture in enumerate(first)}
-        picture_m = torch.tensor([rows[picture] for picture in pictures])
-        return recalls(embeddings_m2d[list(first.values()), 0], embeddings_m2d[:, 1], picture_m)
-
-    @torch.no_grad()
     def right(self, dataset: Dataset, positions: Sequence[int], batch_size: int) -> int:
-        """Count the right predictions for these samples."""
+        """Return how many of these samples are predicted right."""
+        tested = self._predict(dataset, positions, batch_size)
+        return sum(self.task.score(predictions, labels_b) for predictions, labels_b in tested)
+
+    def _predict(
+        self, dataset: Dataset, positions: Sequence[int], batch_size: int
+    ) -> Iterator[Tested]:
         batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
-        right = 0
         for batch in load_batches(dataset, batches, seed=None):
-            right += int((self(self.place(batch.inputs)).argmax(1).cpu() == batch.labels).sum())
-        return right
+            with torch.no_grad():
+                predictions = self(self.to_own(batch.inputs)).cpu()
+            yield predictions, batch.labels
 
     def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
         """Write ``model.safetensors`` and ``config.json``."""
@@ -95,8 +85,8 @@ class Deployable(nn.Module):
 def build(experiment: Experiment, splits: Splits) -> Deployable:
     """Build the whole model here, with the initial weights that its owners would begin with."""
     tokenizers = build_tokenizers(experiment, splits)
-    model = build_server(experiment, splits, tokenizers.lengths).model
-    return Deployable(tokenizers, model).to(device_of(experiment))
+    model = build_server_model(experiment, splits, tokenizers.lengths)
+    return Deployable(tokenizers, model, task_of(splits)).to(device_of(experiment))
 
 
 def load(folder: str | Path) -> tuple[Deployable, Experiment, tuple[str, ...]]:

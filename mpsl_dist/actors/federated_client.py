@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mpsl_dist.actors.client import Description
@@ -28,6 +27,7 @@ from mpsl_dist.actors.learner import Learner
 from mpsl_dist.actors.local_data import LocalData
 from mpsl_dist.config import Training
 from mpsl_dist.models.average import load_trainable, trainable_state
+from mpsl_dist.records import state
 
 
 @dataclass(frozen=True)
@@ -145,20 +145,23 @@ class FederatedClient:
 
     def save(self, folder: str) -> None:
         """Write its optimizers' state; the model is the server's to write."""
-        target = Path(folder) / f"client-{self.number:04d}.pt"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        torch.save(self.learner.optimizer_state() if self.keep_optimizer else {}, partial)
-        partial.replace(target)
+        kept = self.learner.optimizer_state() if self.keep_optimizer else {}
+        state.save(self._file(folder), kept)
 
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
-        path = Path(folder) / f"client-{self.number:04d}.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state:
-            self.learner.load_optimizer_state(state)
+        kept = state.load(self._file(folder))
+        if kept:
+            self.learner.load_optimizer_state(kept)
 
     # -- its own business ------------------------------------------------------------------
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters that it steps."""
+        return self.learner.parameters
+
+    def _file(self, folder: str) -> Path:
+        return Path(folder) / f"client-{self.number:04d}.pt"
 
     def _step_of_the_run(self, round_: int, local_epoch: int, place: int) -> int:
         steps, batches = self.span[0], len(self.counts) * self.local_epochs

@@ -16,11 +16,8 @@ from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.config import Training
 from mpsl_dist.data import Batch
-from mpsl_dist.models.losses import loss_of
-
-
-class DivergedError(ArithmeticError):
-    """A loss that is no number, found before it reached any parameter."""
+from mpsl_dist.errors import DivergedError
+from mpsl_dist.models.tasks import Task
 
 
 class Learner:
@@ -37,6 +34,7 @@ class Learner:
 
     def __init__(self, model: Deployable, training: Training) -> None:
         self.model = model
+        self.task: Task = model.task
         self.steppers = {
             "tokenizers": Stepper(model.tokenizers.parameters(), training.client),
             "server_model": Stepper(model.server_model.parameters(), training.server),
@@ -50,7 +48,7 @@ class Learner:
 
     def loss(self, batch: Batch) -> Tensor:
         """Give the mean loss over these samples (Eq. 2), a scalar."""
-        return loss_of(self.model(self.model.place(batch.inputs)), batch.labels)
+        return self.task.loss(self.model(self.model.to_own(batch.inputs)), batch.labels)
 
     def gradients(self, loss: Tensor) -> dict[Tensor, Tensor]:
         """Differentiate a loss; parameters that had no part in it are left out."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.server_model import ServerModel
+from mpsl_dist.records import state
 
 #: Smashed activations by client: early fusion one tensor each, late fusion one per modality.
 Smashed = Mapping[int, list[Tensor]]
@@ -62,16 +63,11 @@ class Server:
 
     def save(self, folder: str) -> None:
         """Write encoder, head and optimizer to ``folder``."""
-        target = Path(folder) / "server.pt"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        torch.save(
-            {"model": trainable_state(self.model), "optimizer": self.stepper.state()}, partial
-        )
-        partial.replace(target)
+        parts = {"model": trainable_state(self.model), "optimizer": self.stepper.state()}
+        state.save(Path(folder) / "server.pt", parts)
 
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
-        state = torch.load(Path(folder) / "server.pt", map_location=self.device, weights_only=True)
-        load_trainable(self.model, state["model"])
-        self.stepper.load(state["optimizer"])
+        parts = state.load(Path(folder) / "server.pt", self.device)
+        load_trainable(self.model, parts["model"])
+        self.stepper.load(parts["optimizer"])

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from mpsl_dist.analysis import flops, traffic_model
 from mpsl_dist.analysis.cost_inputs import CAPTIONS, Inputs, inputs_of
-from mpsl_dist.analysis.flops import Flops, Parts
+from mpsl_dist.analysis.flops import Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.config import Optimizer as OptimizerSettings
+from mpsl_dist.config.methods import METHODS
 
-METHODS = ("mpsl", "psl", "fedavg", "fedclip", "centralized")
 TOWER = "text tower"
 WITH_TOWER = f"total with {TOWER}"
 
@@ -101,14 +101,16 @@ def about(experiment: Experiment, inputs: Inputs) -> dict[str, object]:
 def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
     """Compute every method's figures for an experiment; its own ``method`` does not matter."""
     inputs = inputs or inputs_of(experiment)
-    # Four methods train one and the same model; FedCLIP freezes its encoder and adds adapters.
+    # All methods train one and the same model, but for those that freeze its encoder and add
+    # adapters.
+    by_kind = {facts.adapted: method for method, facts in METHODS.items()}
     measured = {
         adapted: Measured(flops.build(replace(experiment, method=method), inputs))
-        for adapted, method in ((False, "mpsl"), (True, "fedclip"))
+        for adapted, method in by_kind.items()
     }
     rows: list[Row] = []
-    for method in METHODS:
-        of = measured[method == "fedclip"]
+    for method, facts in METHODS.items():
+        of = measured[facts.adapted]
         parts = replace(of.parts, experiment=replace(experiment, method=method))
         rows += _parameters(method, parts)
         rows += _flops(method, of.client, of.server)
@@ -124,10 +126,10 @@ class Measured:
 
     Parameters
     ----------
-    parts : Parts
+    parts : ModelParts
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: ModelParts) -> None:
         self.parts = parts
         self.client = flops.count_client(parts)
         self.server = flops.count_server(parts)
@@ -143,12 +145,11 @@ class Measured:
 
 def owner_of(method: str, part: str) -> str:
     """Say who runs the client's or the server's part of the model under a method."""
-    if method == "centralized":
-        return "server"
-    return "client" if method in ("fedavg", "fedclip") else part
+    facts = METHODS[method]
+    return facts.tokenizers if part == "client" else facts.server_model
 
 
-def _parameters(method: str, parts: Parts) -> Iterator[Row]:
+def _parameters(method: str, parts: ModelParts) -> Iterator[Row]:
     tokenizers, model = parts.tokenizers, parts.server_model
     modules = {
         ("client", name): module
@@ -190,13 +191,13 @@ def _flops(method: str, client: dict[str, Flops], server: dict[str, Flops]) -> I
             yield from _flop_rows(method, owner, total, value)
 
 
-def _picture_rows(method: str, parts: Parts) -> Iterator[Row]:
+def _picture_rows(method: str, parts: ModelParts) -> Iterator[Row]:
     """Give totals in the paper's unit of retrieval: a picture with all its captions."""
     client = flops.count_client(parts, CAPTIONS)
     for row in _flops(method, client, flops.count_server(parts, CAPTIONS)):
         if row.part.startswith("total"):
             yield replace(row, part=f"{row.part}, picture with {CAPTIONS} captions")
-    if method in ("mpsl", "psl"):
+    if METHODS[method].split:
         sent = traffic_model.per_sample(parts, CAPTIONS)
         for kind in ("activations", "cut_layer_gradients"):
             part, way = f"{kind}, picture with {CAPTIONS} captions", traffic_model.direction(kind)
@@ -209,10 +210,10 @@ def _flop_rows(method: str, owner: str, part: str, value: Flops) -> Iterator[Row
         yield Row("flops", method, owner, part, quantity, number, "FLOP per sample")
 
 
-def _bytes(method: str, parts: Parts) -> Iterator[Row]:
-    if method == "centralized":
+def _bytes(method: str, parts: ModelParts) -> Iterator[Row]:
+    if METHODS[method].one_process:
         return
-    if method in ("mpsl", "psl"):
+    if METHODS[method].split:
         for kind, value in traffic_model.per_sample(parts).items():
             direction = traffic_model.direction(kind)
             yield Row("bytes_per_sample", method, "client", kind, direction, value, "bytes")
@@ -227,15 +228,16 @@ def _bytes(method: str, parts: Parts) -> Iterator[Row]:
         yield Row("bytes_per_epoch", method, "client", "total", direction, value, "bytes")
 
 
-def _memory(method: str, parts: Parts, of: Measured) -> Iterator[Row]:
+def _memory(method: str, parts: ModelParts, of: Measured) -> Iterator[Row]:
     experiment = parts.experiment
     batch = min(experiment.training.batch_size, parts.inputs.train)
     own = -(-batch // experiment.clients)
     client = _held(parts, "client", experiment.training.client)
     server = _held(parts, "server", experiment.training.server)
-    if method in ("mpsl", "psl"):
+    facts = METHODS[method]
+    if facts.split:
         cut = traffic_model.per_sample(parts)["activations"]
-        if method == "psl":  # a backward for each client leaves gradients of its own
+        if facts.backwards == "per client":  # each leaves gradients of its own
             server["gradients"] *= experiment.clients
         client["kept for backward"] = of.kept("client", own)
         client["cut layer and its gradient"] = 2 * own * cut
@@ -244,24 +246,24 @@ def _memory(method: str, parts: Parts, of: Measured) -> Iterator[Row]:
         owners = {"client": client, "server": server}
     else:
         whole = {name: client[name] + server[name] for name in client}
-        size = batch if method == "centralized" else experiment.federated.batch_size or own
+        size = batch if facts.one_process else experiment.federated.batch_size or own
         whole["kept for backward"] = of.kept("client", size) + of.kept("server", size)
         owners = {owner_of(method, "client"): whole}
-        if method != "centralized":
+        if not facts.one_process:
             owners["server"] = _averaging(parts, whole["parameters"])
     for owner, items in owners.items():
         for part, value in (items | {"total": sum(items.values())}).items():
             yield Row("memory", method, owner, part, "peak", value, "bytes")
 
 
-def _averaging(parts: Parts, model: int) -> dict[str, int]:
+def _averaging(parts: ModelParts, model: int) -> dict[str, int]:
     """Give what lies at the server of a federated method: its model, and all updates at once."""
     trained = sum(traffic_model.trained_bytes(parts, part) for part in ("client", "server"))
     drawn = max(1, round(parts.experiment.federated.fraction * parts.experiment.clients))
     return {"parameters": model, "updates": drawn * trained}
 
 
-def _held(parts: Parts, part: str, settings: OptimizerSettings) -> dict[str, int]:
+def _held(parts: ModelParts, part: str, settings: OptimizerSettings) -> dict[str, int]:
     """Give what lies in memory whatever the batch."""
     module = parts.tokenizers if part == "client" else parts.server_model
     trained = traffic_model.trained_bytes(parts, part)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Data, Experiment
 from mpsl_dist.data import Splits, TensorDataset
-from mpsl_dist.methods.hosting import load_data
 
 #: Captions of a picture in the retrieval datasets.
 CAPTIONS = 5

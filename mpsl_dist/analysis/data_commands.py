@@ -9,11 +9,11 @@ import time
 from rich import progress as bar
 from rich.console import Console
 
+from mpsl_dist.actors.holdings import data_options
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data import files
 from mpsl_dist.data.check import Report, check
 from mpsl_dist.data.download import download
-from mpsl_dist.methods.hosting import data_options
 
 
 def check_data(experiment: Experiment, workers: int | None = None, limit: int | None = None) -> int:

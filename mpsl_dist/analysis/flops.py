@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpsl_dist.actors import assembly
+from mpsl_dist.actors import assembly, choices
 from mpsl_dist.analysis.cost_inputs import Inputs
 from mpsl_dist.config import Experiment, Weights
 from mpsl_dist.models.clip_text import ClipText
 from mpsl_dist.models.server_model import ServerModel
+from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
 
 
@@ -55,7 +56,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """A method's modules on the meta device.
 
     Attributes
@@ -74,12 +75,22 @@ class Parts:
     @property
     def width(self) -> int:
         """Give the encoder's width d."""
-        return assembly.width_of(self.experiment)
+        return choices.width_of(self.experiment)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of parameters and activations."""
+        return choices.dtype_of(self.experiment)
 
     @property
     def bytes_per_number(self) -> int:
-        """Give the size of a parameter or activation."""
-        return assembly.dtype_of(self.experiment).itemsize
+        """Size of a parameter or activation."""
+        return self.dtype.itemsize
+
+    @property
+    def task(self) -> Task:
+        """What is to be learned."""
+        return choices.task_of(self.inputs.splits())
 
     @property
     def retrieval(self) -> bool:
@@ -87,18 +98,18 @@ class Parts:
         return self.inputs.retrieval
 
 
-def build(experiment: Experiment, inputs: Inputs) -> Parts:
+def build(experiment: Experiment, inputs: Inputs) -> ModelParts:
     """Build a method's parts on the meta device; takes no memory, whatever their size."""
     on_meta = replace(experiment, device="meta", weights=Weights())
     with torch.device("meta"):
         tokenizers = assembly.build_tokenizers(on_meta, inputs.splits())
-        server = assembly.build_server(on_meta, inputs.splits(), tokenizers.lengths)
-    return Parts(experiment, inputs, tokenizers, server.model)
+        model = assembly.build_server_model(on_meta, inputs.splits(), tokenizers.lengths)
+    return ModelParts(experiment, inputs, tokenizers, model)
 
 
-def meta_inputs(parts: Parts, batch: int) -> dict[str, Tensor]:
+def meta_inputs(parts: ModelParts, batch: int) -> dict[str, Tensor]:
     """Give inputs without content, by modality."""
-    dtype = assembly.dtype_of(parts.experiment)
+    dtype = choices.dtype_of(parts.experiment)
     return {
         name: torch.empty(
             (batch, *shape), device="meta", dtype=torch.long if name == "text" else dtype
@@ -107,7 +118,7 @@ def meta_inputs(parts: Parts, batch: int) -> dict[str, Tensor]:
     }
 
 
-def embed(parts: Parts, name: str, batch: int) -> Tensor:
+def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
     """Give a modality's tokens (b, l, d) as :class:`Tokenizers` would."""
     tokenizer, x = parts.tokenizers.by_modality[name], meta_inputs(parts, batch)[name]
     # A tower's own pass keeps what it saw, by content; here there is none.
@@ -115,7 +126,7 @@ def embed(parts: Parts, name: str, batch: int) -> Tensor:
     return parts.tokenizers.pre_norm(tokenizer(x) if tokens_bld is None else tokens_bld)
 
 
-def count_client(parts: Parts, captions: int = 1) -> dict[str, Flops]:
+def count_client(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
     """Count a client's operations per sample, by modality; the frozen text tower apart.
 
     Parameters
@@ -138,7 +149,7 @@ def count_client(parts: Parts, captions: int = 1) -> dict[str, Flops]:
     return counted
 
 
-def count_server(parts: Parts, captions: int = 1) -> dict[str, Flops]:
+def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
     """Count the server's operations per sample: by pass of the encoder, and the head.
 
     Early fusion has one pass, ``joint``; late fusion and retrieval one per modality. FedCLIP's
@@ -180,15 +191,15 @@ def _without_encoder(model: ServerModel) -> Iterator[None]:
         model.encoder = encoder
 
 
-def _passes(parts: Parts) -> dict[str, int]:
+def _passes(parts: ModelParts) -> dict[str, int]:
     """Give the tokens of the encoder's passes for a sample."""
     names, lengths = list(parts.inputs.shapes), parts.tokenizers.lengths
-    if parts.experiment.model.fusion == "early" and not parts.retrieval:
+    if parts.server_model.fusion == "early":
         return {"joint": sum(lengths)}
     return dict(zip(names, lengths, strict=True))
 
 
-def _tokens(parts: Parts, length: int) -> Tensor:
+def _tokens(parts: ModelParts, length: int) -> Tensor:
     trained = any(p.requires_grad for p in parts.tokenizers.parameters())
     return torch.empty(1, length, parts.width, device="meta", requires_grad=trained)
 
@@ -237,7 +248,7 @@ def _paper_counter(module: nn.Module) -> Iterator[list[int]]:
             handle.remove()
 
 
-def kept_by_client(parts: Parts, batch: int) -> int:
+def kept_by_client(parts: ModelParts, batch: int) -> int:
     """Give the bytes that a client's autograd keeps between forward and backward."""
     return kept_bytes(
         parts.tokenizers,
@@ -248,7 +259,7 @@ def kept_by_client(parts: Parts, batch: int) -> int:
     )
 
 
-def kept_by_server(parts: Parts, batch: int) -> int:
+def kept_by_server(parts: ModelParts, batch: int) -> int:
     """Give the bytes that the server's autograd keeps between forward and backward."""
     trained = any(p.requires_grad for p in parts.tokenizers.parameters())
 

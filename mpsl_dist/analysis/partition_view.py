@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from mpsl_dist.actors import assembly
+from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.config import ConfigError, Experiment
-from mpsl_dist.methods.hosting import load_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +29,7 @@ _WIDTH = 120
 
 
 @dataclass(frozen=True)
-class Holdings:
+class PartitionTable:
     """Who holds what.
 
     Attributes
@@ -57,17 +56,17 @@ class Holdings:
         return self.counts[:, 1] if self.retrieval else self.counts.sum(1)
 
 
-def holdings(experiment: Experiment) -> Holdings:
+def holdings(experiment: Experiment) -> PartitionTable:
     """Load the data and deal it as a run would."""
     splits = load_data(experiment)
-    dealt = assembly.deal_train(experiment, splits)
+    dealt = Holdings.deal(experiment, splits).dealt
     labels = splits.train.labels.numpy()
     held = [labels[part] for part in dealt.parts]
     if splits.retrieval:
         counts = [[len(np.unique(pictures)), len(pictures)] for pictures in held]
     else:
         counts = [np.bincount(own, minlength=len(splits.classes)) for own in held]
-    return Holdings(
+    return PartitionTable(
         np.array(counts, dtype=np.int64),
         ("pictures", "captions") if splits.retrieval else splits.classes,
         dealt.names or tuple(map(str, range(len(held)))),
@@ -104,7 +103,7 @@ def show(experiment: Experiment, out: Path, console: Console | None = None) -> N
     console.print(f"drawn: {out}", highlight=False, soft_wrap=True)
 
 
-def table(found: Holdings, console: Console) -> Table:
+def table(found: PartitionTable, console: Console) -> Table:
     """Lay out clients × classes; where that is too wide, a summary of each client."""
     if found.retrieval or len(found.columns) <= _COLUMNS:
         whole = _table_of_classes(found)
@@ -114,7 +113,7 @@ def table(found: Holdings, console: Console) -> Table:
     return _lay_out(found, summary, [_summary(found, counts) for counts in found.counts])
 
 
-def _table_of_classes(found: Holdings) -> Table:
+def _table_of_classes(found: PartitionTable) -> Table:
     rows = [[f"{n}" if n else "·" for n in counts] for counts in found.counts]
     if found.retrieval:
         return _lay_out(found, found.columns, rows)
@@ -122,7 +121,7 @@ def _table_of_classes(found: Holdings) -> Table:
     return _lay_out(found, (*found.columns, "all"), whole)
 
 
-def _lay_out(found: Holdings, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _lay_out(found: PartitionTable, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     laid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     laid.add_column("client")
     for name in names:
@@ -132,7 +131,7 @@ def _lay_out(found: Holdings, names: Sequence[str], rows: Sequence[Sequence[str]
     return laid
 
 
-def _summary(found: Holdings, counts: NDArray[np.int64]) -> list[str]:
+def _summary(found: PartitionTable, counts: NDArray[np.int64]) -> list[str]:
     total, largest = int(counts.sum()), int(counts.argmax())
     return [
         f"{total}",
@@ -149,7 +148,7 @@ def entropy(counts: NDArray[np.int64]) -> float:
     return float((shares * np.log2(1 / shares)).sum())
 
 
-def picture(found: Holdings, name: str) -> Figure:
+def picture(found: PartitionTable, name: str) -> Figure:
     """Draw clients × classes, the darker the more samples, beside each client's samples."""
     from matplotlib.figure import Figure
 
@@ -172,7 +171,7 @@ def picture(found: Holdings, name: str) -> Figure:
     return figure
 
 
-def _draw_grid(figure: Figure, grid: Axes, found: Holdings) -> None:
+def _draw_grid(figure: Figure, grid: Axes, found: PartitionTable) -> None:
     from matplotlib.colors import LogNorm
 
     largest = max(2, int(found.counts.max()))
@@ -192,7 +191,7 @@ def _draw_grid(figure: Figure, grid: Axes, found: Holdings) -> None:
         grid.set_xlabel(f"{len(found.columns)} classes, in label order")
 
 
-def _name_clients(axes: Axes, found: Holdings) -> None:
+def _name_clients(axes: Axes, found: PartitionTable) -> None:
     if len(found.clients) <= _NAMED:
         axes.set_yticks(range(len(found.clients)), found.clients, parse_math=False)
     axes.set_ylabel("client")

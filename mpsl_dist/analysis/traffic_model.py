@@ -10,10 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from mpsl_dist.analysis import flops
-from mpsl_dist.analysis.flops import Parts
+from mpsl_dist.analysis.flops import ModelParts
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data.partition import shares
 from mpsl_dist.methods.fedavg import draw
+from mpsl_dist.methods.objective import objective_of
+from mpsl_dist.methods.sync import sync_of
 from mpsl_dist.records.traffic import KINDS
 
 #: Bytes by kind and client.
@@ -36,7 +39,7 @@ def equal_plan(experiment: Experiment, samples: int) -> NDArray[np.int64]:
     return shares(sizes, experiment.training.batch_size, experiment.client_share)
 
 
-def per_sample(parts: Parts, captions: int = 1) -> dict[str, int]:
+def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
     """Give the bytes that one sample causes in a step of split learning, by kind.
 
     Parameters
@@ -44,33 +47,40 @@ def per_sample(parts: Parts, captions: int = 1) -> dict[str, int]:
     captions : int
         Texts of a sample: 1 as this runtime has it, 5 for a picture of the paper's retrieval.
     """
-    number, classes = parts.bytes_per_number, parts.inputs.classes
+    number = parts.bytes_per_number
     lengths = dict(zip(parts.inputs.shapes, parts.tokenizers.lengths, strict=True))
     counts = {
         name: length * (captions if name == "text" else 1) * parts.width * number
         for name, length in lengths.items()
     }
     trained = trained_tokens(parts)
-    # In retrieval the embeddings of picture and caption are what is predicted.
-    predicted = (2 * parts.width if parts.retrieval else classes) * number
+    predicted = predicted_numbers(parts) * number
     found = {
         "activations": sum(counts.values()),
         "cut_layer_gradients": sum(counts[name] for name in counts if trained[name]),
     }
-    if parts.experiment.contrastive == "global":
+    if not objective_of(parts.experiment, parts.task).predictions_travel:
         return found | {"pairs": torch.long.itemsize}
     return found | {"predictions": predicted, "prediction_gradients": predicted}
 
 
-def trained_tokens(parts: Parts) -> dict[str, bool]:
+def predicted_numbers(parts: ModelParts) -> int:
+    """Return how many numbers a sample's prediction has: its logits, or two embeddings."""
+    model = parts.server_model
+    shape = (1, len(model.lengths), parts.width) if model.apart else (1, parts.width)
+    features = torch.empty(shape, device="meta", dtype=parts.dtype)
+    return model.head(features).numel()
+
+
+def trained_tokens(parts: ModelParts) -> dict[str, bool]:
     """Say of every modality whether a gradient comes back for its tokens."""
     own = {name: flops.embed(parts, name, 1).requires_grad for name in parts.inputs.shapes}
-    if parts.experiment.model.fusion == "early" and not parts.retrieval:
+    if parts.server_model.fusion == "early":
         return dict.fromkeys(own, any(own.values()))
     return own
 
 
-def training(parts: Parts, plan: NDArray[np.int64], epochs: int) -> Bytes:
+def training(parts: ModelParts, plan: NDArray[np.int64], epochs: int) -> Bytes:
     """Give the bytes of ``epochs`` epochs of training.
 
     Parameters
@@ -78,34 +88,21 @@ def training(parts: Parts, plan: NDArray[np.int64], epochs: int) -> Bytes:
     plan : array
         (steps, clients) samples of every client in every step of an epoch.
     """
-    experiment = parts.experiment
-    if experiment.method == "centralized":
+    experiment, facts = parts.experiment, facts_of(parts.experiment)
+    if facts.one_process:
         return {}
-    if experiment.method in ("fedavg", "fedclip"):
+    if not facts.split:
         return _rounds(parts, plan.shape[1], epochs)
     samples, steps = plan.sum(0) * epochs, (plan > 0).sum(0) * epochs
     found = {kind: samples * each for kind, each in per_sample(parts).items()}
     number = parts.bytes_per_number
-    if experiment.contrastive == "client":
+    if objective_of(experiment, parts.task).predictions_travel:
         found |= {"losses": steps * number, "loss_gradients": steps * number}
-    return found | _sync(parts, np.tile(plan > 0, (epochs, 1)))
+    weights = trained_bytes(parts, "client")
+    return found | sync_of(experiment).cost(np.tile(plan > 0, (epochs, 1)), weights)
 
 
-def _sync(parts: Parts, takes_part: NDArray[np.bool_]) -> Bytes:
-    """Give what bringing the tokenizers together costs; ``takes_part`` is (steps, clients)."""
-    rule, weights = parts.experiment.tokenizer_sync, trained_bytes(parts, "client")
-    steps, clients = takes_part.shape
-    if rule.mode == "none" or not weights:
-        return {}
-    due = sorted({*range(rule.every - 1, steps, rule.every), steps - 1})
-    up = np.full(clients, len(due), dtype=np.int64)
-    if rule.mode == "gradients":
-        # A client that took part in no step since the last time has nothing to send.
-        up = sum(part.any(0) for part in np.split(takes_part, [d + 1 for d in due[:-1]])) * 1
-    return {"sync_up": up * weights, "sync_down": np.full(clients, len(due) * weights)}
-
-
-def _rounds(parts: Parts, clients: int, rounds: int) -> Bytes:
+def _rounds(parts: ModelParts, clients: int, rounds: int) -> Bytes:
     experiment = parts.experiment
     times = np.zeros(clients, dtype=np.int64)
     for round_ in range(rounds):
@@ -114,14 +111,14 @@ def _rounds(parts: Parts, clients: int, rounds: int) -> Bytes:
     return {"model_down": times * weights, "model_up": times * weights}
 
 
-def trained_bytes(parts: Parts, owner: str) -> int:
+def trained_bytes(parts: ModelParts, owner: str) -> int:
     """Give the bytes of an owner's trained parameters."""
     module = parts.tokenizers if owner == "client" else parts.server_model
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trained * parts.bytes_per_number
 
 
-def testing(parts: Parts, held: NDArray[np.int64]) -> Bytes:
+def testing(parts: ModelParts, held: NDArray[np.int64]) -> Bytes:
     """Give the bytes of one test.
 
     Parameters
@@ -129,14 +126,14 @@ def testing(parts: Parts, held: NDArray[np.int64]) -> Bytes:
     held : array
         (clients,) test samples that each client holds; all zero where the server holds them.
     """
-    experiment, clients = parts.experiment, len(held)
-    if experiment.method == "centralized":
+    experiment, clients, facts = parts.experiment, len(held), facts_of(parts.experiment)
+    if facts.one_process:
         return {}
-    if experiment.method in ("fedavg", "fedclip"):
+    if not facts.split:
         weights = trained_bytes(parts, "client") + trained_bytes(parts, "server")
         return {"test_weights_down": (held > 0) * weights} if held.any() else {}
     weights = trained_bytes(parts, "client")
-    everyone = experiment.training.evaluate_own or experiment.tokenizer_sync.mode != "gradients"
+    everyone = experiment.training.evaluate_own or not sync_of(experiment).identical
     asked = np.ones(clients, dtype=np.int64) if everyone else np.eye(clients, dtype=np.int64)[0]
     found = {"test_weights_up": asked * weights}
     if held.any():
@@ -147,10 +144,11 @@ def testing(parts: Parts, held: NDArray[np.int64]) -> Bytes:
     return found
 
 
-def exporting(parts: Parts, clients: int) -> Bytes:
+def exporting(parts: ModelParts, clients: int) -> Bytes:
     """Give the bytes that bring the last tokenizers together for the model to deploy."""
-    if parts.experiment.method not in ("mpsl", "psl"):
+    facts = facts_of(parts.experiment)
+    if facts.one_process or not facts.split:
         return {}
-    one_for_all = parts.experiment.tokenizer_sync.mode == "gradients"
+    one_for_all = sync_of(parts.experiment).identical
     asked = np.eye(clients, dtype=np.int64)[0] if one_for_all else np.ones(clients, dtype=np.int64)
     return {"test_weights_up": asked * trained_bytes(parts, "client")}

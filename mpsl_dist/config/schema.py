@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Data:
     on_error: Literal["raise", "skip"] | None = None
     #: Folder that keeps decoded inputs between epochs and runs.
     cache: str | None = None
+    #: Options of a plugin's dataset.
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,23 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The task head W_t."""
+
+    #: Null takes the task's own: ``linear`` for classes, ``embeddings`` for retrieval.
+    kind: str | None = None
+    #: Options of a plugin's head.
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Model:
     """Tokenizers (W_h, at the clients), encoder (W_b) and head (W_t), both at the server."""
 
     encoder: Encoder = field(default_factory=Encoder)
+    head: Head = field(default_factory=Head)
+    #: Modality -> options of a plugin's tokenizer for it.
+    tokenizers: dict[str, Any] = field(default_factory=dict)
     #: ``early`` concatenates the modalities' tokens before the encoder, ``late`` after it (Eq. 1).
     fusion: Literal["early", "late"] = "early"
     #: ``cls`` averages every modality's first token, ``mean`` all tokens (GAP of Eq. 3).
@@ -223,7 +238,12 @@ class Experiment:
     """Everything that a run depends on."""
 
     name: str = "run"
-    method: Literal["mpsl", "psl", "centralized", "fedavg", "fedclip"] = "mpsl"
+    #: ``mpsl``, ``psl``, ``centralized``, ``fedavg``, ``fedclip``, or a plugin's.
+    method: str = "mpsl"
+    #: Options of a plugin's method.
+    method_options: dict[str, Any] = field(default_factory=dict)
+    #: Modules that add datasets, tokenizers, heads or methods, see ``docs/extending.md``.
+    plugins: list[str] = field(default_factory=list)
     seed: int = 2024
     #: Folder of the run directories.
     output: str = "runs"

@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpsl_dist.actors import assembly, deployable
+from mpsl_dist.actors import deployable
 from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.learner import Learner
 from mpsl_dist.config import Experiment
-from mpsl_dist.data import Batch, Splits
+from mpsl_dist.data import Batch
 from mpsl_dist.data.partition import shares
+from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.models.average import load_trainable, trainable_state
+from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic
 
 
@@ -36,17 +39,18 @@ class Centralized:
     ----------
     experiment : Experiment
         Its ``clients`` and partition say only which samples meet in which global batch.
-    splits : Splits
+    holdings : Holdings
     learner : Learner
         The whole model with its optimizers.
     """
 
-    def __init__(self, experiment: Experiment, splits: Splits, learner: Learner) -> None:
+    def __init__(self, experiment: Experiment, holdings: Holdings, learner: Learner) -> None:
         self.experiment = experiment
-        self.splits = splits
+        self.splits = holdings.splits
         self.learner = learner
         self.traffic = Traffic(experiment.clients)  # nothing ever crosses
-        self.held = [train for train, _ in assembly.build_local_data(experiment, splits)]
+        self.lost: set[int] = set()
+        self.held = [holdings.of(client)[0] for client in range(experiment.clients)]
         sizes = [len(data) for data in self.held]
         self.plan = shares(sizes, experiment.training.batch_size, experiment.client_share)
         learner.plan(len(self.plan), experiment.training.epochs)
@@ -57,7 +61,7 @@ class Centralized:
             data.begin_epoch(epoch, self.plan[:, client].tolist(), first_step)
 
     def step(self, epoch_step: int, step: int) -> float:
-        """Train one step on the global batch; gives its mean loss, which is Eq. 4's L_S."""
+        """Train one step on the global batch; returns its mean loss, which is Eq. 4's L_S."""
         took_part = np.flatnonzero(self.plan[epoch_step])
         return self.learner.train(pool([self.held[n].batch(epoch_step) for n in took_part]), step)
 
@@ -67,33 +71,30 @@ class Centralized:
         return self.learner.model.test(self.splits.test, size)
 
     def deployable(self) -> Deployable:
-        """Give the model."""
+        """Return the model."""
         return self.learner.model
 
     def trainable_parameters(self) -> dict[str, int]:
-        """Count trained numbers; no client trains any."""
+        """Return how many numbers are trained; no client trains any."""
         return {"client": 0, "server": sum(p.numel() for p in self.learner.parameters)}
 
     def save(self, folder: str) -> None:
         """Write model and optimizers."""
-        target = Path(folder) / "server.pt"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        state = {
+        parts = {
             "model": trainable_state(self.learner.model),
             "optimizers": self.learner.optimizer_state(),
         }
-        torch.save(state, partial)
-        partial.replace(target)
+        state.save(Path(folder) / "server.pt", parts)
 
     def restore(self, folder: str) -> None:
         """Continue from :meth:`save`."""
-        state = torch.load(Path(folder) / "server.pt", map_location="cpu", weights_only=True)
-        load_trainable(self.learner.model, state["model"])
-        self.learner.load_optimizer_state(state["optimizers"])
+        parts = state.load(Path(folder) / "server.pt")
+        load_trainable(self.learner.model, parts["model"])
+        self.learner.load_optimizer_state(parts["optimizers"])
 
 
-def build(experiment: Experiment, splits: Splits) -> Centralized:
+def build(setup: Setup) -> Centralized:
     """Build the whole model here."""
-    model = deployable.build(experiment, splits)
-    return Centralized(experiment, splits, Learner(model, experiment.training))
+    experiment = setup.experiment
+    learner = Learner(deployable.build(experiment, setup.splits), experiment.training)
+    return Centralized(experiment, setup.holdings, learner)

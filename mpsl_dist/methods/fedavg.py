@@ -7,32 +7,38 @@ sample is met as often as in an epoch of MPSL.
 
 A client's mini-batches are those that it gives to MPSL's global batches (``client_share``), unless
 ``federated.batch_size`` sets their size; its learning rate follows MPSL's steps in either case.
+
+FedCLIP (Lu et al. 2023), as the paper compares with it, is this around a frozen encoder: clients
+run the whole encoder but train only tokenizers, classifier and the attention adapters on the pooled
+features (:mod:`mpsl_dist.models.adapters`); only those travel. What it changes is the model that
+is built, by its row in :mod:`mpsl_dist.config.methods`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpsl_dist.actors import assembly, deployable
+from mpsl_dist.actors import deployable
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.federated_client import FederatedClient, Update
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.data.partition import shares
-from mpsl_dist.methods.hosting import load_data, on_own_gpu, open_fleet
+from mpsl_dist.methods.hosting import Setup, open_fleet
+from mpsl_dist.methods.link import RoundLink
 from mpsl_dist.models.average import average, load_trainable, trainable_state
-from mpsl_dist.records.run_directory import log_to
+from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic
-from mpsl_dist.runtime import rpc
 
 
 class FedAvg:
-    """The method over RPC clients.
+    """The method.
 
     Parameters
     ----------
@@ -41,19 +47,17 @@ class FedAvg:
         ``test`` is read where the server holds it; ``train`` never is.
     model : Deployable
         The server's copy: the model that every round begins with.
-    clients : rpc.Fleet
-        Of :class:`FederatedClient`.
+    clients : RoundLink
     """
 
     def __init__(
-        self, experiment: Experiment, splits: Splits, model: Deployable, clients: rpc.Fleet
+        self, experiment: Experiment, splits: Splits, model: Deployable, clients: RoundLink
     ) -> None:
         self.experiment = experiment
         self.splits = splits
         self.model = model
         self.clients = clients
-        self.traffic = Traffic(len(clients))
-        held = clients.call("describe", self._everyone())
+        held = clients.describe()
         self.sizes = {n: held[n].samples for n in held}
         self.test_sizes = {n: held[n].test_samples for n in held if held[n].test_samples}
         local_epochs = experiment.federated.local_epochs
@@ -66,23 +70,27 @@ class FedAvg:
         own = self.experiment.federated.batch_size
         counts = {n: plan[:, n].tolist() for n in self.sizes}
         if own is not None:
-            counts = {n: shares([size], own, "equal")[:, 0] for n, size in self.sizes.items()}
-        told = {n: (list(counts[n]), len(plan), training.epochs) for n in self.sizes}
-        self.clients.call("begin_training", told)
+            counts = {n: list(shares([m], own, "equal")[:, 0]) for n, m in self.sizes.items()}
+        self.clients.begin_training(counts, len(plan), training.epochs)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Every byte that crossed."""
+        return self.clients.traffic
+
+    @property
+    def lost(self) -> set[int]:
+        """Clients that were lost on the way."""
+        return self.clients.lost
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Nothing to lay out: clients do, when their round begins."""
 
     def step(self, epoch_step: int, step: int) -> float:
-        """Train one round; gives the mean loss over all samples that were trained on."""
-        drawn = draw(
-            len(self.sizes), self.experiment.federated.fraction, self.experiment.seed, step
-        )
-        weights = trainable_state(self.model)
-        sent = dict.fromkeys(drawn, (step, weights))
-        updates: dict[int, Update] = self.clients.call("train_round", sent, f"round {step}")
-        self.traffic.add_all("model_down", dict.fromkeys(drawn, weights))
-        self.traffic.add_all("model_up", {n: update.weights for n, update in updates.items()})
+        """Train one round; returns the mean loss over all samples that were trained on."""
+        fraction, seed = self.experiment.federated.fraction, self.experiment.seed
+        drawn = draw(len(self.sizes), fraction, seed, step)
+        updates = self.clients.train_round(step, trainable_state(self.model), drawn)
         load_trainable(self.model, aggregate(updates))
         samples = sum(update.samples for update in updates.values())
         return sum(update.loss * update.samples / samples for update in updates.values())
@@ -92,39 +100,29 @@ class FedAvg:
         size = self.experiment.training.test_batch_size
         if self.experiment.data.test_at == "server":
             return self.model.test(self.splits.test, size)
-        weights = trainable_state(self.model)
-        self.traffic.add_all("test_weights_down", dict.fromkeys(self.test_sizes, weights))
-        asked = dict.fromkeys(self.test_sizes, (weights, size))
-        right = self.clients.call("test", asked, "evaluation")
+        right = self.clients.test(trainable_state(self.model), size, list(self.test_sizes))
         return {"accuracy": sum(right.values()) / sum(self.test_sizes.values())}
 
     def deployable(self) -> Deployable:
-        """Give the server's model."""
+        """Return the server's model."""
         return self.model
 
     def trainable_parameters(self) -> dict[str, int]:
-        """Count trained numbers; the server trains none."""
+        """Return how many numbers are trained at one client; the server trains none."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return {"client": trained, "server": 0}
 
     def save(self, folder: str) -> None:
         """Write the model here, and every client's optimizers where it is."""
-        finish = self.clients.start("save", self._everyone(folder), "checkpoint")
-        target = Path(folder) / "server.pt"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        torch.save(trainable_state(self.model), partial)
-        partial.replace(target)
-        finish()
+        wait = self.clients.save(folder)
+        state.save(Path(folder) / "server.pt", trainable_state(self.model))
+        wait()
 
     def restore(self, folder: str) -> None:
         """Continue from :meth:`save`."""
-        finish = self.clients.start("restore", self._everyone(folder), "resume")
-        load_trainable(self.model, torch.load(Path(folder) / "server.pt", weights_only=True))
-        finish()
-
-    def _everyone(self, *arguments: Any) -> dict[int, tuple[Any, ...]]:
-        return dict.fromkeys(self.clients.references, arguments)
+        wait = self.clients.restore(folder)
+        load_trainable(self.model, state.load(Path(folder) / "server.pt"))
+        wait()
 
 
 def draw(clients: int, fraction: float, seed: int, round_: int) -> list[int]:
@@ -146,16 +144,18 @@ def aggregate(updates: Mapping[int, Update]) -> dict[str, torch.Tensor]:
 
 
 def build_clients(
-    experiment: Experiment, numbers: list[int], splits: Splits
+    experiment: Experiment,
+    numbers: Sequence[int],
+    holdings: Holdings,
+    reference: Callable[[Any], Any] | None = None,
 ) -> list[FederatedClient]:
-    """Build these clients in this process, around one model."""
-    model = deployable.build(experiment, splits)
-    held = assembly.build_local_data(experiment, splits)
+    """Build these clients in this process, around one model that they take turns on."""
+    model = deployable.build(experiment, holdings.splits)
     rules = experiment.federated
     return [
         FederatedClient(
             number,
-            *held[number],
+            *holdings.of(number),
             model,
             experiment.training,
             rules.optimizer == "keep",
@@ -165,21 +165,10 @@ def build_clients(
     ]
 
 
-def host_clients(
-    experiment: Experiment, numbers: list[int], rank: int, threads: int
-) -> list[FederatedClient]:
-    """Build these clients on a worker."""
-    log = log_to(experiment.run_directory / f"rank{rank}.log")
-    rpc.set_threads(threads)
-    experiment = on_own_gpu(experiment)
-    clients = build_clients(experiment, numbers, load_data(experiment))
-    for client in clients:
-        log.info("client %d: %s", client.number, client.describe())
-    return clients
-
-
-def build(experiment: Experiment, splits: Splits, threads: int) -> FedAvg:
+def build(setup: Setup) -> FedAvg:
     """Build the server's model here and the clients on the workers of a joined world."""
+    experiment, splits = setup.experiment, setup.splits
     timeout = max(experiment.runtime.rpc_timeout, experiment.federated.round_timeout)
-    clients = open_fleet(experiment, splits, threads, host_clients, timeout)
-    return FedAvg(experiment, splits, deployable.build(experiment, splits), clients)
+    fleet = open_fleet(setup, build_clients, timeout)
+    link = RoundLink(fleet, Traffic(experiment.clients))
+    return FedAvg(experiment, splits, deployable.build(experiment, splits), link)

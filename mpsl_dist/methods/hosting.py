@@ -1,35 +1,54 @@
-"""Builds the actors where they live: clients on the workers, the server here."""
+"""Puts the actors where they live: clients on the workers, references to them here."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from mpsl_dist import data
-from mpsl_dist.actors import assembly
+from mpsl_dist.actors.assembly import build_shared_text, build_tokenizers
+from mpsl_dist.actors.choices import describe, device_of, fusion_of, task_of
 from mpsl_dist.actors.client import Client, Local
+from mpsl_dist.actors.holdings import Holdings
+from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.records.run_directory import log_to
-from mpsl_dist.runtime import environment, rpc
+from mpsl_dist.runtime import environment, world
+from mpsl_dist.runtime.fleet import Fleet
 from mpsl_dist.runtime.placement import gpu_of, place
 
-
-def load_data(experiment: Experiment) -> Splits:
-    """Load the experiment's dataset."""
-    chosen = experiment.data
-    return data.load(chosen.name, chosen.root, chosen.text_length, **data_options(experiment))
+#: Builds these clients in a process: (experiment, numbers, holdings, reference). ``reference``
+#: makes what a client refers to its tokenizers by: an RRef on a worker.
+BuildClients = Callable[..., Sequence[Any]]
 
 
-def data_options(experiment: Experiment) -> dict[str, Any]:
-    """Give what the experiment asks of its dataset; None is the dataset's own."""
-    names = ("image_size", "audio_frames", "modalities", "on_error", "cache")
-    return {name: getattr(experiment.data, name) for name in names}
+@dataclass(frozen=True)
+class Setup:
+    """What a method is built from, on rank 0 of a joined world.
+
+    Attributes
+    ----------
+    holdings : Holdings
+        Says how many samples each client has; nothing of them is read here.
+    worker_threads : int
+        Compute threads of every worker.
+    """
+
+    experiment: Experiment
+    holdings: Holdings
+    worker_threads: int
+
+    @property
+    def splits(self) -> Splits:
+        """The experiment's data, as far as this process sees it."""
+        return self.holdings.splits
 
 
 def on_own_gpu(experiment: Experiment) -> Experiment:
@@ -37,81 +56,78 @@ def on_own_gpu(experiment: Experiment) -> Experiment:
 
     By number, because torch's current device is a thread's own and calls come on many threads.
     """
-    world = environment.resolve(os.environ)
-    if assembly.device_of(experiment) != "cuda" or world is None:
+    launched = environment.resolve(os.environ)
+    if device_of(experiment) != "cuda" or launched is None:
         return experiment
-    gpu = gpu_of(world.local_rank, torch.cuda.device_count(), beside_server=world.node == 0)
-    return replace(experiment, device=f"cuda:{gpu}")
+    count, beside_server = torch.cuda.device_count(), launched.node == 0
+    return replace(experiment, device=f"cuda:{gpu_of(launched.local_rank, count, beside_server)}")
 
 
 def build_clients(
-    experiment: Experiment, numbers: list[int], splits: Splits, reference=Local
+    experiment: Experiment,
+    numbers: Sequence[int],
+    holdings: Holdings,
+    reference: Callable[[Any], Any] = Local,
 ) -> list[Client]:
-    """Build these clients in this process.
+    """Build split learning's clients in this process; all begin with the same tokenizers.
 
     Parameters
     ----------
-    numbers : list of int
+    numbers : sequence of int
         Which of the experiment's clients.
     reference : callable
-        How a client refers to its tokenizers: an RRef on a worker.
+        Makes what a client refers to its tokenizers by.
     """
-    frozen_text = assembly.build_frozen_text(experiment, splits)
-    held = assembly.build_local_data(experiment, splits)
-    device = assembly.device_of(experiment)
+    splits, device = holdings.splits, device_of(experiment)
+    shared_text = build_shared_text(experiment, splits)
+    first = build_tokenizers(experiment, splits, shared_text).to(device)
+    fusion, task = fusion_of(experiment, splits), task_of(splits)
     clients = []
     for number in numbers:
-        tokenizers = assembly.build_tokenizers(experiment, splits, frozen_text).to(device)
+        tokenizers = copy_of(first)
         stepper = Stepper(tokenizers.parameters(), experiment.training.client)
-        fusion = assembly.fusion_of(experiment, splits)
-        clients.append(
-            Client(number, *held[number], reference(tokenizers), stepper, fusion, device)
-        )
+        own = holdings.of(number)
+        clients.append(Client(number, *own, reference(tokenizers), stepper, fusion, task, device))
     return clients
 
 
 def host_clients(
-    experiment: Experiment, numbers: list[int], rank: int, threads: int
-) -> list[Client]:
-    """Build these clients on a worker; each holds an RRef to its tokenizers."""
-    log = log_to(experiment.run_directory / f"rank{rank}.log")
-    rpc.set_threads(threads)
+    experiment: Experiment, numbers: list[int], rank: int, threads: int, build: BuildClients
+) -> Host:
+    """Build clients on a worker; runs there."""
+    log_to(experiment.run_directory / f"rank{rank}.log")
+    log = logging.getLogger("mpsl_dist")
+    world.set_threads(threads)
     experiment = on_own_gpu(experiment)
-    clients = build_clients(experiment, numbers, load_data(experiment), rpc.reference)
-    for client in clients:
-        log.info("client %d: %s on %s", client.number, client.describe(), client.device)
-    return clients
+    holdings = Holdings.load(experiment)
+    device = describe(device_of(experiment))
+    host = Host(build(experiment, numbers, holdings, world.reference), device)
+    for client in host.clients.values():
+        log.info("client %d: %s on %s", client.number, client.describe(), device)
+    return host
 
 
-def open_fleet(
-    experiment: Experiment,
-    splits: Splits,
-    threads: int,
-    host: Callable[..., list[Any]] = host_clients,
-    timeout: float | None = None,
-) -> rpc.Fleet:
-    """Have every worker build its clients; gives the server's references to all of them.
+def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) -> Fleet:
+    """Have every worker build its clients; workers get about as many samples each.
 
     Parameters
     ----------
-    splits : Splits
-        Say how many samples each client has; workers get about as many each.
-    threads : int
-        Compute threads of a worker.
-    host : callable
-        Builds the clients of a worker, as :func:`host_clients` does.
+    build : callable
+        A module's function; it runs on the workers.
     timeout : float, optional
         Seconds until a call counts as failed, if not ``runtime.rpc_timeout``.
+
+    Raises
+    ------
+    RemoteError
+        If a worker cannot.
     """
-    sizes = [len(train) for train, _ in assembly.build_local_data(experiment, splits)]
-    placed = place(sizes, experiment.workers)
+    experiment = setup.experiment
+    placed = place(setup.holdings.sizes, experiment.workers)
     arguments = {
-        rank: (experiment, clients, rank, threads) for rank, clients in enumerate(placed, 1)
-    }
-    owned = rpc.create(host, arguments, experiment.runtime.start_timeout)
-    owners = {
-        client: reference
+        rank: (experiment, clients, rank, setup.worker_threads, build)
         for rank, clients in enumerate(placed, 1)
-        for client, reference in zip(clients, owned[rank], strict=True)
     }
-    return rpc.Fleet(owners, timeout or experiment.runtime.rpc_timeout)
+    hosts = world.create(host_clients, arguments, experiment.runtime.start_timeout)
+    hosted = {world.rank_name(rank): clients for rank, clients in enumerate(placed, 1)}
+    return Fleet(hosts, hosted, timeout or experiment.runtime.rpc_timeout)

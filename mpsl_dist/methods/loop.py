@@ -25,22 +25,27 @@ _log = logging.getLogger("mpsl_dist")
 
 
 class Method(Protocol):
-    """What the loop asks of a method."""
+    """What the loop asks of a method.
+
+    A method with workers also has ``clients``, its :class:`mpsl_dist.methods.link.Link`.
+    """
 
     #: (steps, clients): samples of every client in every step of an epoch.
     plan: NDArray[np.int64]
     traffic: Traffic
+    #: Clients that were lost on the way.
+    lost: set[int]
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Lay out the epoch's mini-batches, from ``first_step`` on."""
         ...
 
     def step(self, epoch_step: int, step: int) -> float:
-        """Train one step; gives the global loss."""
+        """Train one step; returns the global loss."""
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """Test; gives metric name -> fraction."""
+        """Test; returns metric name -> fraction."""
         ...
 
     def save(self, folder: str) -> None:
@@ -52,11 +57,11 @@ class Method(Protocol):
         ...
 
     def deployable(self) -> Deployable:
-        """Give the model to deploy."""
+        """Return the model to deploy."""
         ...
 
     def trainable_parameters(self) -> dict[str, int]:
-        """Count trained numbers of ``client`` and ``server``."""
+        """Return how many numbers are trained at one ``client`` and at the ``server``."""
         ...
 
 
@@ -76,7 +81,7 @@ class _Position:
 def train(
     experiment: Experiment, splits: Splits, method: Method, run: RunDirectory, stop: StopRequest
 ) -> dict[str, Any]:
-    """Train to the end, or until asked to stop; gives what ``summary.json`` holds.
+    """Train to the end, or until asked to stop; returns what ``summary.json`` holds.
 
     A run directory with a complete checkpoint is continued from it, bit for bit.
     """
@@ -225,7 +230,7 @@ def summarize(
             "total": round(at.seconds, 3),
             "step_median": statistics.median(at.step_seconds) if at.step_seconds else None,
         },
-        "clients_lost": 0,
+        "clients_lost": len(method.lost),
         "status": status,
     }
 

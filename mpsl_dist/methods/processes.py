@@ -8,25 +8,20 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from mpsl_dist.actors import assembly
-from mpsl_dist.config import ConfigError, Experiment, to_dict
-from mpsl_dist.data import DataError, Splits
-from mpsl_dist.methods import centralized, fedavg, fedclip, loop
-from mpsl_dist.methods.hosting import load_data, open_fleet
-from mpsl_dist.methods.mpsl import Mpsl
-from mpsl_dist.methods.psl import Psl
+from mpsl_dist import plugins
+from mpsl_dist.actors.checks import check_patches, check_task
+from mpsl_dist.actors.choices import describe, device_of
+from mpsl_dist.actors.holdings import Holdings, load_data
+from mpsl_dist.config import Experiment, to_dict
+from mpsl_dist.config.methods import facts_of, processes_of, unread
+from mpsl_dist.errors import ConfigError, UserError
+from mpsl_dist.methods import loop
+from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
-from mpsl_dist.runtime import environment, process, rpc
+from mpsl_dist.runtime import environment, process, world
 from mpsl_dist.runtime.environment import Environment
 
 _log = logging.getLogger("mpsl_dist")
-
-
-def processes(experiment: Experiment) -> int:
-    """Count a run's processes: the server and its workers, or one that has all the data."""
-    return 1 if experiment.method == "centralized" else experiment.workers + 1
 
 
 def is_worker() -> bool:
@@ -49,7 +44,7 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
     ConfigError
         If there is no launcher, or it started another number of processes.
     """
-    needed = processes(experiment)
+    needed = processes_of(experiment)
     found = environment.resolve(os.environ) or (environment.alone() if needed == 1 else None)
     start = "python" if needed == 1 else f"torchrun --standalone --nproc-per-node {needed}"
     line = f"{start} -m mpsl_dist {shlex.join(words)}"
@@ -71,70 +66,87 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
     return found
 
 
-def serve_as_worker(experiment: Experiment, world: Environment) -> None:
+def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     """Host clients until the server ends the world."""
-    join(experiment, world)
+    join(experiment, launched)
     patience = min(60.0, experiment.runtime.rpc_timeout)
-    end_watch = process.watch_server(lambda: rpc.ping(0, patience))
-    rpc.await_end()
+    end_watch = process.watch_server(lambda: world.ping(0, patience))
+    world.await_end()
     # A ping that outlived RPC would take the server's orderly end for its death, or abort Python's.
     end_watch()
-    rpc.stop()
+    world.stop()
 
 
 def train_as_server(
     experiment: Experiment,
-    world: Environment,
-    splits: Splits,
+    launched: Environment,
+    holdings: Holdings,
     run: RunDirectory,
     stop: process.StopRequest,
 ) -> dict[str, Any]:
-    """Train with the clients of all workers; gives the run's summary."""
-    if world.world > 1:
-        join(experiment, world)
-    method = connect(experiment, world, splits)
-    device = assembly.device_of(experiment)
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    placement = method.clients.workers if world.world > 1 else {}
-    for line in method.clients.placement(device) if world.world > 1 else ():
-        print(line)
-        _log.info(line)
-    run.write_json("environment", environment_of(world.world, [name], placement))
-    summary = loop.train(experiment, splits, method, run, stop)
-    if world.world > 1:
-        rpc.dismiss(world.world)
+    """Train with the clients of all workers; returns the run's summary."""
+    if launched.world > 1:
+        join(experiment, launched)
+    method = connect(experiment, launched, holdings)
+    device = describe(device_of(experiment))
+    devices, placement = {world.SERVER: device}, {}
+    if launched.world > 1:
+        fleet = method.clients.fleet
+        devices |= fleet.devices
+        placement = fleet.hosted
+        for line in fleet.placement(device):
+            _say(line)
+    ignored = unread(experiment)
+    if ignored:
+        _say(f"method={experiment.method} does not read {', '.join(ignored)}")
+    run.write_json("environment", environment_of(launched.world, devices, placement))
+    summary = loop.train(experiment, holdings.splits, method, run, stop)
+    if launched.world > 1:
+        world.dismiss(launched.world)
     return summary
 
 
-def connect(experiment: Experiment, world: Environment, splits: Splits) -> loop.Method:
+def _say(line: str) -> None:
+    print(line)
+    _log.info(line)
+
+
+def connect(experiment: Experiment, launched: Environment, holdings: Holdings) -> loop.Method:
     """Build the server here and the clients on the workers of a joined world."""
-    server_threads, worker_threads = _threads(experiment, world)
-    rpc.set_threads(server_threads)
-    assembly.log_partition(experiment, splits)
-    if experiment.method == "centralized":
-        return centralized.build(experiment, splits)
-    if experiment.method in ("fedavg", "fedclip"):
-        federated = {"fedavg": fedavg, "fedclip": fedclip}[experiment.method]
-        return federated.build(experiment, splits, worker_threads)
-    clients = open_fleet(experiment, splits, worker_threads)
-    tokenizers = assembly.build_tokenizers(experiment, splits)
-    server = assembly.build_server(experiment, splits, tokenizers.lengths)
-    method = {"mpsl": Mpsl, "psl": Psl}[experiment.method]
-    return method(experiment, splits, server, clients, tokenizers.to(server.device))
+    server_threads, worker_threads = _threads(experiment, launched)
+    world.set_threads(server_threads)
+    holdings.log()
+    build = plugins.resolve(facts_of(experiment).build)
+    return build(Setup(experiment, holdings, worker_threads))
 
 
-def checked_data(experiment: Experiment) -> Splits:
-    """Load the data and refuse what cannot work, before any process waits for another."""
-    splits = load_data(experiment)
-    refusals = []
-    for check in (assembly.build_local_data, assembly.check_patches, assembly.check_task):
+def checked_data(experiment: Experiment) -> Holdings:
+    """Load and deal the data; refuse what cannot work before any process waits for another.
+
+    Raises
+    ------
+    ConfigError
+        With every refusal, one a line.
+    """
+    splits, refusals = load_data(experiment), []
+    facts = facts_of(experiment)
+    holdings = None
+    try:
+        holdings = Holdings.deal(experiment, splits)
+    except UserError as error:
+        refusals.append(str(error))
+    for check in (
+        lambda: check_patches(experiment, splits),
+        lambda: check_task(experiment, splits),
+        lambda: plugins.options(facts.options, experiment.method_options, "method_options"),
+    ):
         try:
-            check(experiment, splits)
-        except (ConfigError, DataError) as error:
+            check()
+        except UserError as error:
             refusals.append(str(error))
-    if refusals:
+    if refusals or holdings is None:
         raise ConfigError("\n".join(refusals))
-    return splits
+    return holdings
 
 
 def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirectory:
@@ -145,24 +157,24 @@ def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirect
     return run
 
 
-def join(experiment: Experiment, world: Environment) -> None:
+def join(experiment: Experiment, launched: Environment) -> None:
     """Enter the RPC world; returns when every rank is there."""
     settings = experiment.runtime
-    rpc.start(
-        world,
+    world.start(
+        launched,
         settings.rpc_timeout,
         settings.start_timeout,
-        world.interface(settings.interface),
+        launched.interface(settings.interface),
         settings.channels == "tcp",
     )
 
 
-def _threads(experiment: Experiment, world: Environment) -> tuple[int, int]:
+def _threads(experiment: Experiment, launched: Environment) -> tuple[int, int]:
     """Divide the cores: the phases alternate, so the server may take all, workers their share."""
     mine = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(mine(0)) if mine else os.cpu_count() or 1
     settings = experiment.runtime
-    workers_here = max(1, world.local_world - 1)
+    workers_here = max(1, launched.local_world - 1)
     return (
         settings.server_threads or cores,
         settings.worker_threads or max(1, cores // workers_here),

@@ -13,8 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
+from mpsl_dist.methods import mpsl
+from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.methods.mpsl import Mpsl
-from mpsl_dist.runtime import rpc
+from mpsl_dist.methods.sync import is_due
 
 #: What one client's backward leaves: its weighted loss, and the server's gradients.
 Served = tuple[float, dict[Tensor, Tensor]]
@@ -23,8 +25,8 @@ Served = tuple[float, dict[Tensor, Tensor]]
 class Psl(Mpsl):
     """As :class:`Mpsl`, but with one server forward and backward per client."""
 
-    def step(self, epoch_step: int, step: int) -> float:
-        """Train one step; gives the global loss."""
+    def step(self, epoch_step: int, number: int) -> float:
+        """Train one step; returns the global loss."""
         sizes = {n: int(size) for n, size in enumerate(self.plan[epoch_step]) if size}
         total = sum(sizes.values())
         # Parameters wait until every client's loss is known to be finite.
@@ -32,7 +34,8 @@ class Psl(Mpsl):
 
         def serve(client: int) -> Served:
             try:
-                return self._serve(client, sizes[client] / total, epoch_step, step, all_finite.wait)
+                weight = sizes[client] / total
+                return self._serve(client, weight, epoch_step, number, all_finite.wait)
             except Exception:
                 all_finite.abort()
                 raise
@@ -40,42 +43,32 @@ class Psl(Mpsl):
         # An autograd context belongs to its thread, so every client has one of each.
         with ThreadPoolExecutor(len(sizes)) as threads:
             served = _results([threads.submit(serve, client) for client in sizes])
-        self.server.step(step, _sum(gradients for _, gradients in served))
-        self._synchronise(step)
+        self.server.step(number, _sum(gradients for _, gradients in served))
+        if is_due(self.sync, number, self.total_steps):
+            answers = self.sync.collect(self.clients, f"step {number}")
+            self.sync.meet(self.clients, answers, number, self.sizes)
         return sum(loss for loss, _ in served)
 
     def _serve(
-        self, n: int, weight: float, epoch_step: int, step: int, proceed: Callable[[], int]
+        self, client: int, weight: float, epoch_step: int, number: int, proceed: Callable[[], int]
     ) -> Served:
-        where = f"step {step}"
-        with rpc.autograd_context() as context:
-            smashed = self.clients.call("tokenize", {n: (epoch_step,)}, where)
+        with self.clients.step(epoch_step, number, [client]) as step:
+            smashed = step.tokenize()
             predictions = self.server.forward(smashed)
-            loss = self._clients_loss(predictions, epoch_step, step) * weight
-            self._count(smashed)
+            loss = self.objective(step, predictions) * weight
             proceed()
-            self._backward(context, loss, where)
-            if self.experiment.model.train_tokenizers:
-                summed = self.experiment.tokenizer_sync.mode == "gradients"
-                method, arguments = ("accumulate", ()) if summed else ("step", (step,))
-                self.clients.call(method, {n: arguments}, where, context)
-            return loss.item(), context.gradients()
+            step.backward(loss)
+            self.sync.begin(step, due=False)()
+            return loss.item(), step.gradients()
 
-    def _synchronise(self, step: int) -> None:
-        sync, where = self.experiment.tokenizer_sync, f"step {step}"
-        due = (step + 1) % sync.every == 0 or step + 1 == self.total_steps
-        if not due or not self.experiment.model.train_tokenizers:
-            return
-        if sync.mode == "gradients":
-            nothing_more: dict[Tensor, Tensor] = {}
-            answers = self.clients.call("take_gradients", self._everyone(nothing_more), where)
-            self._step_on_sum(answers, step, where)
-        elif sync.mode == "weights":
-            self._average_weights(where)
+
+def build(setup: Setup) -> Psl:
+    """Build the server here and the clients on the workers of a joined world."""
+    return mpsl.build(setup, Psl)
 
 
 def _results(futures: list[Future[Served]]) -> list[Served]:
-    """Give all results in order, or raise the failure that broke the others off."""
+    """Return all results in order, or raise the failure that broke the others off."""
     failures = [error for future in futures if (error := future.exception())]
     for error in failures:
         if not isinstance(error, threading.BrokenBarrierError):

@@ -12,14 +12,15 @@ from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.methods.link import SplitLink
+from mpsl_dist.methods.sync import Sync
 from mpsl_dist.models.average import average, load_trainable
+from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers
-from mpsl_dist.records.traffic import Traffic
-from mpsl_dist.runtime import rpc
 
 
-class Split(Protocol):
-    """What split learning has when it is tested: clients with tokenizers, a server with the rest.
+class SplitMethod(Protocol):
+    """What is tested: clients with tokenizers, a server with the rest.
 
     ``tokenizers`` is the server's own copy; ``sizes`` and ``test_sizes`` are samples by client.
     """
@@ -27,14 +28,15 @@ class Split(Protocol):
     experiment: Experiment
     splits: Splits
     server: Server
-    clients: rpc.Fleet
+    clients: SplitLink
     tokenizers: Tokenizers
-    traffic: Traffic
+    task: Task
+    sync: Sync
     sizes: dict[int, int]
     test_sizes: dict[int, int]
 
 
-def evaluate(method: Split) -> dict[str, float]:
+def evaluate(method: SplitMethod) -> dict[str, float]:
     """Test the averaged tokenizers and, if asked for, every client's own."""
     own = method.experiment.training.evaluate_own
     weights = _fetch(method, everyone=own)
@@ -50,7 +52,7 @@ def evaluate(method: Split) -> dict[str, float]:
 
 
 def _spread(alone: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Give mean, minimum and maximum over the clients' own results."""
+    """Return mean, minimum and maximum over the clients' own results."""
     found = {}
     for name in alone[0] if alone else ():
         values = [one[name] for one in alone]
@@ -59,53 +61,46 @@ def _spread(alone: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
-def fetch_average(method: Split) -> None:
+def fetch_average(method: SplitMethod) -> None:
     """Load the average of the clients' tokenizers into the server's copy."""
     load_trainable(method.tokenizers, _mean(method, _fetch(method)))
 
 
-def _fetch(method: Split, everyone: bool = False) -> dict[int, dict[str, Tensor]]:
+def _fetch(method: SplitMethod, everyone: bool = False) -> dict[int, dict[str, Tensor]]:
     """Fetch the tokenizers; one client speaks for all where they are kept identical."""
-    same = method.experiment.tokenizer_sync.mode == "gradients" and not everyone
+    same = method.sync.identical and not everyone
     asked = list(method.sizes)[: 1 if same else None]
-    weights = method.clients.call("tokenizer_weights", {n: () for n in asked}, "evaluation")
-    method.traffic.add_all("test_weights_up", weights)
-    return weights
+    return method.clients.tokenizer_weights(asked, "evaluation", "test_weights_up")
 
 
-def _mean(method: Split, weights: Mapping[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _mean(method: SplitMethod, weights: Mapping[int, dict[str, Tensor]]) -> dict[str, Tensor]:
     return average(list(weights.values()), [method.sizes[n] for n in weights])
 
 
-def _at_server(method: Split, weights: Mapping[str, Tensor]) -> dict[str, float]:
+def _at_server(method: SplitMethod, weights: Mapping[str, Tensor]) -> dict[str, float]:
     load_trainable(method.tokenizers, weights)
-    model = Deployable(method.tokenizers, method.server.model)
+    model = Deployable(method.tokenizers, method.server.model, method.task)
     return model.test(method.splits.test, method.experiment.training.test_batch_size)
 
 
-def _at_clients(method: Split, weights: Mapping[str, Tensor] | None) -> dict[int, tuple[int, int]]:
-    """Give (right, samples) of every client that holds test samples."""
+def _at_clients(
+    method: SplitMethod, weights: Mapping[str, Tensor] | None
+) -> dict[int, tuple[int, int]]:
+    """Return (right, samples) of every client that holds test samples."""
     each = max(1, method.experiment.training.test_batch_size // len(method.sizes))
     counts = {
         n: [min(each, size - start) for start in range(0, size, each)]
         for n, size in method.test_sizes.items()
         if size
     }
-    method.clients.call("begin_test", {n: (weights, counts[n]) for n in counts}, "evaluation")
-    if weights is not None:
-        method.traffic.add_all("test_weights_down", dict.fromkeys(counts, weights))
+    method.clients.begin_test(weights, counts)
     right = dict.fromkeys(counts, 0)
-    for step in range(max(len(c) for c in counts.values())):
-        asked = {n: (step,) for n in counts if step < len(counts[n])}
-        smashed = method.clients.call("tokenize_test", asked, "evaluation")
+    for batch in range(max(len(c) for c in counts.values())):
+        asked = [n for n in counts if batch < len(counts[n])]
+        smashed = method.clients.tokenize_test(batch, asked)
         with torch.no_grad():
             predictions = method.server.forward(smashed)
-        scored = method.clients.call(
-            "score", {n: (step, predictions[n]) for n in asked}, "evaluation"
-        )
-        method.traffic.add_all("test_activations", smashed)
-        method.traffic.add_all("test_predictions", predictions)
-        for n, count in scored.items():
+        for n, count in method.clients.score(batch, predictions).items():
             right[n] += count
     return {n: (right[n], method.test_sizes[n]) for n in counts}
 

@@ -1,6 +1,7 @@
-"""The server's part of the model: the unified ViT encoder W_b and the task head W_t.
+"""The server's part of the model: the unified ViT encoder W_b with what pools its tokens,
+and the task head W_t.
 
-Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width, ``k`` classes.
+Shape legend: ``b`` batch, ``m`` modalities, ``l`` length in tokens, ``d`` width.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def build_encoder(
 
 
 class ServerModel(nn.Module):
-    """Encoder, pooling and classification head (Eq. 3).
+    """A backbone (encoder, norm, adapters, pooling) and a head (Eq. 3).
 
     Parameters
     ----------
@@ -61,12 +62,16 @@ class ServerModel(nn.Module):
         d.
     lengths : sequence of int
         Tokens per modality, in fusion order.
-    classes : int
+    head : nn.Module
+        Features to predictions, see :mod:`mpsl_dist.models.heads`.
     fusion : "early" or "late"
     pooling : "cls" or "mean"
         Mean over every modality's first token, or over all tokens.
     post_norm : bool
         A trained LayerNorm after the encoder.
+    apart : bool
+        Whether the head takes every modality's features by themselves, (b, m, d), in place of their
+        mean (b, d).
     """
 
     def __init__(
@@ -74,25 +79,25 @@ class ServerModel(nn.Module):
         encoder: nn.Module,
         width: int,
         lengths: Sequence[int],
-        classes: int,
+        head: nn.Module,
         fusion: str,
         pooling: str,
         post_norm: bool,
+        apart: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.post_norm = nn.LayerNorm(width) if post_norm else nn.Identity()
         #: FedCLIP's, over the modalities' pooled features; other methods have none.
         self.adapters: nn.Module = nn.Identity()
-        self.head = nn.Linear(width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = head
         self.lengths = list(lengths)
         self.fusion = fusion
         self.pooling = pooling
+        self.apart = apart
 
     def forward(self, smashed: Sequence[Tensor]) -> Tensor:
-        """Give logits (b, k) for the smashed activations of a whole global batch.
+        """Return predictions for the smashed activations of a whole global batch.
 
         Parameters
         ----------
@@ -100,12 +105,15 @@ class ServerModel(nn.Module):
             Early fusion: one joint (b, l, d); late fusion: one (b, l_m, d) per modality, each
             encoded by a pass of its own.
         """
+        return self.head(self.features(smashed))
+
+    def features(self, smashed: Sequence[Tensor]) -> Tensor:
+        """Return what the head sees, (b, d), or (b, m, d) where modalities stay apart."""
         encoded = [self.post_norm(self.encoder(tokens_bld)) for tokens_bld in smashed]
         if self.fusion == "early":
             encoded = list(encoded[0].split(self.lengths, dim=1))
-        if self.pooling == "cls":
-            features = self.adapters([tokens_bld[:, 0] for tokens_bld in encoded])
-            pooled_bd = torch.stack(features).mean(0)
-        else:
-            pooled_bd = torch.cat(encoded, dim=1).mean(1)
-        return self.head(pooled_bd)
+        if self.pooling == "mean" and not self.apart:
+            return torch.cat(encoded, dim=1).mean(1)
+        pooled = [x_bld[:, 0] if self.pooling == "cls" else x_bld.mean(1) for x_bld in encoded]
+        features_bmd = torch.stack(list(self.adapters(pooled)), dim=1)
+        return features_bmd if self.apart else features_bmd.mean(1)

@@ -6,12 +6,31 @@ Shape legend: ``b`` batch, ``c`` channels, ``h`` height, ``w`` width, ``t`` fram
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 _STD = 0.02
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """How a modality becomes tokens.
+
+    Attributes
+    ----------
+    build : callable, or its place as "package.module:name"
+        ``build(shape, width, options)`` returns a module that maps inputs (b, *shape) to tokens
+        (b, l, d) and has the number of them, l, as its ``length``.
+    options : type, optional
+        A frozen dataclass: what ``model.tokenizers.<modality>`` may say.
+    """
+
+    build: str | Callable[..., nn.Module]
+    options: type | None = None
 
 
 class PatchTokenizer(nn.Module):
@@ -127,3 +146,9 @@ def fuse(tokens: Sequence[Tensor], fusion: str) -> list[Tensor]:
     ``early`` gives one joint tensor (b, sum of l_m, d), ``late`` the modalities' own tensors.
     """
     return [torch.cat(list(tokens), dim=1)] if fusion == "early" else list(tokens)
+
+
+def copy_of(tokenizers: Tokenizers) -> Tokenizers:
+    """Return another client's copy; what is frozen is one object for all of a process."""
+    frozen = {id(p): p for p in tokenizers.parameters() if not p.requires_grad}
+    return copy.deepcopy(tokenizers, memo=frozen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,13 @@ KINDS: dict[str, tuple[str, str]] = {
 
 
 def nbytes(value: Any) -> int:
-    """Count the bytes of all tensors in a value."""
+    """Return the bytes of all tensors in a value: a tensor, or a message made of such."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
         return sum(nbytes(item) for item in value.values())
+    if is_dataclass(value):
+        return sum(nbytes(getattr(value, field.name)) for field in fields(value))
     if isinstance(value, list | tuple):
         return sum(nbytes(item) for item in value)
     return 0

@@ -14,16 +14,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys
 
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.methods import processes
-from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.models.average import trainable_state
-from mpsl_dist.runtime import environment, rpc
+from mpsl_dist.runtime import environment, world
 
 
-def train_and_tell(experiment: Experiment, world: environment.Environment, steps: int) -> dict:
+def train_and_tell(experiment: Experiment, launched: environment.Environment, steps: int) -> dict:
     """Train some steps; give losses, traffic and every trained parameter."""
-    method = processes.connect(experiment, world, load_data(experiment))
+    method = processes.connect(experiment, launched, Holdings.load(experiment))
     told: dict[str, Any] = {"losses": [], "backwards": [], "plan": method.plan.tolist()}
     if experiment.method in ("mpsl", "psl"):
         encoder = method.server.model.encoder
@@ -36,18 +36,19 @@ def train_and_tell(experiment: Experiment, world: environment.Environment, steps
     told["bytes"] = method.traffic.by_kind()
     if experiment.method in ("mpsl", "psl"):
         told["server"] = trainable_state(method.server.model)
-        everyone = {n: () for n in method.sizes}
-        told["clients"] = method.clients.call("tokenizer_weights", everyone)
+        told["clients"] = method.clients.tokenizer_weights(
+            list(method.sizes), "test", "test_weights_up"
+        )
     else:
         told["server"], told["clients"] = trainable_state(method.model), {}
     return told
 
 
 def side_by_side(
-    experiments: list[Experiment], world: environment.Environment, steps: int
+    experiments: list[Experiment], launched: environment.Environment, steps: int
 ) -> list[list[float]]:
     """Train step by step in turns; give every experiment's seconds of every step."""
-    methods = [processes.connect(e, world, load_data(e)) for e in experiments]
+    methods = [processes.connect(e, launched, Holdings.load(e)) for e in experiments]
     seconds: list[list[float]] = [[] for _ in methods]
     for method in methods:
         method.begin_epoch(0)
@@ -62,20 +63,20 @@ def side_by_side(
 def main() -> None:
     toys.register()
     path = Path(sys.argv[1])
-    world = environment.resolve(os.environ)
-    assert world is not None
-    if world.rank > 0:
-        processes.serve_as_worker(toys.experiment(), world)
+    launched = environment.resolve(os.environ)
+    assert launched is not None
+    if launched.rank > 0:
+        processes.serve_as_worker(toys.experiment(), launched)
         return
-    processes.join(toys.experiment(), world)
+    processes.join(toys.experiment(), launched)
     task = json.loads(path.read_text())
     experiments = [from_dict(e) for e in task["experiments"]]
     if task.get("side_by_side"):
-        told: list = side_by_side(experiments, world, task["steps"])
+        told: list = side_by_side(experiments, launched, task["steps"])
     else:
-        told = [train_and_tell(experiment, world, task["steps"]) for experiment in experiments]
+        told = [train_and_tell(experiment, launched, task["steps"]) for experiment in experiments]
     torch.save(told, path.with_suffix(".pt"))
-    rpc.dismiss(world.world)
+    world.dismiss(launched.world)
 
 
 if __name__ == "__main__":

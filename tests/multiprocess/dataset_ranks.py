@@ -12,23 +12,23 @@ import toys
 
 from mpsl_dist.config import from_dict
 from mpsl_dist.methods import loop, processes
-from mpsl_dist.runtime import environment, process, rpc
+from mpsl_dist.runtime import environment, process, world
 
 
 def main() -> None:
-    world = environment.resolve(os.environ)
-    assert world is not None
-    if world.rank > 0:
-        processes.serve_as_worker(toys.experiment(), world)
+    launched = environment.resolve(os.environ)
+    assert launched is not None
+    if launched.rank > 0:
+        processes.serve_as_worker(toys.experiment(), launched)
         return
-    processes.join(toys.experiment(), world)
+    processes.join(toys.experiment(), launched)
     for values in json.loads(Path(sys.argv[1]).read_text()):
         experiment = from_dict(values)
-        splits = processes.checked_data(experiment)
+        holdings = processes.checked_data(experiment)
         run = processes.open_run(experiment, resume=False, overwrite=False)
-        method = processes.connect(experiment, world, splits)
-        loop.train(experiment, splits, method, run, process.StopRequest())
-    rpc.dismiss(world.world)
+        method = processes.connect(experiment, launched, holdings)
+        loop.train(experiment, holdings.splits, method, run, process.StopRequest())
+    world.dismiss(launched.world)
 
 
 if __name__ == "__main__":

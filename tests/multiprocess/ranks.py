@@ -19,16 +19,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys
 
 from mpsl_dist.actors.client import Client
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.methods import processes
-from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.methods.mpsl import Mpsl
-from mpsl_dist.runtime import environment, process, rpc
+from mpsl_dist.runtime import environment, process, world
+from mpsl_dist.runtime.answers import Answers
+from mpsl_dist.runtime.fleet import Fleet
 
 
-def train_and_tell(experiment: Experiment, world: environment.Environment, steps: int) -> dict:
+def train_and_tell(experiment: Experiment, launched: environment.Environment, steps: int) -> dict:
     """Train some steps by the real method; give every number that came of it."""
-    method = processes.connect(experiment, world, load_data(experiment))
+    method = processes.connect(experiment, launched, Holdings.load(experiment))
     told: dict[str, Any] = {"losses": [], "cut_gradients": [], "forwards": 0, "backwards": 0}
     encoder = method.server.model.encoder
     encoder.register_forward_hook(lambda *_: told.update(forwards=told["forwards"] + 1))
@@ -40,8 +42,9 @@ def train_and_tell(experiment: Experiment, world: environment.Environment, steps
             method.begin_epoch(epoch)
         told["losses"].append(method.step(epoch_step, step))
     told["server"] = {k: v.cpu().clone() for k, v in method.server.model.state_dict().items()}
-    everyone = {n: () for n in method.sizes}
-    told["clients"] = method.clients.call("tokenizer_weights", everyone)
+    told["clients"] = method.clients.tokenizer_weights(
+        list(method.sizes), "test", "test_weights_up"
+    )
     return told
 
 
@@ -61,17 +64,17 @@ def _keep_cut_gradients(method: Mpsl, kept: list) -> None:
     method.server.forward = watching
 
 
-def gold(path: Path, world: environment.Environment) -> None:
+def gold(path: Path, launched: environment.Environment) -> None:
     """Train every experiment of a list for some steps, one after the other, in one world."""
     task = json.loads(path.read_text())
-    told = [train_and_tell(from_dict(e), world, task["steps"]) for e in task["experiments"]]
+    told = [train_and_tell(from_dict(e), launched, task["steps"]) for e in task["experiments"]]
     torch.save(told, path.with_suffix(".pt"))
 
 
-def record(path: Path, world: environment.Environment) -> None:
+def record(path: Path, launched: environment.Environment) -> None:
     """Train an experiment for two epochs by the real loop's calls, with tests at the clients."""
     experiment = from_dict(json.loads(path.read_text())["experiment"])
-    method = processes.connect(experiment, world, load_data(experiment))
+    method = processes.connect(experiment, launched, Holdings.load(experiment))
     for epoch in range(2):
         method.begin_epoch(epoch)
         for epoch_step in range(len(method.plan)):
@@ -107,7 +110,7 @@ def _leaves(value: Any) -> list[Any]:
     known = ("RRef", "PyRRef", "Description", "function")
     if value is None or value is True or type(value).__name__ in known:
         return []
-    if value in (socket.gethostname(), f"worker{os.environ['RANK']}"):
+    if value in (socket.gethostname(), f"worker{os.environ['RANK']}", "cpu"):
         return []
     return [f"{type(value).__name__} {value!r}"]
 
@@ -123,34 +126,41 @@ def leaking(task: str) -> None:
         )
 
     Client.loss = leaky
-    call = rpc.Fleet.call
+    start = Fleet.start
 
-    def unpacking(self: rpc.Fleet, method: str, *words: Any, **more: Any) -> Any:
-        answers = call(self, method, *words, **more)
-        return {n: a[0] for n, a in answers.items()} if method == "loss" else answers
+    def unpacking(self: Fleet, message: str, *words: Any, **more: Any) -> Any:
+        wait = start(self, message, *words, **more)
 
-    rpc.Fleet.call = unpacking
+        def unpacked() -> Answers:
+            answers = wait()
+            if message != "loss":
+                return answers
+            return Answers({n: a[0] for n, a in answers.by_client.items()}, answers.lost)
+
+        return unpacked
+
+    Fleet.start = unpacking
 
 
 def main() -> None:
     toys.register()
     task, argument = sys.argv[1], Path(sys.argv[2])
-    world = environment.resolve(os.environ)
-    assert world is not None
+    launched = environment.resolve(os.environ)
+    assert launched is not None
     if task.startswith("leak"):
         leaking(task)
     if task == "end":
         process.watch_server = partial(process.watch_server, interval=0.0)
-    if world.rank > 0:
+    if launched.rank > 0:
         sent = keep_what_is_sent() if task != "gold" else []
-        processes.serve_as_worker(toys.experiment(), world)
+        processes.serve_as_worker(toys.experiment(), launched)
         if task != "gold":
-            torch.save(sent, argument.with_name(f"sent-by-{world.rank}.pt"))
+            torch.save(sent, argument.with_name(f"sent-by-{launched.rank}.pt"))
         return
-    processes.join(toys.experiment(), world)
+    processes.join(toys.experiment(), launched)
     tasks = {"gold": gold, "end": lambda *_: None}
-    tasks.get(task, record)(argument, world)
-    rpc.dismiss(world.world)
+    tasks.get(task, record)(argument, launched)
+    world.dismiss(launched.world)
 
 
 if __name__ == "__main__":

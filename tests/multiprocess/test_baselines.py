@@ -13,14 +13,15 @@ import torch
 import toys
 import yaml
 from conftest import ROOT, Launch, World, launcher, torchrun_line, until
-from local_fleet import LocalFleet
+from local_fleet import LocalRounds
 
 from mpsl_dist import config
 from mpsl_dist.actors import deployable
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import to_dict
 from mpsl_dist.methods import centralized
 from mpsl_dist.methods.fedavg import FedAvg, build_clients
-from mpsl_dist.methods.hosting import load_data
+from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.models.average import trainable_state
 
 HERE = Path(__file__).parent
@@ -123,7 +124,7 @@ def test_fedavg_of_one_client_over_rpc_equals_centralized_step_for_step(told: di
     case = _cases()["fedavg alone"] | {"method": "centralized"}
     chosen = toys.experiment(**case)
     torch.set_num_threads(1)
-    central = centralized.build(chosen, load_data(chosen))
+    central = centralized.build(Setup(chosen, Holdings.load(chosen), 1))
     for epoch in range(STEPS):
         central.begin_epoch(epoch)
         for place in range(len(central.plan)):
@@ -136,9 +137,9 @@ def test_fedavg_of_one_client_over_rpc_equals_centralized_step_for_step(told: di
 def test_federated_training_over_rpc_equals_the_same_in_one_process(case: str, told: dict) -> None:
     chosen = toys.experiment(**_cases()[case])
     torch.set_num_threads(1)
-    splits = load_data(chosen)
-    fleet = LocalFleet(build_clients(chosen, list(range(4)), splits))
-    method = FedAvg(chosen, splits, deployable.build(chosen, splits), fleet)
+    holdings = Holdings.load(chosen)
+    splits, link = holdings.splits, LocalRounds(build_clients(chosen, list(range(4)), holdings))
+    method = FedAvg(chosen, splits, deployable.build(chosen, splits), link)
     losses = [method.step(0, round_) for round_ in range(STEPS)]
     assert told[case]["losses"] == pytest.approx(losses, rel=1e-13)
     assert_states_close(told[case]["server"], trainable_state(method.model), 1e-13)

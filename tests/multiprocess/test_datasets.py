@@ -27,8 +27,8 @@ from media_files import (
 
 from mpsl_dist import config
 from mpsl_dist.actors import deployable
+from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Experiment, to_dict
-from mpsl_dist.methods.hosting import load_data
 
 HERE = Path(__file__).parent
 FILES: dict[str, Callable[[Path], object]] = {

@@ -13,8 +13,8 @@ import toys
 from conftest import launcher, torchrun_line
 
 from mpsl_dist.actors import assembly
+from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Experiment, to_dict
-from mpsl_dist.methods.hosting import load_data
 
 STEPS = 5
 RANKS = Path(__file__).with_name("ranks.py")

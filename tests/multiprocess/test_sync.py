@@ -8,9 +8,9 @@ import toys
 from test_exactness import assert_close, run_gold
 
 from mpsl_dist.actors import deployable
+from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.learner import Learner
 from mpsl_dist.methods.centralized import Centralized
-from mpsl_dist.methods.hosting import load_data
 
 STEPS = 20
 CLIENTS = (1, 4, 10)
@@ -46,9 +46,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
 def test_summed_gradients_every_step_equal_centralized_training(clients, trained) -> None:
     experiment, told = trained[f"gradients {clients}"]
     torch.set_num_threads(1)
-    splits = load_data(experiment)
-    learner = Learner(deployable.build(experiment, splits), experiment.training)
-    central = Centralized(experiment, splits, learner)
+    holdings = Holdings.load(experiment)
+    learner = Learner(deployable.build(experiment, holdings.splits), experiment.training)
+    central = Centralized(experiment, holdings, learner)
     for step in range(STEPS):
         epoch, epoch_step = divmod(step, len(central.plan))
         if epoch_step == 0:

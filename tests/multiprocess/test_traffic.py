@@ -17,12 +17,11 @@ import toys
 import yaml
 from conftest import Launch, launcher, torchrun_line
 
-from mpsl_dist.actors import assembly
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.analysis import flops, traffic_model
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.data.partition import shares
-from mpsl_dist.methods.hosting import load_data
 from mpsl_dist.records.traffic import KINDS
 
 HERE = Path(__file__).parent
@@ -76,7 +75,8 @@ def computed(experiment: Experiment) -> dict[str, list[int]]:
     toys.register()
     inputs = inputs_of(experiment)
     parts = flops.build(experiment, inputs)
-    held = assembly.build_local_data(experiment, load_data(experiment))
+    holdings = Holdings.load(experiment)
+    held = [holdings.of(client) for client in range(experiment.clients)]
     sizes = [len(train) for train, _ in held]
     tests = np.array([len(test) for _, test in held])
     epochs = experiment.training.epochs

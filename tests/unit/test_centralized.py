@@ -10,10 +10,11 @@ import reference
 import torch
 import toys
 
-from mpsl_dist.actors.learner import DivergedError
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment, to_dict
+from mpsl_dist.errors import DivergedError
 from mpsl_dist.methods import centralized, loop
-from mpsl_dist.methods.hosting import load_data
+from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime.process import StopRequest
@@ -29,6 +30,10 @@ def experiment(**changes) -> Experiment:
     return toys.experiment(method="centralized", training=training, **changes)
 
 
+def build(chosen: Experiment) -> centralized.Centralized:
+    return centralized.build(Setup(chosen, Holdings.load(chosen), 1))
+
+
 def steps_of(method: centralized.Centralized, steps: int) -> list[float]:
     losses = []
     for step in range(steps):
@@ -42,10 +47,10 @@ def steps_of(method: centralized.Centralized, steps: int) -> list[float]:
 @pytest.mark.parametrize("share", ["proportional", "equal"])
 def test_every_step_trains_on_the_clients_mini_batches(share: str) -> None:
     chosen = experiment(client_share=share)
-    method = centralized.build(chosen, load_data(chosen))
+    method = build(chosen)
     seen = []
     method.learner.train = lambda batch, step: seen.append(batch.labels) or 0.0
-    twin = centralized.build(chosen, load_data(chosen))
+    twin = build(chosen)
     twin.begin_epoch(0)
     steps_of(method, len(method.plan))
     for step, labels in enumerate(seen):
@@ -58,7 +63,7 @@ def test_of_one_client_equals_split_learning_of_one_client() -> None:
     # The owners' settings differ, so that none of them steps the other's part.
     training = {"client": {"lr": 3e-3, "weight_decay": 0.2}}
     chosen = experiment(clients=1, training=training)
-    method = centralized.build(chosen, load_data(chosen))
+    method = build(chosen)
     losses, expected = steps_of(method, 7), reference.train(chosen, 7)
     assert losses == pytest.approx(expected["losses"], rel=1e-12)
     for key, value in expected["server"].items():
@@ -83,8 +88,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
         chosen = experiment(name=name, output=str(tmp_path))
         directory = RunDirectory(chosen.run_directory)
         directory.open(to_dict(chosen), resume, False)
-        splits = load_data(chosen)
-        return loop.train(chosen, splits, centralized.build(chosen, splits), directory, stop)
+        method = build(chosen)
+        return loop.train(chosen, method.splits, method, directory, stop)
 
     whole = run("whole", StopRequest())
     assert run("parts", StopAfter(6))["status"] == "stopped"
@@ -96,7 +101,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
 
 def test_a_loss_that_is_no_number_stops_before_any_parameter() -> None:
     chosen = experiment()
-    method = centralized.build(chosen, load_data(chosen))
+    method = build(chosen)
     with torch.no_grad():
         method.learner.model.server_model.head.bias[0] = float("nan")
     before = trainable_state(method.learner.model)
@@ -109,7 +114,7 @@ def test_a_loss_that_is_no_number_stops_before_any_parameter() -> None:
 
 def test_nothing_crosses_and_no_client_trains() -> None:
     chosen = experiment()
-    method = centralized.build(chosen, load_data(chosen))
+    method = build(chosen)
     steps_of(method, 3)
     assert method.traffic.by_kind() == {}
     counts = method.trainable_parameters()

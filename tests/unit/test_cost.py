@@ -19,8 +19,9 @@ from mpsl_dist.actors import deployable
 from mpsl_dist.analysis import cost, flops, traffic_model
 from mpsl_dist.analysis.cost_figures import draw, resized
 from mpsl_dist.analysis.cost_inputs import CAPTIONS, inputs_of
-from mpsl_dist.analysis.flops import Flops, Parts
+from mpsl_dist.analysis.flops import Flops, ModelParts
 from mpsl_dist.config import Experiment, from_dict, load
+from mpsl_dist.config.methods import METHODS
 from mpsl_dist.models.server_model import build_encoder
 
 #: The paper's five classification datasets as its tables have them, ViT-B/16.
@@ -33,12 +34,12 @@ def paper_setting(name: str) -> Experiment:
     return load(ROOT / "configs" / "paper" / f"{name}.yaml")
 
 
-def parts_of(name: str, method: str = "mpsl") -> Parts:
+def parts_of(name: str, method: str = "mpsl") -> ModelParts:
     experiment = replace(paper_setting(name), method=method)
     return flops.build(experiment, inputs_of(experiment))
 
 
-def trained(parts: Parts) -> tuple[int, int]:
+def trained(parts: ModelParts) -> tuple[int, int]:
     """Trainable parameters of the client's and the server's part."""
     counted = flops.parameters({"client": parts.tokenizers, "server": parts.server_model})
     return counted["client"][1], counted["server"][1]
@@ -324,7 +325,7 @@ def test_the_command_writes_every_figure(
         "bytes_per_epoch",
         "memory",
     }
-    assert {r["method"] for r in rows} == set(cost.METHODS)
+    assert {r["method"] for r in rows} == set(METHODS)
 
 
 def test_owners_hold_what_their_method_says(small: str) -> None:

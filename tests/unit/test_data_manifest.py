@@ -12,9 +12,9 @@ from conftest import ROOT
 from media_files import DATA, needs, write_clip, write_csv, write_picture, write_sound
 
 from mpsl_dist import config, data
+from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.data import DataError, files, manifest
 from mpsl_dist.data.text import tokenize
-from mpsl_dist.methods.hosting import load_data
 
 SMALL = {"image_size": 16, "audio_frames": 20, "text_length": 8}
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 import toys
-from local_fleet import LocalFleet
+from local_fleet import LocalRounds
 
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.federated_client import Update
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.local_data import LocalData
 from mpsl_dist.config import ConfigError, Experiment, to_dict
 from mpsl_dist.methods import centralized, loop
 from mpsl_dist.methods.fedavg import FedAvg, aggregate, build_clients, draw
-from mpsl_dist.methods.hosting import load_data
+from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime.process import StopRequest
@@ -33,13 +34,14 @@ def experiment(method: str = "fedavg", **changes) -> Experiment:
 
 def fedavg(chosen: Experiment) -> FedAvg:
     """The method with all its clients in this process."""
-    splits = load_data(chosen)
-    clients = build_clients(chosen, list(range(chosen.clients)), splits)
-    return FedAvg(chosen, splits, deployable.build(chosen, splits), LocalFleet(clients))
+    holdings = Holdings.load(chosen)
+    clients = build_clients(chosen, list(range(chosen.clients)), holdings)
+    splits = holdings.splits
+    return FedAvg(chosen, splits, deployable.build(chosen, splits), LocalRounds(clients))
 
 
 def pooled(chosen: Experiment) -> centralized.Centralized:
-    return centralized.build(chosen, load_data(chosen))
+    return centralized.build(Setup(chosen, Holdings.load(chosen), 1))
 
 
 def assert_same(ours: torch.nn.Module, theirs: torch.nn.Module, tolerance: float) -> None:
@@ -273,7 +275,7 @@ def test_a_deployed_fedclip_model_predicts_as_the_trained_one(tmp_path: Path) ->
     federated.step(0, 0)
     federated.model.save(tmp_path, chosen, federated.splits)
     loaded, _, _ = deployable.load(tmp_path)
-    inputs = federated.model.place(federated.splits.test.fetch(range(10)).inputs)
+    inputs = federated.model.to_own(federated.splits.test.fetch(range(10)).inputs)
     assert torch.equal(loaded(inputs), federated.model(inputs))
 
 

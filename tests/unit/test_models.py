@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mpsl_dist.models.average import average, load_trainable, trainable_state
+from mpsl_dist.models.heads import linear
 from mpsl_dist.models.server_model import SIZES, ServerModel, build_encoder
 from mpsl_dist.models.tokenizers import (
     PatchTokenizer,
@@ -54,7 +55,9 @@ def test_only_the_last_blocks_are_trained() -> None:
 def test_a_sample_is_predicted_the_same_alone_and_in_a_batch(fusion: str, pooling: str) -> None:
     torch.manual_seed(0)
     lengths = [5, 3]
-    model = ServerModel(build_encoder(16, 2, 2), 16, lengths, 4, fusion, pooling, True).double()
+    model = ServerModel(
+        build_encoder(16, 2, 2), 16, lengths, linear(16, 4), fusion, pooling, True
+    ).double()
     tokens = fuse([torch.randn(6, n, 16, dtype=torch.float64) for n in lengths], fusion)
     together = model(tokens)
     alone = torch.cat([model([t[i : i + 1] for t in tokens]) for i in range(6)])
@@ -62,7 +65,7 @@ def test_a_sample_is_predicted_the_same_alone_and_in_a_batch(fusion: str, poolin
 
 
 def test_pooling_takes_the_tokens_it_says() -> None:
-    model = ServerModel(torch.nn.Identity(), 4, [2, 3], 4, "early", "cls", False)
+    model = ServerModel(torch.nn.Identity(), 4, [2, 3], linear(4, 4), "early", "cls", False)
     model.head = torch.nn.Identity()
     joint = torch.randn(1, 5, 4)
     torch.testing.assert_close(model([joint]), (joint[:, 0] + joint[:, 2]) / 2)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from mpsl_dist.data.partition import deal_pictures
-from mpsl_dist.methods.mpsl import number_apart
-from mpsl_dist.models.retrieval import TwoTowers, contrastive_loss, recalls
+from mpsl_dist.methods.objective import number_apart
+from mpsl_dist.models.heads import PairEmbedding
+from mpsl_dist.models.server_model import ServerModel
+from mpsl_dist.models.tasks import contrastive_loss, recalls
 
 
 def test_the_loss_of_two_pairs_by_hand() -> None:
@@ -55,7 +57,10 @@ def test_chance_recall_is_k_over_n() -> None:
 
 
 def test_two_towers_never_mix_pairs_or_modalities() -> None:
-    towers = TwoTowers(torch.nn.Identity(), 4, "cls", False, normalize=True, temperature=0.5)
+    head = PairEmbedding(normalize=True, temperature=0.5)
+    towers = ServerModel(
+        torch.nn.Identity(), 4, [5, 2], head, "late", "cls", post_norm=False, apart=True
+    )
     image, text = torch.randn(3, 5, 4), torch.randn(3, 2, 4)
     together = towers([image, text])
     assert together.shape == (3, 2, 4)

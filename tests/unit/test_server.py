@@ -7,13 +7,15 @@ import toys
 from torch import Tensor
 
 from mpsl_dist.actors import assembly
+from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 
 
 def server() -> Server:
     toys.register()
     toy = toys.experiment()
-    return assembly.build_server(toy, toys.load(("image", "text")), [5, 6])
+    model = assembly.build_server_model(toy, toys.load(("image", "text")), [5, 6])
+    return Server(model, Stepper(model.parameters(), toy.training.server))
 
 
 def alone(tensor: Tensor) -> bool:

@@ -23,7 +23,7 @@ from mpsl_dist.errors import WeightsError
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.clip_text import ClipText, build_text_tower
 from mpsl_dist.models.server_model import build_encoder
-from mpsl_dist.models.tokenizers import PatchTokenizer
+from mpsl_dist.models.tokenizers import PatchTokenizer, copy_of
 from mpsl_dist.models.weight_sources import fetch, read
 from mpsl_dist.models.weights import load_encoder, load_stem, load_text
 
@@ -401,12 +401,12 @@ def test_an_experiment_begins_with_its_files(
     splits = data.load(toy.data.name)
     with caplog.at_level("INFO", logger="mpsl_dist"):
         tokenizers = assembly.build_tokenizers(toy, splits)
-        again = assembly.build_tokenizers(toy, splits)
-        server = assembly.build_server(toy, splits, tokenizers.lengths)
+        again = copy_of(tokenizers)
+        server = assembly.build_server_model(toy, splits, tokenizers.lengths)
     assert torch.equal(tokenizers.by_modality["image"].cls.flatten(), theirs[_CLS])
     assert torch.equal(again.by_modality["image"].cls, tokenizers.by_modality["image"].cls)
     key = "visual.transformer.resblocks.0.mlp.c_fc.weight"
-    assert torch.equal(server.model.encoder[0].mlp.fc1.weight, theirs[key])
+    assert torch.equal(server.encoder[0].mlp.fc1.weight, theirs[key])
     assert caplog.text.count("weights.image from") == 1
     assert "positions 4x4 -> 1x1" in caplog.text and "weights.encoder from" in caplog.text
 
@@ -415,7 +415,7 @@ def test_clients_of_a_process_share_one_tower() -> None:
     toys.register()
     toy = toys.experiment(model={"text": "clip", "text_tower": "ViT-B-16"})
     splits = data.load(toy.data.name)
-    tower = assembly.build_frozen_text(toy, splits)
+    tower = assembly.build_shared_text(toy, splits)
     first, second = (assembly.build_tokenizers(toy, splits, tower) for _ in range(2))
     assert first.by_modality["text"] is second.by_modality["text"] is tower
     assert first.lengths[1] == 1

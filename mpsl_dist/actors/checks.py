@@ -1,0 +1,47 @@
+"""What a configuration asks of its data that cannot be done."""
+
+from __future__ import annotations
+
+from mpsl_dist.actors.choices import head_of, task_of
+from mpsl_dist.config import Experiment
+from mpsl_dist.data import Splits
+from mpsl_dist.errors import ConfigError
+
+
+def check_task(experiment: Experiment, splits: Splits) -> None:
+    """Refuse options that do not fit the task, by a ConfigError."""
+    task, errors = task_of(splits), []
+    kind, head = head_of(experiment, splits)
+    if head.task != ("retrieval" if splits.retrieval else "classification"):
+        errors.append(
+            f"model.head.kind: '{kind}' is for {head.task}, which {experiment.data.name} is not"
+        )
+    if not task.scored_apart and experiment.data.test_at == "clients":
+        errors.append("data.test_at: retrieval ranks the whole test set, at the server")
+    if experiment.contrastive == "global" and not task.contrasts:
+        errors.append(f"contrastive: {experiment.data.name} is no retrieval dataset")
+    elif experiment.contrastive == "global" and experiment.method == "psl":
+        errors.append("contrastive: psl serves every client by itself; take contrastive=client")
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def check_patches(experiment: Experiment, splits: Splits) -> None:
+    """Refuse patches that do not fit the data, by a ConfigError."""
+    name, model = experiment.data.name, experiment.model
+    errors = []
+    if "image" in splits.shapes:
+        _, height, width = splits.shapes["image"]
+        if height % model.image_patch or width % model.image_patch:
+            errors.append(
+                f"model.image_patch: {model.image_patch} does not divide the {height}x{width} "
+                f"pictures of {name}"
+            )
+    if "audio" in splits.shapes and min(splits.shapes["audio"]) < model.audio_patch:
+        frames, bins = splits.shapes["audio"]
+        errors.append(
+            f"model.audio_patch: {model.audio_patch} does not fit the {frames}x{bins} "
+            f"spectrograms of {name}"
+        )
+    if errors:
+        raise ConfigError("\n".join(errors))

@@ -1,0 +1,60 @@
+"""What the names in an experiment stand for: device, type, sizes, task and head."""
+
+from __future__ import annotations
+
+import torch
+
+from mpsl_dist import plugins
+from mpsl_dist.config import Experiment
+from mpsl_dist.data import Splits
+from mpsl_dist.models.heads import HEADS, HeadFacts
+from mpsl_dist.models.server_model import SIZES
+from mpsl_dist.models.tasks import TASKS, Task
+
+
+def device_of(experiment: Experiment) -> str:
+    """Return the torch device; ``auto`` is CUDA where there is one."""
+    if experiment.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return experiment.device
+
+
+def describe(device: str) -> str:
+    """Return a device as a user reads it: ``cpu``, or ``cuda:1 (NVIDIA H100)``."""
+    if not device.startswith("cuda"):
+        return device
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def dtype_of(experiment: Experiment) -> torch.dtype:
+    """Return the floating-point type of parameters and activations."""
+    return getattr(torch, experiment.training.precision)
+
+
+def dimensions_of(experiment: Experiment) -> tuple[int, int, int]:
+    """Return the encoder's width d, blocks and heads."""
+    encoder = experiment.model.encoder
+    if encoder.size == "custom":
+        return encoder.width, encoder.depth, encoder.heads
+    return SIZES[encoder.size]
+
+
+def width_of(experiment: Experiment) -> int:
+    """Return the encoder's width d."""
+    return dimensions_of(experiment)[0]
+
+
+def task_of(splits: Splits) -> Task:
+    """Return the data's task."""
+    return TASKS["retrieval" if splits.retrieval else "classification"]
+
+
+def fusion_of(experiment: Experiment, splits: Splits) -> str:
+    """Return how modalities meet: the task's way, or else ``model.fusion``."""
+    return task_of(splits).fusion or experiment.model.fusion
+
+
+def head_of(experiment: Experiment, splits: Splits) -> tuple[str, HeadFacts]:
+    """Return the head's name and facts: the task's own unless ``model.head.kind`` names one."""
+    kind = experiment.model.head.kind or task_of(splits).head
+    return kind, plugins.find("heads", kind, HEADS, experiment.plugins, "model.head.kind")

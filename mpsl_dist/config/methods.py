@@ -1,0 +1,129 @@
+"""Facts of every method, one row each; whoever needs to know asks here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mpsl_dist import plugins
+from mpsl_dist.config.schema import Experiment
+from mpsl_dist.typed import flatten
+
+Owner = Literal["client", "server"]
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """A method that ``method`` may name.
+
+    Attributes
+    ----------
+    build : callable, or its place as "package.module:name"
+        ``build(setup)`` returns the method of a :class:`mpsl_dist.methods.hosting.Setup`, as
+        :class:`mpsl_dist.methods.loop.Method` describes it.
+    tokenizers, server_model : "client" or "server"
+        Who runs and trains each part of the model.
+    reads : tuple of str
+        Keys or sections of :data:`OPTIONAL` that it reads.
+    one_process : bool
+        Whether it has all the data in one process, without workers.
+    adapted : bool
+        Whether the encoder is frozen and surrounded by adapters.
+    backwards : "one" or "per client"
+        How many backward passes the server runs in a step.
+    options : type, optional
+        A frozen dataclass: what ``method_options`` may say.
+    """
+
+    build: str | Callable[..., Any]
+    tokenizers: Owner = "client"
+    server_model: Owner = "server"
+    reads: tuple[str, ...] = ()
+    one_process: bool = False
+    adapted: bool = False
+    backwards: Literal["one", "per client"] = "one"
+    options: type | None = None
+
+    def owner(self, part: str) -> Owner:
+        """Return who runs a part of the model, ``tokenizers`` or ``server_model``."""
+        return self.tokenizers if part == "tokenizers" else self.server_model
+
+    @property
+    def split(self) -> bool:
+        """Whether the model is cut between client and server, so that activations travel."""
+        return self.tokenizers != self.server_model
+
+
+#: What only some methods read.
+OPTIONAL = (
+    "adapters",
+    "clients_per_worker",
+    "contrastive",
+    "data.test_at",
+    "federated",
+    "runtime.channels",
+    "runtime.interface",
+    "runtime.rpc_timeout",
+    "runtime.start_timeout",
+    "runtime.worker_threads",
+    "tokenizer_sync",
+    "training.evaluate_own",
+)
+_REMOTE = (
+    "clients_per_worker",
+    "data.test_at",
+    "runtime.channels",
+    "runtime.interface",
+    "runtime.rpc_timeout",
+    "runtime.start_timeout",
+    "runtime.worker_threads",
+)
+_SPLIT = (*_REMOTE, "contrastive", "tokenizer_sync", "training.evaluate_own")
+
+METHODS: dict[str, MethodFacts] = {
+    "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=_SPLIT),
+    "psl": MethodFacts("mpsl_dist.methods.psl:build", reads=_SPLIT, backwards="per client"),
+    "fedavg": MethodFacts(
+        "mpsl_dist.methods.fedavg:build", server_model="client", reads=(*_REMOTE, "federated")
+    ),
+    "fedclip": MethodFacts(
+        "mpsl_dist.methods.fedavg:build",
+        server_model="client",
+        reads=(*_REMOTE, "federated", "adapters"),
+        adapted=True,
+    ),
+    "centralized": MethodFacts(
+        "mpsl_dist.methods.centralized:build", tokenizers="server", one_process=True
+    ),
+}
+
+
+def facts_of(experiment: Experiment) -> MethodFacts:
+    """Return the facts of the experiment's method.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such method.
+    """
+    return plugins.find("methods", experiment.method, METHODS, experiment.plugins, "method")
+
+
+def processes_of(experiment: Experiment) -> int:
+    """Return how many processes a run has: the server and its workers, or one."""
+    return 1 if facts_of(experiment).one_process else experiment.workers + 1
+
+
+def unread(experiment: Experiment) -> list[str]:
+    """Return the keys that are set to other than their defaults and that the method never reads."""
+    reads, defaults = facts_of(experiment).reads, flatten(Experiment())
+    return [
+        key
+        for key, value in flatten(experiment).items()
+        if _below(key, OPTIONAL) and not _below(key, reads) and value != defaults.get(key)
+    ]
+
+
+def _below(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -1,0 +1,112 @@
+"""From predictions to the one loss that the backward starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mpsl_dist.config import Experiment
+from mpsl_dist.errors import DivergedError
+from mpsl_dist.methods.link import Step
+from mpsl_dist.models.tasks import Task
+
+
+class Objective(Protocol):
+    """How the global loss comes about.
+
+    Attributes
+    ----------
+    predictions_travel : bool
+        Whether clients receive their predictions and return a loss.
+    """
+
+    predictions_travel: bool
+
+    def __call__(self, step: Step, predictions: Mapping[int, Tensor]) -> Tensor:
+        """Return the global loss, a scalar, finite."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClientLosses:
+    """Every client compares its predictions with its own labels; the server aggregates."""
+
+    predictions_travel: bool = True
+
+    def __call__(self, step: Step, predictions: Mapping[int, Tensor]) -> Tensor:
+        """Return L_S, the clients' losses weighted by their mini-batches (Eq. 2 and 4)."""
+        losses = step.loss(predictions)
+        require_finite(losses, step.number)
+        return aggregate(losses, {n: len(slice_b) for n, slice_b in predictions.items()})
+
+
+@dataclass(frozen=True)
+class GlobalContrast:
+    """Retrieval's negatives from the global batch: the server contrasts every pair with all others.
+
+    Embeddings never go back to the clients; which pairs share a picture comes from them.
+    """
+
+    task: Task
+    predictions_travel: bool = False
+
+    def __call__(self, step: Step, predictions: Mapping[int, Tensor]) -> Tensor:
+        """Return the contrastive loss over the global batch."""
+        pictures_b = number_apart(step.pairs().values())
+        loss = self.task.loss(torch.cat(list(predictions.values())), pictures_b)
+        require_finite({"of the global batch": loss}, step.number)
+        return loss
+
+
+def objective_of(experiment: Experiment, task: Task) -> Objective:
+    """Return the experiment's objective."""
+    if task.contrasts and experiment.contrastive == "global":
+        return GlobalContrast(task)
+    return ClientLosses()
+
+
+def aggregate(losses: Mapping[int, Tensor], batch_sizes: Mapping[int, int]) -> Tensor:
+    """Return the global loss L_S, the sum over clients of |B_n|/|B| L_n (Eq. 4)."""
+    total = sum(batch_sizes[client] for client in losses)
+    return sum(loss * (batch_sizes[client] / total) for client, loss in losses.items())
+
+
+def number_apart(pairs: Iterable[Tensor]) -> Tensor:
+    """Join the clients' numbers of their pictures so that no two clients share one.
+
+    Parameters
+    ----------
+    pairs : iterable of Tensor
+        (b_n,) int64 of every client, from 0.
+    """
+    joined, first = [], 0
+    for pairs_b in pairs:
+        joined.append(pairs_b + first)
+        first += int(pairs_b.max()) + 1
+    return torch.cat(joined)
+
+
+def require_finite(losses: Mapping[Any, Tensor], step: int) -> None:
+    """Stop before a loss that is no number reaches anybody's parameters.
+
+    Parameters
+    ----------
+    losses : mapping
+        By client number, or by words that say whose it is.
+
+    Raises
+    ------
+    DivergedError
+    """
+    for whose, loss in losses.items():
+        if not math.isfinite(loss.item()):
+            who = f"of client {whose}" if isinstance(whose, int) else whose
+            raise DivergedError(
+                f"step {step}: the loss {who} is {loss.item()}; no parameter was "
+                "changed by this step. Lower training.server.lr and training.client.lr"
+            )

@@ -1,0 +1,189 @@
+"""Whether and how the clients' tokenizers are brought together in training (``tokenizer_sync``).
+
+A rule is one small class: how the clients step, what is done when the tokenizers meet, and how many
+bytes that costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpsl_dist.config import Experiment
+from mpsl_dist.methods.link import SplitLink, Step, Wait
+from mpsl_dist.models.average import average
+
+#: Bytes by kind and client.
+Bytes = dict[str, NDArray[np.int64]]
+
+
+class Sync(Protocol):
+    """A rule.
+
+    Attributes
+    ----------
+    every : int
+        The tokenizers meet after every so many steps, and after the last one.
+    identical : bool
+        Whether all clients' tokenizers are the same at every moment, so that one speaks for all.
+    """
+
+    every: int
+    identical: bool
+
+    def begin(self, step: Step, due: bool) -> Wait:
+        """Have the clients that took part use their gradients; ``due``: they meet after this."""
+        ...
+
+    def collect(self, link: SplitLink, where: str) -> dict[int, Any]:
+        """Return what :meth:`begin` returns when due, where it was not told so."""
+        ...
+
+    def meet(
+        self, link: SplitLink, answers: Mapping[int, Any], step: int, sizes: Mapping[int, int]
+    ) -> None:
+        """Bring the tokenizers together.
+
+        Parameters
+        ----------
+        answers : mapping
+            What :meth:`begin` was answered when due.
+        step : int
+            Within the run.
+        sizes : mapping of int to int
+            Training samples by client.
+        """
+        ...
+
+    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+        """Return the bytes of a run.
+
+        Parameters
+        ----------
+        takes_part : array
+            (steps, clients).
+        weights : int
+            Bytes of one client's trained tokenizers.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Separate:
+    """Every client steps its own tokenizers, and they drift apart: the paper."""
+
+    every: int = 1
+    identical: bool = False
+
+    def begin(self, step: Step, due: bool) -> Wait:
+        """Have the clients step."""
+        return step.step_clients()
+
+    def collect(self, link: SplitLink, where: str) -> dict[int, Any]:
+        """Return nothing."""
+        return {}
+
+    def meet(
+        self, link: SplitLink, answers: Mapping[int, Any], step: int, sizes: Mapping[int, int]
+    ) -> None:
+        """Do nothing."""
+
+    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+        """Return no bytes."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Frozen(Separate):
+    """Nobody trains tokenizers (``model.train_tokenizers: false``)."""
+
+    identical: bool = False
+
+    def begin(self, step: Step, due: bool) -> Wait:
+        """Do nothing."""
+        return dict
+
+
+@dataclass(frozen=True)
+class SumGradients:
+    """All clients step on the sum of all gradients since they last met; nobody steps alone."""
+
+    every: int
+    identical: bool = True
+
+    def begin(self, step: Step, due: bool) -> Wait:
+        """Have the clients keep their gradients, and send what they kept when due."""
+        return step.take_gradients() if due else step.accumulate()
+
+    def collect(self, link: SplitLink, where: str) -> dict[int, Any]:
+        """Take what every client has kept."""
+        return link.take_gradients(where)
+
+    def meet(
+        self, link: SplitLink, answers: Mapping[int, Any], step: int, sizes: Mapping[int, int]
+    ) -> None:
+        """Have every client step on the sum."""
+        total = sum(vector for vector in answers.values() if vector is not None)
+        link.step_on_sum(step, total, f"step {step}")
+
+    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+        """Return a vector up from whoever took part since the last time, one down to everybody."""
+        steps, clients = takes_part.shape
+        meetings = _meetings(steps, self.every)
+        parts = np.split(takes_part, [m + 1 for m in meetings[:-1]])
+        up = np.sum([part.any(0) for part in parts], axis=0, dtype=np.int64)
+        return {"sync_up": up * weights, "sync_down": np.full(clients, len(meetings) * weights)}
+
+
+@dataclass(frozen=True)
+class AverageWeights:
+    """Every client steps its own tokenizers; now and then all take the average of all."""
+
+    every: int
+    identical: bool = False
+
+    def begin(self, step: Step, due: bool) -> Wait:
+        """Have the clients step."""
+        return step.step_clients()
+
+    def collect(self, link: SplitLink, where: str) -> dict[int, Any]:
+        """Return nothing; weights are fetched when the tokenizers meet."""
+        return {}
+
+    def meet(
+        self, link: SplitLink, answers: Mapping[int, Any], step: int, sizes: Mapping[int, int]
+    ) -> None:
+        """Replace every client's weights by the average, weighted by samples."""
+        where = f"step {step}"
+        weights = link.tokenizer_weights(list(sizes), where, "sync_up")
+        mean = average(list(weights.values()), [sizes[n] for n in weights])
+        link.set_tokenizer_weights(mean, where)
+
+    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+        """Return the weights up from and down to everybody."""
+        steps, clients = takes_part.shape
+        each = np.full(clients, len(_meetings(steps, self.every)) * weights)
+        return {"sync_up": each, "sync_down": each}
+
+
+def sync_of(experiment: Experiment) -> Sync:
+    """Return the experiment's rule."""
+    rule = experiment.tokenizer_sync
+    # Frozen tokenizers are never synced, but stay identical where a sync was asked for.
+    if not experiment.model.train_tokenizers:
+        return Frozen(identical=rule.mode == "gradients")
+    rules = {"none": Separate, "gradients": SumGradients, "weights": AverageWeights}
+    return rules[rule.mode](rule.every)
+
+
+def is_due(sync: Sync, step: int, steps: int) -> bool:
+    """Return whether the tokenizers meet after ``step`` (from 0) of a run of ``steps``."""
+    return (step + 1) % sync.every == 0 or step + 1 == steps
+
+
+def _meetings(steps: int, every: int) -> list[int]:
+    return sorted({*range(every - 1, steps, every), steps - 1})

@@ -1,0 +1,67 @@
+"""What comes back when a server asks its clients: an answer each, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpsl_dist.errors import RemoteError
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Why a client gave no answer.
+
+    Attributes
+    ----------
+    message : str
+        Names worker, client, phase and step.
+    details : str
+        The traceback there, where there is one.
+    user_error : bool
+        Whether the cause is the user's to mend.
+    """
+
+    message: str
+    details: str = ""
+    user_error: bool = False
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the clients answered. What a loss means is for the method to decide.
+
+    Attributes
+    ----------
+    by_client : mapping of int to Any
+        In the order of the client numbers.
+    lost : mapping of int to Lost
+        The clients that were asked and gave no answer.
+    """
+
+    by_client: Mapping[int, Any]
+    lost: Mapping[int, Lost] = field(default_factory=dict)
+
+    def all(self) -> dict[int, Any]:
+        """Return every answer.
+
+        Raises
+        ------
+        RemoteError
+            If any client was lost; with the first one's message.
+        """
+        for lost in self.lost.values():
+            clients = tuple(self.lost)
+            raise RemoteError(lost.message, lost.details, lost.user_error, clients)
+        return dict(self.by_client)
+
+
+def name_clients(numbers: Sequence[int]) -> str:
+    """Return ``client 3``, ``clients 2-5`` or ``clients 1, 4``."""
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) == 1:
+        return f"client {first}"
+    if list(numbers) == list(range(first, last + 1)):
+        return f"clients {first}-{last}"
+    return "clients " + ", ".join(map(str, numbers))
