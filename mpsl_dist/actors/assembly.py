@@ -13,8 +13,8 @@ from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.data.decode.text import VOCABULARY
 from mpsl_dist.data.partition import Dealt, deal, partition
-from mpsl_dist.data.text import VOCABULARY
 from mpsl_dist.models import weight_sources, weights
 from mpsl_dist.models.adapters import Adapters
 from mpsl_dist.models.clip_text import ClipText, build_text_tower, default_tower

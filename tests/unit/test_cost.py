@@ -18,9 +18,10 @@ from mpsl_dist.__main__ import main
 from mpsl_dist.actors import deployable
 from mpsl_dist.analysis import cost, flops, traffic_model
 from mpsl_dist.analysis.cost_figures import draw, resized
-from mpsl_dist.analysis.cost_inputs import CAPTIONS, inputs_of
+from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.analysis.flops import Flops, Parts
 from mpsl_dist.config import Experiment, from_dict, load
+from mpsl_dist.data.catalog import CAPTIONS
 from mpsl_dist.models.server_model import build_encoder
 
 #: The paper's five classification datasets as its tables have them, ViT-B/16.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mpsl_dist import data
 from mpsl_dist.actors import assembly
 from mpsl_dist.config import ConfigError, from_dict
-from mpsl_dist.data.text import tokenize
+from mpsl_dist.data.decode.text import tokenize
 from mpsl_dist.errors import WeightsError
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.clip_text import ClipText, build_text_tower
