@@ -36,7 +36,11 @@ class Batch:
 
 
 class Dataset(Protocol):
-    """A split: samples by position, and the labels of all of them."""
+    """A split: samples by position, and the labels of all of them.
+
+    It may also have ``clients``, a sequence with the owner's name of every sample; then
+    ``data.partition.kind=natural`` makes every owner a client.
+    """
 
     #: (samples,) int64.
     labels: Tensor

@@ -92,6 +92,17 @@ def partition(
     ----------
     labels : Tensor
         (samples,) int64.
+    clients : int
+        Number of clients.
+    kind : str
+        ``dirichlet`` or ``iid``.
+    alpha : float
+        Concentration of the Dirichlet distribution; the smaller, the more the clients' classes
+        differ.
+    minimum : int
+        Samples that every client has at least, under ``dirichlet``.
+    seed : int
+        Fixes the draw.
 
     Raises
     ------
@@ -161,6 +172,10 @@ def shares(sizes: list[int], batch_size: int, rule: str) -> NDArray[np.int64]:
     ----------
     sizes : list of int
         Training samples of every client.
+    batch_size : int
+        Samples of a global batch, B.
+    rule : str
+        ``proportional`` or ``equal``.
 
     Returns
     -------

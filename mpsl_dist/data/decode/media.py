@@ -59,7 +59,7 @@ def read_frame(path: str | Path, fraction: float) -> Tensor:
     Parameters
     ----------
     fraction : float
-        The moment, 0 at the clip's begin and 1 at its end.
+        The moment, 0 at the start of the clip and 1 at its end.
 
     Returns
     -------
@@ -95,11 +95,11 @@ def read_waveform(path: str | Path, fraction: float = 0.5, samples: int | None =
     Parameters
     ----------
     fraction : float
-        Centre of the window, 0 at the clip's begin and 1 at its end; the window is moved to lie
+        Centre of the window, 0 at the clip's start and 1 at its end; the window is moved to lie
         inside the clip where it can.
     samples : int or None
         Length of the window; shorter sound is padded with silence on its right. None
-        reads all of it.
+        reads all of the sound.
 
     Returns
     -------

@@ -72,7 +72,7 @@ class View:
     audio_frames : int
         Frames of 10 ms.
     audio_at : float
-        Centre of the window at test, 0 the clip's begin and 1 its end.
+        Centre of the window at test, 0 the start of the clip and 1 its end.
     text_length : int
         Byte-pair tokens.
     """
@@ -115,6 +115,11 @@ class FileDataset:
     labels : Tensor
         (samples,) int64.
     view : View
+        How the samples become tensors.
+    on_error : str
+        ``raise`` or ``skip``, see above.
+    cache : Cache or None
+        Keeps decoded inputs; None decodes them anew each time.
     clients : tuple of str or None
         The owner of every sample, where the data names one: a natural federation.
     """

@@ -123,7 +123,7 @@ def check(
     name, root, plugins
         As of :func:`mpsl_dist.data.load`.
     decode : bool
-        Decode every file from begin to end, which takes as long as an epoch of reading.
+        Decode every file from start to end, which takes as long as an epoch of reading.
     workers : int
         Threads that decode.
     limit : int, optional

@@ -181,7 +181,7 @@ def load_meld(
     """Read MELD: an utterance's sound and text, one of seven emotions (alphabetical).
 
     Train and dev are the training set, as in the paper; test is the official one. The sound is up
-    to 7.68 s of the utterance, from its begin at test, from a random moment in training, then
+    to 7.68 s of the utterance, from its start at test, from a random moment in training, then
     silence. (The released code takes 2.56 s and puts them somewhere into 7.68 s of silence, at
     random even at test.) One training clip (dia125_utt3) is damaged and one dev clip (dia110_utt7)
     missing in the official archive, which is why ``on_error`` is ``skip`` here.
