@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from mpsl_dist import data
 from mpsl_dist.config import Experiment, from_dict
-from mpsl_dist.data import Splits, TensorDataset
-from mpsl_dist.data.text import VOCABULARY
+from mpsl_dist.data import DatasetFacts, Splits, TensorDataset
+from mpsl_dist.data.decode.text import VOCABULARY
 
 SHAPES = {"image": (3, 8, 8), "audio": (26, 36), "text": (6,)}
 CLASSES = ("a", "b", "c")
@@ -50,17 +49,21 @@ def load_pairs() -> Splits:
     )
 
 
-def register() -> None:
-    """Make the toys known as ``toy-image+text`` and so on, in this process."""
-    data.LOADERS["toy-pairs"] = lambda *_, **__: load_pairs()
-    for pair in (("image", "text"), ("image", "audio"), ("audio", "text")):
-        data.LOADERS["toy-" + "+".join(pair)] = lambda *_, pair=pair, **__: load(pair)
+#: The toys as a plugin's datasets: ``plugins: [toys]``.
+datasets: dict[str, DatasetFacts] = {
+    "toy-pairs": DatasetFacts(lambda root: load_pairs(), files=False),
+    **{
+        "toy-" + "+".join(pair): DatasetFacts(lambda root, pair=pair: load(pair), files=False)
+        for pair in (("image", "text"), ("image", "audio"), ("audio", "text"))
+    },
+}
 
 
 def experiment(**changes: Any) -> Experiment:
     """A small experiment on a toy; ``changes`` are top-level sections."""
     values: dict[str, Any] = {
         "name": "toy",
+        "plugins": ["toys"],
         "clients": 4,
         "data": {"name": "toy-image+text", "partition": {"alpha": 0.5, "minimum": 3}},
         "model": {

@@ -22,7 +22,7 @@ from mpsl_dist.actors.choices import (
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
-from mpsl_dist.data.text import VOCABULARY
+from mpsl_dist.data.decode.text import VOCABULARY
 from mpsl_dist.models import weight_sources, weights
 from mpsl_dist.models.adapters import Adapters
 from mpsl_dist.models.clip_text import ClipText, build_text_tower, default_tower

@@ -34,7 +34,8 @@ def load_data(experiment: Experiment) -> Splits:
 def data_options(experiment: Experiment) -> dict[str, Any]:
     """Return what the experiment asks of its dataset; None is the dataset's own."""
     names = ("image_size", "audio_frames", "modalities", "on_error", "cache")
-    return {name: getattr(experiment.data, name) for name in names}
+    common = {name: getattr(experiment.data, name) for name in names}
+    return common | {"plugins": experiment.plugins, "own_options": experiment.data.options}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mpsl_dist.analysis import flops, traffic_model
-from mpsl_dist.analysis.cost_inputs import CAPTIONS, Inputs, inputs_of
+from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
 from mpsl_dist.analysis.flops import Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.config import Optimizer as OptimizerSettings
 from mpsl_dist.config.methods import METHODS
+from mpsl_dist.data.catalog import CAPTIONS
 
 TOWER = "text tower"
 WITH_TOWER = f"total with {TOWER}"

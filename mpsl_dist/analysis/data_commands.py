@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 
@@ -11,9 +10,9 @@ from rich.console import Console
 
 from mpsl_dist.actors.holdings import data_options
 from mpsl_dist.config import ConfigError, Experiment
-from mpsl_dist.data import files
-from mpsl_dist.data.check import Report, check
-from mpsl_dist.data.download import download
+from mpsl_dist.data import DataError, catalog
+from mpsl_dist.data.fetch.check import Report, check
+from mpsl_dist.data.fetch.download import download
 
 
 def check_data(experiment: Experiment, workers: int | None = None, limit: int | None = None) -> int:
@@ -32,7 +31,7 @@ def check_data(experiment: Experiment, workers: int | None = None, limit: int | 
         0 if the experiment can train on what is there, else 2.
     """
     data = experiment.data
-    if data.name == "digits-qa":
+    if _built_in(experiment):
         print(f"{data.name} is built in: nothing to check")
         return 0
     report = check(
@@ -45,13 +44,13 @@ def check_data(experiment: Experiment, workers: int | None = None, limit: int | 
         **data_options(experiment),
     )
     print(report)
-    verdict = _hindrance(report, data.on_error or _own_rule(data.name))
+    verdict = _hindrance(report, data.on_error or report.facts.on_error)
     print(f"  {verdict or 'usable'}")
     return 2 if verdict else 0
 
 
 def _hindrance(report: Report, on_error: str) -> str:
-    """Say why training could not run through; nothing if it could."""
+    """Return why training could not run to its end; an empty text if it could."""
     if not report.usable:
         return "not usable: see above" if report.problem else "not usable: a split has no samples"
     faults = len(report.missing) + len(report.damaged)
@@ -63,16 +62,17 @@ def _hindrance(report: Report, on_error: str) -> str:
     return ""
 
 
-def _own_rule(name: str) -> str:
-    """Give the dataset's own ``on_error``."""
-    parameter = inspect.signature(files.DATASETS[name]).parameters.get("on_error")
-    return "raise" if parameter is None else parameter.default
+def _built_in(experiment: Experiment) -> bool:
+    try:
+        return not catalog.find(experiment.data.name, experiment.plugins).files
+    except DataError:
+        return False
 
 
 def download_data(experiment: Experiment) -> int:
-    """Download the experiment's dataset into ``data.root``; gives the exit status."""
+    """Download the experiment's dataset into ``data.root``; return the exit status."""
     data = experiment.data
-    if data.name == "digits-qa":
+    if _built_in(experiment):
         print(f"{data.name} is built in: nothing to download")
         return 0
     if data.root is None:

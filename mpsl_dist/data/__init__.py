@@ -2,67 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from mpsl_dist.data import catalog
+from mpsl_dist.data.catalog import DatasetFacts
 from mpsl_dist.data.dataset import Batch, Dataset, Splits, TensorDataset, load_batches
 from mpsl_dist.errors import DataError
+from mpsl_dist.plugins import options as checked_options
+from mpsl_dist.plugins import resolve
 
-__all__ = ["Batch", "DataError", "Dataset", "Splits", "TensorDataset", "load", "load_batches"]
-
-
-def _digits_qa(root: str | None, text_length: int, **options: Any) -> Splits:
-    from mpsl_dist.data import digits_qa
-
-    useless = sorted(name for name, value in options.items() if value is not None)
-    if useless:
-        raise DataError("\n".join(f"data.{name}: digits-qa has no use for it" for name in useless))
-    return digits_qa.load(text_length)
-
-
-def _files(name: str) -> Callable[..., Splits]:
-    def load_files(root: str | None, text_length: int, **options: Any) -> Splits:
-        from mpsl_dist.data import files
-
-        return files.load(name, root, text_length, **options)
-
-    return load_files
+__all__ = [
+    "Batch",
+    "DataError",
+    "Dataset",
+    "DatasetFacts",
+    "Splits",
+    "TensorDataset",
+    "load",
+    "load_batches",
+]
 
 
-_FROM_FILES = (
-    "mnist-fsdd",
-    "coco-qa",
-    "t4sa",
-    "kinetics-sounds",
-    "ucf101",
-    "meld",
-    "flickr8k",
-    "flickr30k",
-    "ms-coco",
-    "manifest",
-)
-#: Every dataset by name: ``load(root, text_length, **options)``. Imports wait until one is chosen.
-LOADERS: dict[str, Callable[..., Splits]] = {
-    "digits-qa": _digits_qa,
-    **{name: _files(name) for name in _FROM_FILES},
-}
-
-
-def load(name: str, root: str | None = None, text_length: int = 16, **options: Any) -> Splits:
+def load(
+    name: str,
+    root: str | Path | None = None,
+    text_length: int = 16,
+    *,
+    plugins: Sequence[str] = (),
+    own_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Splits:
     """Load a dataset by name.
 
     Parameters
     ----------
+    name : str
+        One of ours (:data:`mpsl_dist.data.catalog.DATASETS`), or of a plugin.
+    root : str or Path, optional
+        Folder or file that it is read from; not needed by datasets that are built in.
+    text_length : int
+        Byte-pair tokens of a text; of no effect where there are no texts.
+    plugins : sequence of str
+        Modules that may define further datasets.
+    own_options : mapping, optional
+        Options that only this dataset has, by name.
     options
-        ``image_size``, ``audio_frames``, ``modalities``, ``on_error``, ``cache``; None is the
-        dataset's own.
+        ``image_size``, ``audio_frames``, ``modalities``, ``on_error`` and ``cache``; None leaves
+        the dataset's own default.
 
     Raises
     ------
     DataError
-        If there is no such dataset, or its files are missing or damaged, or an option is given
-        that it has no use for.
+        If there is no such dataset, its files are missing or damaged, or an option is given that
+        it has no use for.
+    ConfigError
+        If a plugin cannot be imported, or ``own_options`` are not what the dataset takes.
     """
-    if name not in LOADERS:
-        raise DataError(f"data.name: unknown dataset '{name}'; valid: {', '.join(sorted(LOADERS))}")
-    return LOADERS[name](root, text_length, **options)
+    facts = catalog.find(name, plugins)
+    given = {option: value for option, value in options.items() if value is not None}
+    useless = sorted(given.keys() - set(facts.reads))
+    if useless:
+        raise DataError("\n".join(f"data.{option}: {name} has no use for it" for option in useless))
+    if "text_length" in facts.reads:
+        given["text_length"] = text_length
+    if "on_error" in facts.reads:
+        given.setdefault("on_error", facts.on_error)
+    own = checked_options(facts.options, own_options or {}, "data.options")
+    if facts.options is not None:
+        given["options"] = own
+    return resolve(facts.load)(root, **given)

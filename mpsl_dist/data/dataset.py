@@ -36,23 +36,32 @@ class Batch:
 
 
 class Dataset(Protocol):
-    """A split: samples by position, with all labels at hand for the partition."""
+    """A split: samples by position, and the labels of all of them.
+
+    It may also have ``clients``, a sequence with the owner's name of every sample; then
+    ``data.partition.kind=natural`` makes every owner a client.
+    """
 
     #: (samples,) int64.
     labels: Tensor
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
-        """Give these samples.
+        """Return these samples.
 
-        ``seed`` draws the random frames, crops and flips of training, the same for the same seed
-        and sample; None gives the deterministic view of testing.
+        Parameters
+        ----------
+        indices : sequence of int
+            Positions of the samples in the split.
+        seed : int or None
+            Draws the random frames, crops and flips of training, the same for the same seed and
+            sample; None takes the deterministic view of testing.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A dataset as the methods see it.
+    """A dataset as the training methods see it: a split to train on and one to test on.
 
     Attributes
     ----------
@@ -84,7 +93,7 @@ class TensorDataset:
     labels: Tensor
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
-        """Give these samples; nothing here is random."""
+        """Return these samples; nothing here is random."""
         rows = torch.as_tensor(indices, dtype=torch.long)
         return Batch({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
 

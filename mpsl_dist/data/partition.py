@@ -12,8 +12,8 @@ from torch import Tensor
 from mpsl_dist.data.dataset import Splits
 from mpsl_dist.errors import DataError
 
-#: Sample positions of every client.
-Parts = list[NDArray[np.int64]]
+#: The positions of every client's samples in the training set: one (samples,) array a client.
+Positions = list[NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,15 @@ class Dealt:
 
     Attributes
     ----------
+    parts : list of array
+        The positions of every client's samples in the training set.
     rule : str
-        By which rule and seed, in words.
+        By which rule and seed they were dealt, in words.
     names : tuple of str
-        The clients' own names, where the data gives them.
+        The clients' own names, where the data has them.
     """
 
-    parts: Parts
+    parts: Positions
     rule: str
     names: tuple[str, ...] = ()
 
@@ -36,8 +38,8 @@ class Dealt:
 def deal(splits: Splits, clients: int, kind: str, alpha: float, minimum: int, seed: int) -> Dealt:
     """Spread the training samples by ``data.partition.kind``.
 
-    ``natural`` follows the owners that the data names and gives as many clients as there are names;
-    otherwise retrieval deals pictures (it has no classes to be skewed), and classes are spread by
+    ``natural`` follows the owners that the data names and makes each of them a client; otherwise
+    retrieval deals pictures (it has no classes to be skewed), and classes are spread by
     :func:`partition`.
     """
     labels = splits.train.labels
@@ -56,8 +58,8 @@ def deal(splits: Splits, clients: int, kind: str, alpha: float, minimum: int, se
     return Dealt(partition(labels, clients, kind, alpha, minimum, seed), rule)
 
 
-def natural(owners: Sequence[str] | None) -> tuple[tuple[str, ...], Parts]:
-    """Give the owners' names, sorted (numbers by value), and every owner's samples.
+def natural(owners: Sequence[str] | None) -> tuple[tuple[str, ...], Positions]:
+    """Return the owners' names, sorted (numbers by value), and every owner's samples.
 
     Raises
     ------
@@ -78,7 +80,7 @@ def natural(owners: Sequence[str] | None) -> tuple[tuple[str, ...], Parts]:
 
 def partition(
     labels: Tensor, clients: int, kind: str, alpha: float, minimum: int, seed: int
-) -> Parts:
+) -> Positions:
     """Spread the samples over the clients.
 
     ``dirichlet`` draws, for every class, the clients' proportions from Dir(alpha) (Li et al. 2021).
@@ -90,6 +92,17 @@ def partition(
     ----------
     labels : Tensor
         (samples,) int64.
+    clients : int
+        Number of clients.
+    kind : str
+        ``dirichlet`` or ``iid``.
+    alpha : float
+        Concentration of the Dirichlet distribution; the smaller, the more the clients' classes
+        differ.
+    minimum : int
+        Samples that every client has at least, under ``dirichlet``.
+    seed : int
+        Fixes the draw.
 
     Raises
     ------
@@ -120,7 +133,7 @@ def partition(
     return [np.sort(np.array(part, dtype=np.int64)) for part in held]
 
 
-def deal_pictures(pictures: Tensor, clients: int, seed: int) -> Parts:
+def deal_pictures(pictures: Tensor, clients: int, seed: int) -> Positions:
     """Deal shuffled pictures to the clients, each with all its captions (retrieval has no classes).
 
     Parameters
@@ -148,9 +161,9 @@ def _fill(held: list[list[int]], minimum: int, rng: np.random.Generator) -> None
 
 
 def shares(sizes: list[int], batch_size: int, rule: str) -> NDArray[np.int64]:
-    """Plan an epoch: how many samples every client gives to every global batch.
+    """Plan an epoch: how many samples of every client are in every global batch.
 
-    ``proportional`` lays the j-th of a client's n samples at (j + 1/2)/n on a line and cuts the
+    ``proportional`` puts the j-th of a client's n samples at (j + 1/2)/n on a line and cuts the
     line every ``batch_size`` samples (the Sainte-Laguë rule): every client's part follows its share
     of the data, every global batch but the last is full, and all clients finish together.
     ``equal`` takes ceil(B/N) of every client until it runs dry (the released code's rule).
@@ -159,6 +172,10 @@ def shares(sizes: list[int], batch_size: int, rule: str) -> NDArray[np.int64]:
     ----------
     sizes : list of int
         Training samples of every client.
+    batch_size : int
+        Samples of a global batch, B.
+    rule : str
+        ``proportional`` or ``equal``.
 
     Returns
     -------
@@ -172,8 +189,8 @@ def shares(sizes: list[int], batch_size: int, rule: str) -> NDArray[np.int64]:
         starts = np.arange(steps)[:, None] * each
         return np.clip(np.array(sizes)[None, :] - starts, 0, each).astype(np.int64)
     owner = np.repeat(np.arange(clients), sizes)
-    place = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
-    line = owner[np.argsort(place, kind="stable")]
+    along = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    line = owner[np.argsort(along, kind="stable")]
     steps = -(-len(line) // batch_size)
     plan = np.zeros((steps, clients), dtype=np.int64)
     np.add.at(plan, (np.arange(len(line)) // batch_size, line), 1)
@@ -181,5 +198,5 @@ def shares(sizes: list[int], batch_size: int, rule: str) -> NDArray[np.int64]:
 
 
 def epoch_order(samples: int, seed: int, client: int, epoch: int) -> NDArray[np.int64]:
-    """Give a client's sample order in an epoch: (samples,), a function of its arguments alone."""
+    """Return a client's order of samples in an epoch: (samples,), fixed by its arguments alone."""
     return np.random.default_rng([seed, client, epoch]).permutation(samples)

@@ -61,7 +61,6 @@ def side_by_side(
 
 
 def main() -> None:
-    toys.register()
     path = Path(sys.argv[1])
     launched = environment.resolve(os.environ)
     assert launched is not None

@@ -143,7 +143,6 @@ def leaking(task: str) -> None:
 
 
 def main() -> None:
-    toys.register()
     task, argument = sys.argv[1], Path(sys.argv[2])
     launched = environment.resolve(os.environ)
     assert launched is not None

@@ -61,7 +61,6 @@ def _cases() -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What came of every case, all trained in one world of two workers."""
-    toys.register()
     folder = tmp_path_factory.mktemp("baselines")
     listed = [
         to_dict(toys.experiment(**case)) | {"output": str(folder)} for case in _cases().values()

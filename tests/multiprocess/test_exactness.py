@@ -58,7 +58,6 @@ def _case(fusion: str, pair: str, precision: str) -> dict:
 
 def run_gold(folder: Path, chosen: dict[str, dict], steps: int = STEPS) -> dict[str, tuple]:
     """Run all cases in one world; give (experiment, what came of it) by case."""
-    toys.register()
     experiments = {name: toys.experiment(**case) for name, case in chosen.items()}
     task = folder / "task.json"
     listed = [to_dict(e) | {"output": str(folder)} for e in experiments.values()]

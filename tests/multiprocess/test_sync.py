@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import toys
 from test_exactness import assert_close, run_gold
 
 from mpsl_dist.actors import deployable
@@ -35,7 +34,6 @@ def case(clients: int, mode: str, every: int) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
-    toys.register()
     chosen = {f"gradients {n}": case(n, "gradients", 1) for n in CLIENTS}
     chosen |= {"gradients 4 every 5": case(4, "gradients", 5)}
     chosen |= {"weights 4": case(4, "weights", 1), "none 4": case(4, "none", 1)}

@@ -55,7 +55,6 @@ def _cases() -> dict[str, dict]:
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Experiment, dict]]:
     """Every case trained to its end, one after the other in one world of two workers."""
     folder = tmp_path_factory.mktemp("traffic")
-    toys.register()
     experiments = {
         name: toys.experiment(name=name.replace(" ", "-"), output=str(folder / "runs"), **case)
         for name, case in _cases().items()
@@ -72,7 +71,6 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Experiment
 
 def computed(experiment: Experiment) -> dict[str, list[int]]:
     """What the whole run must send: training, a test after every epoch, the last average."""
-    toys.register()
     inputs = inputs_of(experiment)
     parts = flops.build(experiment, inputs)
     holdings = Holdings.load(experiment)

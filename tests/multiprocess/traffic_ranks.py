@@ -72,7 +72,6 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment) ->
 
 
 def main() -> None:
-    toys.register()
     path = Path(sys.argv[1])
     launched = environment.resolve(os.environ)
     assert launched is not None

@@ -19,7 +19,6 @@ from mpsl_dist.models.average import trainable_state
 from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime.process import StopRequest
 
-toys.register()
 DOUBLE = {"precision": "float64"}
 
 

@@ -18,10 +18,11 @@ from mpsl_dist.__main__ import main
 from mpsl_dist.actors import deployable
 from mpsl_dist.analysis import cost, flops, traffic_model
 from mpsl_dist.analysis.cost_figures import draw, resized
-from mpsl_dist.analysis.cost_inputs import CAPTIONS, inputs_of
+from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.analysis.flops import Flops, ModelParts
 from mpsl_dist.config import Experiment, from_dict, load
 from mpsl_dist.config.methods import METHODS
+from mpsl_dist.data.catalog import CAPTIONS
 from mpsl_dist.models.server_model import build_encoder
 
 #: The paper's five classification datasets as its tables have them, ViT-B/16.
@@ -182,9 +183,8 @@ def test_an_encoder_counts_the_same_block_by_block_and_whole() -> None:
 
 
 def test_counts_on_shapes_are_those_of_a_real_pass() -> None:
-    toys.register()
     toy = toys.experiment(data={"name": "toy-image+audio"}, model={"fusion": "late"})
-    splits = data.load(toy.data.name)
+    splits = data.load(toy.data.name, plugins=["toys"])
     parts = flops.build(toy, inputs_of(toy))
     model = deployable.build(toy, splits)
     inputs = splits.train.fetch([0]).inputs

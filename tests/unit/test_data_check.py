@@ -10,8 +10,8 @@ import pytest
 from media_files import make_coco_qa, make_kinetics_sounds, make_meld, write_clip, write_csv
 
 from mpsl_dist.data import DataError
-from mpsl_dist.data.catalog import CATALOG
-from mpsl_dist.data.check import check
+from mpsl_dist.data.catalog import DATASETS
+from mpsl_dist.data.fetch.check import check
 
 
 def test_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,8 +20,9 @@ def test_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.classes == 3 and report.decoded == 8
     assert "train: 12 samples of 78,736 in the whole dataset" in str(report)
     assert not report.complete and "official place" in str(report)
-    entry = dataclasses.replace(CATALOG["coco-qa"], samples=(12, 4))
-    monkeypatch.setitem(CATALOG, "coco-qa", entry)
+    facts = dataclasses.replace(DATASETS["coco-qa"], samples=(12, 4))
+    monkeypatch.setitem(DATASETS, "coco-qa", facts)
+    report = check("coco-qa", tmp_path)
     assert report.complete and "official place" not in str(report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import threading
 import zipfile
@@ -19,7 +20,7 @@ from mpsl_dist import config
 from mpsl_dist.__main__ import main
 from mpsl_dist.analysis import partition_view
 from mpsl_dist.data import catalog
-from mpsl_dist.data.catalog import Archive, Entry
+from mpsl_dist.data.catalog import Archive
 
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 PAPER = ROOT / "configs/paper"
@@ -79,8 +80,9 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}/meld.zip"
-    entry = Entry("MELD: here", archives=(Archive(url, "meld"),))
-    monkeypatch.setitem(catalog.CATALOG, "meld", entry)
+    archives = (Archive(url, "meld"),)
+    facts = dataclasses.replace(catalog.DATASETS["meld"], archives=archives)
+    monkeypatch.setitem(catalog.DATASETS, "meld", facts)
     yield
     server.shutdown()
     thread.join()

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from mpsl_dist import config
-from mpsl_dist.data import files
+from mpsl_dist.data.catalog import DATASETS
 
 PAPER = sorted((Path(__file__).parents[2] / "configs" / "paper").glob("*.yaml"))
 
 
 def test_there_is_one_for_each_dataset() -> None:
     names = "coco-qa t4sa kinetics-sounds ucf101 meld flickr30k ms-coco"
-    assert {path.stem for path in PAPER} == set(names.split()) <= set(files.DATASETS)
+    assert {path.stem for path in PAPER} == set(names.split()) <= set(DATASETS)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)

@@ -74,7 +74,7 @@ def read_variants(folder: Path) -> None:
     """Fetch every variant beside a good sample; print a line of JSON each."""
     import torch
 
-    from mpsl_dist.data.samples import FileDataset, Sample, View
+    from mpsl_dist.data.decode.samples import FileDataset, Sample, View
 
     torch.set_num_threads(1)
     good = {

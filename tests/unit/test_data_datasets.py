@@ -21,8 +21,9 @@ from media_files import (
     write_picture,
 )
 
-from mpsl_dist.data import DataError, Splits, image_text, listing, retrieval, video_audio
-from mpsl_dist.data.text import tokenize
+from mpsl_dist.data import DataError, Splits
+from mpsl_dist.data.decode.text import tokenize
+from mpsl_dist.data.sets import captions, image_text, listing, video_audio
 
 
 def _check(splits: Splits, modalities: list[str]) -> None:
@@ -261,7 +262,7 @@ def test_meld_text() -> None:
 
 @pytest.mark.parametrize(
     ("name", "load"),
-    [("flickr30k", retrieval.load_flickr30k), ("coco", retrieval.load_ms_coco)],
+    [("flickr30k", captions.load_flickr30k), ("coco", captions.load_ms_coco)],
 )
 def test_retrieval(tmp_path: Path, name: str, load: Callable[..., Splits]) -> None:
     splits = load(make_karpathy(tmp_path, name), text_length=12, image_size=32)
@@ -281,40 +282,40 @@ def test_retrieval(tmp_path: Path, name: str, load: Callable[..., Splits]) -> No
 def test_ms_coco_with_the_names_of_the_released_code(tmp_path: Path) -> None:
     for path in (make_karpathy(tmp_path, "coco") / "ms-coco").rglob("*.jpg"):
         path.rename(path.with_name(f"{int(path.stem[-12:])}.jpg"))
-    splits = retrieval.load_ms_coco(tmp_path, text_length=12, image_size=16)
+    splits = captions.load_ms_coco(tmp_path, text_length=12, image_size=16)
     assert splits.test.fetch([9]).inputs["image"].any()
     annotations = tmp_path / "karpathy/dataset_coco.json"
     content = annotations.read_text()
     for old, new in (("val2014", "../../etc"), ("COCO_train2014_000000000001", "one")):
         annotations.write_text(content.replace(old, new))
         with pytest.raises(DataError, match=r"dataset_coco\.json"):
-            retrieval.load_ms_coco(tmp_path)
+            captions.load_ms_coco(tmp_path)
 
 
 def test_retrieval_without_karpathys_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="flickr30k"):
-        retrieval.load_flickr30k(tmp_path)
+        captions.load_flickr30k(tmp_path)
     lines = []
     for n in range(20):
         write_picture(tmp_path / f"flickr30k/flickr30k-images/{n}.jpg", n + 30)
         lines += [f"{n}.jpg#{k}\tcaption {k} of {n}" for k in (1, 0, 2)]
     token = tmp_path / "flickr30k/results_20130124.token"
     token.write_text("\n".join(lines))
-    splits = retrieval.load_flickr30k(tmp_path, image_size=16)
+    splits = captions.load_flickr30k(tmp_path, image_size=16)
     assert len(splits.train.labels) == 54 and splits.test.labels.tolist() == [0] * 3 + [1] * 3
     assert splits.train.samples[0].text == "caption 0 of 0"
     token.write_text("1.jpg caption")
     with pytest.raises(DataError, match="line 1"):
-        retrieval.load_flickr30k(tmp_path)
+        captions.load_flickr30k(tmp_path)
     (tmp_path / "karpathy").mkdir()
     (tmp_path / "karpathy/dataset_flickr30k.json").write_text(json.dumps([{"split": "train"}]))
     with pytest.raises(DataError, match="not Karpathy's format"):
-        retrieval.load_flickr30k(tmp_path)
+        captions.load_flickr30k(tmp_path)
 
 
 @needs("flickr8k")
 def test_retrieval_on_real_pictures() -> None:
-    splits = retrieval.load_flickr30k(DATA, folder="flickr8k")
+    splits = captions.load_flickr8k(DATA)
     assert len(splits.train.labels) == 216 * 5 and len(splits.test.labels) == 24 * 5
     assert torch.bincount(splits.train.labels).tolist() == [5] * 216
     batch = splits.test.fetch(range(10))
@@ -325,6 +326,6 @@ def test_retrieval_on_real_pictures() -> None:
 
 @needs("ms-coco")
 def test_ms_coco_on_real_pictures() -> None:
-    splits = retrieval.load_ms_coco(DATA, image_size=64)
+    splits = captions.load_ms_coco(DATA, image_size=64)
     assert len(splits.train.labels) == 72 * 5 and len(splits.test.labels) == 8 * 5
     assert splits.test.fetch([0, 39]).inputs["image"].shape == (2, 3, 64, 64)

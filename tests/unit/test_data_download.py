@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from mpsl_dist.data import DataError, archives, catalog, download
+from mpsl_dist.data import DataError, catalog
 from mpsl_dist.data.catalog import Archive
+from mpsl_dist.data.fetch import archives, download
 
 
 @dataclass
@@ -206,8 +207,8 @@ def test_catalog(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="only http"):
         download.get(Archive("file:///etc/passwd", "x"), tmp_path)
     for name in ("coco-qa", "ms-coco", "flickr30k", "meld", "ucf101"):
-        assert catalog.CATALOG[name].archives
-        for archive in catalog.CATALOG[name].archives:
+        assert catalog.DATASETS[name].archives
+        for archive in catalog.DATASETS[name].archives:
             assert archive.url.startswith(("http://", "https://"))
             assert archive.checksum is None or archive.checksum.startswith(("md5:", "sha256:"))
 

@@ -13,8 +13,9 @@ from media_files import DATA, needs, write_clip, write_csv, write_picture, write
 
 from mpsl_dist import config, data
 from mpsl_dist.actors.holdings import load_data
-from mpsl_dist.data import DataError, files, manifest
-from mpsl_dist.data.text import tokenize
+from mpsl_dist.data import DataError
+from mpsl_dist.data.decode.text import tokenize
+from mpsl_dist.data.sets import manifest
 
 SMALL = {"image_size": 16, "audio_frames": 20, "text_length": 8}
 
@@ -176,11 +177,10 @@ def test_modalities_are_chosen_and_ordered_by_the_experiment(mixed: Path) -> Non
 
 
 def test_options_that_a_dataset_has_no_use_for_are_errors(mixed: Path) -> None:
-    splits = files.load("manifest", mixed, 8, image_size=16, audio_frames=20, cache=None)
+    splits = data.load("manifest", mixed, 8, image_size=16, audio_frames=20, cache=None)
     assert splits.shapes["text"] == (8,)
     with pytest.raises(DataError, match=r"data\.audio_frames: coco-qa has no use for it"):
-        files.load("coco-qa", mixed, audio_frames=20)
-    assert set(files.DATASETS) <= set(data.LOADERS)
+        data.load("coco-qa", mixed, audio_frames=20)
 
 
 def test_the_example_of_the_docs(tmp_path: Path) -> None:

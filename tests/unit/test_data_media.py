@@ -11,7 +11,8 @@ import torch
 from media_files import DATA, needs, write_clip, write_picture, write_sound
 from PIL import Image
 
-from mpsl_dist.data import DataError, audio, media
+from mpsl_dist.data import DataError
+from mpsl_dist.data.decode import audio, media
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp"])

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpsl_dist.data import DataError, mnist_fsdd
+from mpsl_dist.data import DataError
+from mpsl_dist.data.sets import mnist_fsdd
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("MPSL_TEST_DATA", REPOSITORY.parent / "shared" / "data"))

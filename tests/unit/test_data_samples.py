@@ -10,9 +10,11 @@ import pytest
 import torch
 from media_files import write_clip, write_picture, write_sound
 
-from mpsl_dist.data import DataError, load_batches, media, samples, tables
-from mpsl_dist.data.cache import Cache
-from mpsl_dist.data.samples import FileDataset, Sample, View
+from mpsl_dist.data import DataError, load_batches
+from mpsl_dist.data.decode import media, samples
+from mpsl_dist.data.decode.cache import Cache
+from mpsl_dist.data.decode.samples import FileDataset, Sample, View
+from mpsl_dist.data.sets import tables
 
 CLIP = View(("image", "audio"), image_size=32, crop=True, audio_frames=20)
 PICTURE = View(("image", "text"), image_size=32, text_length=12)

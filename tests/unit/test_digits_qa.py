@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpsl_dist.data import DataError, digits_qa, load
+from mpsl_dist.data import DataError, load
+from mpsl_dist.data.sets import digits_qa
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from mpsl_dist.actors.server import Server
 
 
 def server() -> Server:
-    toys.register()
     toy = toys.experiment()
     model = assembly.build_server_model(toy, toys.load(("image", "text")), [5, 6])
     return Server(model, Stepper(model.parameters(), toy.training.server))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mpsl_dist import data
 from mpsl_dist.actors import assembly
 from mpsl_dist.config import ConfigError, from_dict
-from mpsl_dist.data.text import tokenize
+from mpsl_dist.data.decode.text import tokenize
 from mpsl_dist.errors import WeightsError
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.clip_text import ClipText, build_text_tower
@@ -397,8 +397,7 @@ def test_an_experiment_begins_with_its_files(
         },
         weights=dict.fromkeys(("encoder", "image"), str(tmp_path / "clip.pt")),
     )
-    toys.register()
-    splits = data.load(toy.data.name)
+    splits = data.load(toy.data.name, plugins=["toys"])
     with caplog.at_level("INFO", logger="mpsl_dist"):
         tokenizers = assembly.build_tokenizers(toy, splits)
         again = copy_of(tokenizers)
@@ -412,9 +411,8 @@ def test_an_experiment_begins_with_its_files(
 
 
 def test_clients_of_a_process_share_one_tower() -> None:
-    toys.register()
     toy = toys.experiment(model={"text": "clip", "text_tower": "ViT-B-16"})
-    splits = data.load(toy.data.name)
+    splits = data.load(toy.data.name, plugins=["toys"])
     tower = assembly.build_shared_text(toy, splits)
     first, second = (assembly.build_tokenizers(toy, splits, tower) for _ in range(2))
     assert first.by_modality["text"] is second.by_modality["text"] is tower

@@ -23,12 +23,12 @@ _FFT, _PREEMPHASIS = 512, 0.97
 
 
 def samples_for(frames: int) -> int:
-    """Give the length of the shortest waveform with this many frames, in samples."""
+    """Return the length in samples of the shortest waveform with this many frames."""
     return FRAME + (frames - 1) * HOP
 
 
 def fit(waveform: Tensor, samples: int, start: int = 0) -> Tensor:
-    """Cut a window out of a waveform, padded with silence on the right.
+    """Return a window of a waveform, padded with silence on the right.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def fit(waveform: Tensor, samples: int, start: int = 0) -> Tensor:
 
 
 def fbank(waveform: Tensor, frames: int) -> Tensor:
-    """Give Kaldi's log-mel filterbank: htk-compatible, Hann window, 25 ms every 10 ms, no dither.
+    """Return Kaldi's log-mel filterbank: htk-compatible, Hann window, 25 ms every 10 ms, no dither.
 
     The same values as ``torchaudio.compliance.kaldi.fbank``, of any number of waveforms at once and
     without making the mel filters anew each time.
@@ -78,7 +78,7 @@ def fbank(waveform: Tensor, frames: int) -> Tensor:
 
 @cache
 def _filters() -> tuple[Tensor, Tensor]:
-    """Give the window (400,) and the mel filters (257, 128)."""
+    """Return the window (400,) and the mel filters (257, 128)."""
     from torchaudio.compliance import kaldi
 
     filters, _ = kaldi.get_mel_banks(MEL_BINS, _FFT, float(RATE), 20.0, 0.0, 100.0, -500.0, 1.0)
@@ -88,7 +88,7 @@ def _filters() -> tuple[Tensor, Tensor]:
 
 
 def resample(waveform: Tensor, rate: int) -> Tensor:
-    """Bring waveforms (..., s) from ``rate`` samples per second to 16 kHz."""
+    """Return waveforms (..., s) of ``rate`` samples per second, resampled to 16 kHz."""
     from torchaudio import functional
 
     return waveform if rate == RATE else functional.resample(waveform, rate, RATE)

@@ -2,19 +2,20 @@
 
 The pictures are scikit-learn's 1,797 digits (UCI Optical Recognition of Handwritten Digits,
 8x8, 17 grey levels). Every fifth picture of a digit is a test picture. The questions are drawn from
-templates such that neither the picture nor the question alone gives the answer.
+templates such that neither the picture nor the question alone suffices for the answer.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mpsl_dist.data.dataset import Splits, TensorDataset
-from mpsl_dist.data.text import tokenize
+from mpsl_dist.data.decode.text import tokenize
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLASSES = (*NUMBERS, "yes", "no")
@@ -40,8 +41,15 @@ QUESTIONS: dict[str, Callable[[int], str]] = {
 }
 
 
-def load(text_length: int = 16) -> Splits:
+def load(root: str | Path | None = None, *, text_length: int = 16) -> Splits:
     """Build the dataset; always the same, whatever the experiment's seed.
+
+    Parameters
+    ----------
+    root : str or Path, optional
+        Not used: nothing is read from files.
+    text_length : int
+        Byte-pair tokens of a question.
 
     Returns
     -------
@@ -87,7 +95,7 @@ def load(text_length: int = 16) -> Splits:
 def majority(
     train_keys: Sequence[Hashable], train: Tensor, test_keys: Sequence[Hashable], test: Tensor
 ) -> float:
-    """Give the test accuracy of answering each key with its most frequent training label."""
+    """Return the test accuracy of answering each key with its most frequent training label."""
     counts: dict[Hashable, Counter[int]] = defaultdict(Counter)
     for key, label in zip(train_keys, train.tolist(), strict=True):
         counts[key][label] += 1

@@ -22,12 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpsl_dist.data import archives
-from mpsl_dist.data.catalog import CATALOG, Archive
+from mpsl_dist.data import catalog
+from mpsl_dist.data.catalog import Archive
+from mpsl_dist.data.fetch import archives
 from mpsl_dist.errors import DataError
 
 _BLOCK = 1 << 20
-#: Told as bytes come: the file's name, how many are there, and of how many (None: not known).
+#: Called as bytes come: the file's name, how many are there, and of how many (None: not known).
 Tell = Callable[[str, int, int | None], None]
 _log = logging.getLogger(__name__)
 
@@ -41,25 +42,31 @@ def download(name: str, root: str | Path, tell: Tell | None = None) -> list[str]
 
     Parameters
     ----------
+    name : str
+        One of ours, see :data:`mpsl_dist.data.catalog.DATASETS`.
+    root : str or Path
+        Folder of the datasets.
     tell : callable, optional
-        Is told the progress, see :data:`Tell`.
+        Called with the progress, see :data:`Tell`.
 
     Returns
     -------
     list of str
-        What was done, a line an archive.
+        What was done, one line for each archive.
 
     Raises
     ------
     DataError
-        If the dataset must be got by hand (with instructions), or a download fails for good.
+        If the dataset has no official place, must be fetched by hand (with instructions), or a
+        download fails for good.
     """
-    if name not in CATALOG:
-        raise DataError(f"data.name: {name} is not downloaded; there are: {', '.join(CATALOG)}")
-    entry = CATALOG[name]
-    if not entry.archives:
-        raise DataError(f"{name}: {entry.by_hand}; official place: {entry.place}")
-    return [get(archive, Path(root), tell=tell) for archive in entry.archives]
+    official = {key: facts for key, facts in catalog.DATASETS.items() if facts.place}
+    if name not in official:
+        raise DataError(f"data.name: {name} is not downloaded; there are: {', '.join(official)}")
+    facts = official[name]
+    if not facts.archives:
+        raise DataError(f"{name}: {facts.by_hand}; {catalog.source(name)}")
+    return [get(archive, Path(root), tell=tell) for archive in facts.archives]
 
 
 def get(
@@ -82,7 +89,7 @@ def get(
     timeout : float
         Seconds without a byte until a connection counts as lost.
     tell : callable, optional
-        Is told the progress, see :data:`Tell`.
+        Called with the progress, see :data:`Tell`.
 
     Returns
     -------

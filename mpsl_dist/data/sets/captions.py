@@ -1,4 +1,4 @@
-"""``flickr30k`` and ``ms-coco``: pictures and captions that describe them, for retrieval.
+"""``flickr8k``, ``flickr30k`` and ``ms-coco``: pictures and their captions, for retrieval.
 
 One sample is one (picture, caption) pair: caption ``k`` of picture ``i`` is sample ``5 i + k``
 where every picture has five, and the label of all five is ``i``, counted from 0 in each split.
@@ -12,6 +12,9 @@ Layout under ``data.root``, the first that is found:
     ``flickr30k/images/``, ``flickr30k/``); else ``flickr30k/results_20130124.token`` (or
     ``captions.token``), lines "file#k<tab>caption", every tenth picture by name for testing: not
     the official split.
+``flickr8k``
+    likewise, with 8k for 30k; the file of captions is ``Flickr8k.token.txt`` (or
+    ``captions.token``).
 ``ms-coco``
     ``karpathy/dataset_coco.json`` and pictures in ``ms-coco/{train2014,val2014}/``; else
     ``ms-coco/annotations/captions_{train,val}2014.json``, where ``val2014`` is for testing; without
@@ -24,15 +27,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpsl_dist.data import catalog, listing
+from mpsl_dist.data import catalog
 from mpsl_dist.data.dataset import Splits
-from mpsl_dist.data.image_text import coco_paths
-from mpsl_dist.data.samples import OnError, Sample, View
-from mpsl_dist.data.tables import Table, build
+from mpsl_dist.data.decode.samples import OnError, Sample, View
+from mpsl_dist.data.sets import listing
+from mpsl_dist.data.sets.image_text import coco_paths
+from mpsl_dist.data.sets.tables import Table, build
 from mpsl_dist.errors import DataError
 
-#: Captions taken of every picture, the first ones.
-CAPTIONS = 5
+#: The files of captions that are looked for where Karpathy's is not there, the official one first.
+_TOKENS = {
+    "flickr8k": ("Flickr8k.token.txt", "captions.token"),
+    "flickr30k": ("results_20130124.token", "captions.token"),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +51,6 @@ def load_flickr30k(
     image_size: int = 224,
     on_error: OnError = "raise",
     cache: str | Path | None = None,
-    folder: str = "flickr30k",
 ) -> Splits:
     """Read Flickr30k: 29,000 pictures for training, 1,000 for testing, five captions each.
 
@@ -52,16 +58,40 @@ def load_flickr30k(
     ----------
     root : str or Path
         Folder that holds ``flickr30k/`` and ``karpathy/``.
-    folder : str
-        Name of the dataset's folder: Flickr8k has the same formats.
     text_length, image_size, on_error, cache
-        As in :func:`mpsl_dist.data.image_text.load_coco_qa`.
+        As in :func:`mpsl_dist.data.sets.image_text.load_coco_qa`.
     """
-    source = catalog.source("flickr30k")
-    home = listing.folder(root, "flickr30k", folder, source)
-    names = (home / "flickr30k-images", home / "images", home)
-    pictures = next(path for path in names if path.is_dir())
-    karpathy = home.parent / "karpathy" / f"dataset_{folder}.json"
+    return _load_flickr("flickr30k", root, text_length, image_size, on_error, cache)
+
+
+def load_flickr8k(
+    root: str | Path | None,
+    *,
+    text_length: int = 77,
+    image_size: int = 224,
+    on_error: OnError = "raise",
+    cache: str | Path | None = None,
+) -> Splits:
+    """Read Flickr8k: 6,000 pictures for training, 1,000 for testing, five captions each.
+
+    Parameters as in :func:`load_flickr30k`; ``root`` holds ``flickr8k/`` and ``karpathy/``.
+    """
+    return _load_flickr("flickr8k", root, text_length, image_size, on_error, cache)
+
+
+def _load_flickr(
+    name: str,
+    root: str | Path | None,
+    text_length: int,
+    image_size: int,
+    on_error: OnError,
+    cache: str | Path | None,
+) -> Splits:
+    source = catalog.source(name)
+    home = listing.folder(root, name, name, source)
+    folders = (home / f"{name}-images", home / "images", home)
+    pictures = next(path for path in folders if path.is_dir())
+    karpathy = home.parent / "karpathy" / f"dataset_{name}.json"
     if karpathy.exists():
         captioned = _read_karpathy(karpathy, source)
         train, test = (
@@ -69,14 +99,14 @@ def load_flickr30k(
             for split in ("train", "test")
         )
     else:
-        tokens = [home / "results_20130124.token", home / "captions.token"]
+        tokens = [home / file for file in _TOKENS[name]]
         path = next((path for path in tokens if path.exists()), None)
         if path is None:
             raise DataError(f"{karpathy}: no such file, and no {tokens[0]}; {source}")
         texts = _read_tokens(path, source)
         train, test = _split_tenth({str(pictures / file): texts[file] for file in sorted(texts)})
         _log.warning("%s: no %s; every tenth picture is for testing", path, karpathy.name)
-    return _build("flickr30k", train, test, text_length, image_size, on_error, cache)
+    return _build(name, train, test, text_length, image_size, on_error, cache)
 
 
 def load_ms_coco(
@@ -128,10 +158,10 @@ def _build(
 
 
 def pairs(captions: Mapping[str, Sequence[str]]) -> Table:
-    """Make (picture, caption) pairs; the label is the picture's position."""
+    """Return the pairs of each picture and its captions; the label is the picture's position."""
     samples, labels = [], []
     for position, (picture, texts) in enumerate(captions.items()):
-        for caption in texts[:CAPTIONS]:
+        for caption in texts[: catalog.CAPTIONS]:
             samples.append(Sample(image=picture, text=caption))
             labels.append(position)
     return Table(samples, labels)
@@ -140,7 +170,7 @@ def pairs(captions: Mapping[str, Sequence[str]]) -> Table:
 def _split_tenth(
     captions: Mapping[str, Sequence[str]],
 ) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
-    """Keep every tenth picture for testing."""
+    """Return the pictures for training, and every tenth one for testing."""
     train, test = {}, {}
     for position, (picture, texts) in enumerate(captions.items()):
         (test if position % 10 == 9 else train)[picture] = texts
@@ -148,7 +178,7 @@ def _split_tenth(
 
 
 def _read_karpathy(path: Path, source: str) -> dict[str, list[tuple[str, str, list[str]]]]:
-    """Give (folder, file, captions) of the pictures of every split."""
+    """Return (folder, file, captions) of the pictures of every split."""
     found: dict[str, list[tuple[str, str, list[str]]]] = {"train": [], "test": []}
     try:
         for image in listing.parsed_json(path, source)["images"]:
@@ -163,7 +193,7 @@ def _read_karpathy(path: Path, source: str) -> dict[str, list[tuple[str, str, li
 
 
 def _number(karpathy: Path, file: str) -> int:
-    """Give the picture's id in a name like COCO_val2014_000000391895.jpg."""
+    """Return the picture's id in a name like COCO_val2014_000000391895.jpg."""
     number = Path(file).stem.rpartition("_")[2]
     if not number.isdigit():
         raise DataError(f"{karpathy}: '{file}' is no name of an MS-COCO picture")
@@ -171,7 +201,7 @@ def _number(karpathy: Path, file: str) -> int:
 
 
 def _read_tokens(path: Path, source: str) -> dict[str, list[str]]:
-    """Read lines "file#k<tab>caption"; the captions in the order of k."""
+    """Read lines "file#k<tab>caption" into each file's captions, in the order of k."""
     numbered: dict[str, list[tuple[int, str]]] = {}
     for number, line in enumerate(listing.lines(path, source), start=1):
         if not line:
@@ -185,7 +215,7 @@ def _read_tokens(path: Path, source: str) -> dict[str, list[str]]:
 
 
 def _read_captions(home: Path, images: str, source: str) -> dict[str, Sequence[str]]:
-    """Read the official captions; the pictures by id, each one's captions by id."""
+    """Read the official captions; pictures, and the captions of each, are ordered by id."""
     path = home / "annotations" / f"captions_{images}.json"
     content = listing.parsed_json(path, source)
     texts: dict[int, list[tuple[int, str]]] = {}

@@ -1,4 +1,4 @@
-"""From a listed table of samples to the splits of a dataset."""
+"""From tables of samples, as the annotation files list them, to the splits of a dataset."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ from typing import NamedTuple
 
 import torch
 
-from mpsl_dist.data.cache import Cache
 from mpsl_dist.data.dataset import Splits
-from mpsl_dist.data.samples import FileDataset, OnError, Sample, View
+from mpsl_dist.data.decode.cache import Cache
+from mpsl_dist.data.decode.samples import FileDataset, OnError, Sample, View
 from mpsl_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 
 class Table(NamedTuple):
-    """A split as a dataset module lists it."""
+    """A split as its annotation files list it.
+
+    Attributes
+    ----------
+    samples : sequence of Sample
+    labels : sequence of int
+        The class of every sample; in retrieval, which picture it belongs to.
+    clients : sequence of str, optional
+        The owner of every sample, where the data names one.
+    """
 
     samples: Sequence[Sample]
     labels: Sequence[int]
@@ -30,7 +39,14 @@ class Table(NamedTuple):
 def keep_existing(
     samples: Sequence[Sample], on_error: OnError, name: str, source: str
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Give the positions of the samples whose files are there, and the files that are not there.
+    """Return the positions of the samples whose files are there, and the files that are missing.
+
+    Parameters
+    ----------
+    name : str
+        The dataset and split, for messages.
+    source : str
+        Where the files come from, for messages.
 
     Raises
     ------
@@ -78,12 +94,27 @@ def build(
     cache: str | Path | None,
     source: str,
 ) -> Splits:
-    """Make the splits of the listed samples, without those whose files are not there.
+    """Return the splits of the listed samples, without those whose files are missing.
 
     Parameters
     ----------
+    name : str
+        The dataset, for messages.
+    classes : sequence of str
+        Class names in label order; empty for retrieval.
+    view : View
+        How a sample becomes tensors.
+    on_error : str
+        ``raise`` or ``skip``: what becomes of files that are missing or damaged.
+    cache : str, Path or None
+        Folder that keeps decoded inputs.
     source : str
-        Where the files are to be had, said when some are missing.
+        Where the files come from, for messages.
+
+    Raises
+    ------
+    DataError
+        If a split has no samples, or files are missing and ``on_error`` is ``raise``.
     """
     if on_error not in ("raise", "skip"):
         raise DataError(f"data.on_error: expected 'raise' or 'skip', found '{on_error}'")
@@ -108,6 +139,6 @@ def build(
 
 
 def _majority(train: FileDataset, test: FileDataset) -> float:
-    """Give the test accuracy of always naming the commonest class of training."""
+    """Return the test accuracy of always answering with the most frequent class of training."""
     commonest = Counter(train.labels.tolist()).most_common(1)[0][0]
     return float((test.labels == commonest).float().mean())

@@ -3,8 +3,8 @@
 Columns, in any order and any case; each may be left out:
 
 ``image``, ``audio``, ``video``
-    Files, relative to the manifest's folder or absolute. A clip gives a frame where there is no
-    ``image`` and its sound where there is no ``audio``.
+    Files, relative to the manifest's folder or absolute. A clip stands for its
+    picture where there is no ``image``, and for its sound where there is no ``audio``.
 ``text``
     The text itself.
 ``label``
@@ -16,7 +16,7 @@ Columns, in any order and any case; each may be left out:
 ``client``
     Who owns the row: a natural federation instead of a drawn one.
 
-An empty cell (csv) or a null (jsonl) says that the sample lacks this part, which is no fault; a
+An empty cell (csv) or a null (jsonl) means that the sample lacks this part, which is no fault; a
 cell that names a file which is not there is one, see ``data.on_error``.
 """
 
@@ -31,10 +31,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mpsl_dist.data import listing, media
 from mpsl_dist.data.dataset import Splits
-from mpsl_dist.data.samples import OnError, Sample, View
-from mpsl_dist.data.tables import Table, build
+from mpsl_dist.data.decode import media
+from mpsl_dist.data.decode.samples import OnError, Sample, View
+from mpsl_dist.data.sets import listing
+from mpsl_dist.data.sets.tables import Table, build
 from mpsl_dist.errors import DataError
 
 FILES = ("image", "audio", "video")
@@ -47,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """One line: where it stands, and its cells without the empty ones."""
+    """One line of a manifest: its number in the file, and its cells without the empty ones."""
 
     line: int
     cells: Mapping[str, str]
@@ -78,9 +79,9 @@ def load(
         Frames of 10 ms.
     modalities : sequence of str, optional
         Of ``image``, ``audio`` and ``text``, in the order of fusion; by default all that the
-        columns give, ``audio`` from clips if the first clip has a sound track.
+        columns hold; clips count as ``audio`` if the first one has a sound track.
     on_error, cache
-        As in :func:`mpsl_dist.data.image_text.load_coco_qa`.
+        As in :func:`mpsl_dist.data.sets.image_text.load_coco_qa`.
 
     Returns
     -------
@@ -134,7 +135,13 @@ def _find(root: str | Path | None) -> Path:
 
 
 def read_rows(path: Path) -> tuple[list[Row], frozenset[str]]:
-    """Give the rows and the columns that the manifest has."""
+    """Return the rows of a manifest, and which of :data:`COLUMNS` it has.
+
+    Raises
+    ------
+    DataError
+        If it cannot be parsed, or a column has nearly the name of one of ours.
+    """
     content = listing.text(path, "name the manifest with data.root")
     raw = list(_jsonl(path, content) if path.suffix == ".jsonl" else _csv(path, content))
     columns: dict[str, None] = {}
@@ -217,12 +224,12 @@ def _require_sound(path: Path, rows: Sequence[Row], columns: frozenset[str]) -> 
 
 
 def _thing(row: Row) -> tuple[str, ...]:
-    """Say what a row is about: rows with the same files describe the same thing."""
+    """Return what a row is about: rows with the same files describe the same thing."""
     return tuple(row.cells.get(name, "") for name in FILES)
 
 
 def _split(rows: Sequence[Row], columns: frozenset[str]) -> tuple[list[Row], list[Row]]:
-    """Give the rows for training and for testing."""
+    """Return the rows for training and for testing."""
     train: list[Row] = []
     test: list[Row] = []
     if "split" in columns:
@@ -264,7 +271,7 @@ def _table(
 
 
 def _modalities(samples: Sequence[Sample]) -> list[str]:
-    """Find what the samples give, in the order image, audio, text."""
+    """Return the modalities that the samples have, in the order image, audio, text."""
     clip = next((sample.video for sample in samples if sample.video is not None), None)
     found = []
     if clip is not None or any(sample.image is not None for sample in samples):
@@ -277,7 +284,7 @@ def _modalities(samples: Sequence[Sample]) -> list[str]:
 
 
 def _require_modalities(path: Path, chosen: Sequence[str], columns: frozenset[str]) -> None:
-    """Refuse modalities that no column can give: they would be zeros everywhere."""
+    """Refuse modalities that no column has: they would be zeros everywhere."""
     sources = {"image": {"image", "video"}, "audio": {"audio", "video"}, "text": {"text"}}
     for name in chosen:
         if name not in sources:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsl_dist.data import audio
 from mpsl_dist.data.dataset import Splits, TensorDataset
+from mpsl_dist.data.decode import audio
 from mpsl_dist.errors import DataError
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -121,7 +121,7 @@ def _pair(
 
 
 def _read_mnist(folder: Path) -> tuple[Tensor, Tensor]:
-    """Give the pictures (n, 1, 28, 28), standardised, and their digits (n,) int64."""
+    """Return the pictures (n, 1, 28, 28), standardised, and their digits (n,) int64."""
     pixels = _read_idx(folder / "train-images-idx3-ubyte.gz", dimensions=3)
     digits = _read_idx(folder / "train-labels-idx1-ubyte.gz", dimensions=1)
     if len(pixels) != len(digits) or pixels.shape[1:] != (28, 28):
@@ -148,7 +148,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _find_utterances(folder: Path) -> list[tuple[int, str, Path]]:
-    """List (digit, speaker, file), sorted by name."""
+    """Return the (digit, speaker, file) of every recording, sorted by file name."""
     found = []
     for path in sorted(folder.glob("*.wav")):
         digit, _, rest = path.stem.partition("_")
@@ -162,7 +162,7 @@ def _find_utterances(folder: Path) -> list[tuple[int, str, Path]]:
 
 
 def _spectrograms(paths: Sequence[Path], frames: int) -> Tensor:
-    """Give the utterances as (n, frames, 128), standardised."""
+    """Return the utterances as (n, frames, 128) spectrograms, standardised."""
     samples = audio.samples_for(frames)
     recordings = [_read_wave(path) for path in paths]
     spectrograms = torch.empty(len(paths), frames, audio.MEL_BINS)
@@ -178,7 +178,7 @@ def _spectrograms(paths: Sequence[Path], frames: int) -> Tensor:
 
 
 def _read_wave(path: Path) -> tuple[int, Tensor]:
-    """Give the samples per second, and the waveform (s,)."""
+    """Return the samples per second, and the waveform (s,)."""
     try:
         with wave.open(str(path)) as file:
             if file.getnchannels() != 1 or file.getsampwidth() != 2:

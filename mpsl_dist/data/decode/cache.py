@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Part of every key: raise it when what decoding gives changes.
+#: Part of every key: raise it when the result of decoding changes.
 _VERSION = 1
 
 _log = logging.getLogger(__name__)
@@ -31,17 +31,19 @@ class Cache:
     folder: Path
 
     def get(self, path: str | Path, view: str, make: Callable[[], Tensor]) -> Tensor:
-        """Give ``make()`` of a file, from disk where it lies there whole.
+        """Return ``make()`` of a file, read from the cache where it has the whole entry.
 
         Parameters
         ----------
         view : str
-            What ``make`` does, with all its parameters.
+            What ``make`` does, with all its parameters: a part of the entry's key.
+        make : callable
+            Decodes the file; its result is kept.
         """
         try:
             status = os.stat(path)
         except OSError:
-            return make()  # says what is wrong with the file
+            return make()  # raises what is wrong with the file
         key = f"{_VERSION} {os.path.abspath(path)} {status.st_size} {status.st_mtime_ns} {view}"
         name = hashlib.sha256(key.encode()).hexdigest()
         entry = self.folder / name[:2] / f"{name[2:]}.npy"

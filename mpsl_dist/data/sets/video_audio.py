@@ -20,10 +20,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpsl_dist.data import catalog, listing
+from mpsl_dist.data import catalog
 from mpsl_dist.data.dataset import Splits
-from mpsl_dist.data.samples import OnError, Sample, View
-from mpsl_dist.data.tables import Table, build
+from mpsl_dist.data.decode.samples import OnError, Sample, View
+from mpsl_dist.data.sets import listing
+from mpsl_dist.data.sets.tables import Table, build
 from mpsl_dist.errors import DataError
 
 _KINETICS_SOUNDS = """
@@ -82,7 +83,7 @@ def load_kinetics_sounds(
     audio_frames : int
         Frames of 10 ms; 1024 are 10.255 s, longer than most clips.
     on_error, cache
-        As in :func:`mpsl_dist.data.image_text.load_coco_qa`.
+        As in :func:`mpsl_dist.data.sets.image_text.load_coco_qa`.
     """
     source = catalog.source("kinetics-sounds")
     home = listing.folder(root, "kinetics-sounds", "kinetics-sounds", source)
@@ -180,7 +181,7 @@ def load_meld(
     """Read MELD: an utterance's sound and text, one of seven emotions (alphabetical).
 
     Train and dev are the training set, as in the paper; test is the official one. The sound is up
-    to 7.68 s of the utterance, from its begin at test, from a random place in training, then
+    to 7.68 s of the utterance, from its start at test, from a random moment in training, then
     silence. (The released code takes 2.56 s and puts them somewhere into 7.68 s of silence, at
     random even at test.) One training clip (dia125_utt3) is damaged and one dev clip (dia110_utt7)
     missing in the official archive, which is why ``on_error`` is ``skip`` here.

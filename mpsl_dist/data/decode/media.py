@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mpsl_dist.data import audio
+from mpsl_dist.data.decode import audio
 from mpsl_dist.errors import DataError
 
 #: Pixels of the largest picture that is decoded: a header may promise any size.
@@ -34,14 +34,14 @@ _RATES = (1_000, 768_000)
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,wav,aiff,au,flac,ogg,mp3,aac,mpeg,mpegts,flv,asf"
 )
-#: In these the length is an estimate, so that ending early says nothing.
+#: In these the length is an estimate, so that ending early is no sign of damage.
 _ESTIMATED = frozenset({"mp3", "aac", "mpeg", "mpegts"})
 #: A file is damaged when more than one packet in ten does not decode.
 _BAD_SHARE = 0.1
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read a picture as (3, h, w) uint8; upright as its Exif says, transparency over white."""
+    """Read a picture as (3, h, w) uint8; upright as its Exif tells, transparency over white."""
     with _naming(path), Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{path}: {image.width}x{image.height} pixels are too many")
@@ -59,7 +59,7 @@ def read_frame(path: str | Path, fraction: float) -> Tensor:
     Parameters
     ----------
     fraction : float
-        The moment, 0 at the clip's begin and 1 at its end.
+        The moment, 0 at the start of the clip and 1 at its end.
 
     Returns
     -------
@@ -95,10 +95,11 @@ def read_waveform(path: str | Path, fraction: float = 0.5, samples: int | None =
     Parameters
     ----------
     fraction : float
-        Centre of the window, 0 at the clip's begin and 1 at its end; the window is moved to lie
+        Centre of the window, 0 at the clip's start and 1 at its end; the window is moved to lie
         inside the clip where it can.
     samples : int or None
-        Length of the window; shorter sound is padded with silence on its right. None gives all.
+        Length of the window; shorter sound is padded with silence on its right. None
+        reads all of the sound.
 
     Returns
     -------
@@ -127,7 +128,7 @@ def read_waveform(path: str | Path, fraction: float = 0.5, samples: int | None =
 
 
 def cut(waveform: Tensor, fraction: float, samples: int, total: int | None) -> Tensor:
-    """Cut the window of :func:`read_waveform` out of a waveform (s,) that begins with its clip.
+    """Return the window of :func:`read_waveform`, of a waveform (s,) that begins with its clip.
 
     ``total`` is the clip's length in samples, None where that is the waveform's.
     """
@@ -136,7 +137,7 @@ def cut(waveform: Tensor, fraction: float, samples: int, total: int | None) -> T
 
 
 def length(path: str | Path) -> int | None:
-    """Give a clip's length in samples at 16 kHz as its header says, None where it does not say."""
+    """Return a clip's length in samples at 16 kHz as its header states it, None if it does not."""
     with _naming(path), _open(path) as container:
         return _samples(container)
 
@@ -171,7 +172,7 @@ def _open(path: str | Path) -> av.container.InputContainer:
 
 
 def _riff_size(file: Path) -> int:
-    """Give the bytes that a wav or avi header promises (FFmpeg forgets them), 0 if it does not."""
+    """Return the bytes that a wav or avi header promises (FFmpeg forgets them), 0 for none."""
     with file.open("rb") as opened:
         head = opened.read(8)
     size = int.from_bytes(head[4:8], "little") if head[:4] == b"RIFF" else 0
@@ -220,7 +221,7 @@ def _decode(
 def _frame_at(
     container: av.container.InputContainer, stream: av.stream.Stream, second: float, seek: bool
 ) -> av.VideoFrame | None:
-    """Give the last frame not after ``second``, else the nearest, None where none decodes."""
+    """Return the last frame not after ``second``, else the nearest, None where none decodes."""
     if seek:
         try:
             container.seek(int(second * av.time_base), backward=True, any_frame=False)
@@ -238,7 +239,7 @@ def _frame_at(
 def _decode_sound(
     container: av.container.InputContainer, stream: av.stream.Stream, end: int
 ) -> tuple[Tensor, bool]:
-    """Give the waveform (s,) up to ``end`` samples at least, and whether the sound ended first."""
+    """Return at least ``end`` samples of the waveform (s,), and whether the sound ended first."""
     own = stream.codec_context.sample_rate
     if not _RATES[0] <= own <= _RATES[1]:
         raise DataError(f"{container.name}: {own} samples per second cannot be right")
@@ -267,7 +268,7 @@ def _decode_sound(
 
 
 def _mono(frame: av.AudioFrame) -> NDArray[np.float32]:
-    """Give the mean of the channels (s,), -1..1."""
+    """Return the mean of the channels (s,), -1..1."""
     values = frame.to_ndarray()
     if not frame.format.is_planar:
         values = values.reshape(-1, frame.layout.nb_channels).T

@@ -13,7 +13,22 @@ from mpsl_dist.errors import DataError
 
 
 def folder(root: str | Path | None, name: str, below: str, source: str) -> Path:
-    """Give the dataset's folder under ``data.root``, or say what is missing."""
+    """Return the folder ``below`` under ``data.root``, as an absolute path.
+
+    Parameters
+    ----------
+    root : str, Path or None
+        ``data.root`` of the configuration.
+    name : str
+        The dataset, for the message.
+    source : str
+        Where its files come from, for the message.
+
+    Raises
+    ------
+    DataError
+        If ``root`` is None, or there is no such folder.
+    """
     if root is None:
         raise DataError(f"data.root: {name} needs the folder that holds {below}/")
     path = Path(root).absolute() / below
@@ -23,7 +38,11 @@ def folder(root: str | Path | None, name: str, below: str, source: str) -> Path:
 
 
 def text(path: Path, source: str, encoding: str = "utf-8-sig") -> str:
-    """Read a text file whole; what is not in ``encoding`` is read as Windows-1252."""
+    """Read a whole text file; one that is not in ``encoding`` is read as Windows-1252.
+
+    Here and below, ``source`` is where the file comes from, for the message of the DataError that
+    is raised where it cannot be read.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -35,12 +54,12 @@ def text(path: Path, source: str, encoding: str = "utf-8-sig") -> str:
 
 
 def lines(path: Path, source: str) -> list[str]:
-    """Read lines, whatever their ends, without surrounding blanks; empty ones stay."""
+    """Read lines, however they end, without surrounding blanks; empty lines stay."""
     return [line.strip() for line in io.StringIO(text(path, source), newline=None)]
 
 
 def rows(path: Path, columns: Sequence[str], source: str) -> Iterator[dict[str, str]]:
-    """Read a csv file with a header that has at least these columns (any case)."""
+    """Read these columns of a csv file whose header names them, in any case and any order."""
     csv.field_size_limit(10_000_000)
     reader = csv.DictReader(io.StringIO(text(path, source), newline=""))
     header = [(name or "").strip() for name in reader.fieldnames or ()]

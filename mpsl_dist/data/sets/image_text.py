@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from mpsl_dist.data import catalog, listing
+from mpsl_dist.data import catalog
 from mpsl_dist.data.dataset import Splits
-from mpsl_dist.data.samples import OnError, Sample, View
-from mpsl_dist.data.tables import Table, build
+from mpsl_dist.data.decode.samples import OnError, Sample, View
+from mpsl_dist.data.sets import listing
+from mpsl_dist.data.sets.tables import Table, build
 from mpsl_dist.errors import DataError
 
 SENTIMENTS = ("negative", "neutral", "positive")
@@ -50,7 +51,8 @@ def load_coco_qa(
     on_error : str
         ``raise`` or ``skip``: what becomes of missing and unreadable files.
     cache : str or Path or None
-        Folder of decoded inputs.
+        Folder that keeps decoded inputs, see :class:`mpsl_dist.data.decode.cache.Cache`; None
+        decodes them anew each time.
     """
     source = catalog.source("coco-qa")
     home = listing.folder(root, "coco-qa", "coco-qa", source)
@@ -75,7 +77,7 @@ def load_coco_qa(
 
 
 def _read_questions(folder: Path, source: str) -> list[tuple[str, int, str]]:
-    """Give (question, picture's id, answer)."""
+    """Return the (question, picture's id, answer) of every line."""
     names = ("questions", "img_ids", "answers")
     columns = [listing.text(folder / f"{name}.txt", source).splitlines() for name in names]
     if len({len(column) for column in columns}) != 1:
@@ -90,7 +92,10 @@ def _read_questions(folder: Path, source: str) -> list[tuple[str, int, str]]:
 
 
 def coco_paths(folder: Path) -> Callable[[int], str]:
-    """Give the function from a picture's id to its file, official or bare name."""
+    """Return a function from a picture's id to its file.
+
+    Files have their official names, or ``<id>.jpg`` where none in the folder has an official one.
+    """
     bare = folder.is_dir() and not any(folder.glob("COCO_*.jpg"))
 
     def path(image: int) -> str:
@@ -139,7 +144,7 @@ def load_t4sa(
 
 
 def _read_list(path: Path, source: str) -> list[tuple[str, str, int]]:
-    """Give (picture's path, tweet, label)."""
+    """Return the (picture's path, tweet's id, label) of every line."""
     found = []
     for number, line in enumerate(listing.lines(path, source), start=1):
         if not line:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from mpsl_dist.data import audio, media, text
-from mpsl_dist.data.cache import Cache
 from mpsl_dist.data.dataset import Batch
+from mpsl_dist.data.decode import audio, media, text
+from mpsl_dist.data.decode.cache import Cache
 from mpsl_dist.errors import DataError
 
 OnError = Literal["raise", "skip"]
@@ -32,7 +32,15 @@ _log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """Where one sample lies; None: it has no such part."""
+    """The files and the text of one sample, each None where it has no such part.
+
+    Attributes
+    ----------
+    image, audio, video : str or None
+        Paths; a clip stands for its picture and sound where there is no file of their own.
+    text : str or None
+        The text itself.
+    """
 
     image: str | None = None
     audio: str | None = None
@@ -64,7 +72,7 @@ class View:
     audio_frames : int
         Frames of 10 ms.
     audio_at : float
-        Centre of the window at test, 0 the clip's begin and 1 its end.
+        Centre of the window at test, 0 the start of the clip and 1 its end.
     text_length : int
         Byte-pair tokens.
     """
@@ -92,14 +100,14 @@ class FileDataset:
     """A split whose samples are read from files when they are asked for.
 
     A sample that cannot be read is an error that names its file (``on_error`` ``raise``), or
-    (``skip``) its place in the mini-batch is taken by another readable sample of the *same*
+    (``skip``) it is replaced in the mini-batch by another readable sample of the *same*
     mini-batch, with the same label if there is one; where nothing of the mini-batch can be read,
     its picture and sound are zeros, with its own text and label. So a mini-batch keeps the size
     that the server planned, and no client ever sees another client's data. Every such file is
     logged once, with the count so far.
 
-    A modality that a sample lacks (an empty cell, no fault) is given as zeros; text as an empty
-    text. ``present`` tells.
+    A modality that a sample lacks (an empty cell, no fault) is zeros, or an empty text;
+    ``present`` tells which.
 
     Attributes
     ----------
@@ -107,6 +115,11 @@ class FileDataset:
     labels : Tensor
         (samples,) int64.
     view : View
+        How the samples become tensors.
+    on_error : str
+        ``raise`` or ``skip``, see above.
+    cache : Cache or None
+        Keeps decoded inputs; None decodes them anew each time.
     clients : tuple of str or None
         The owner of every sample, where the data names one: a natural federation.
     """
@@ -134,7 +147,7 @@ class FileDataset:
         return {name: torch.tensor(has[name], dtype=torch.bool) for name in self.view.modalities}
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
-        """Give these samples, decoded; ``seed`` as :class:`Dataset` says."""
+        """Return these samples, decoded; see :class:`mpsl_dist.data.Dataset`."""
         read: dict[int, Mapping[str, Tensor] | None] = {}
         stills: dict[tuple[str, ...], Mapping[str, Tensor] | None] = {}
         for index in dict.fromkeys(map(int, indices)):
@@ -155,7 +168,7 @@ class FileDataset:
         return Batch(inputs, self.labels[torch.tensor(rows, dtype=torch.long)])
 
     def _replace(self, index: int, read: Mapping[int, Mapping[str, Tensor] | None]) -> int:
-        """Give the sample itself or, where it could not be read, one that stands in for it."""
+        """Return the sample itself or, where it could not be read, the one that replaces it."""
         if read[index] is not None:
             return index
         readable = [other for other, inputs in read.items() if inputs is not None]
@@ -178,7 +191,7 @@ class FileDataset:
 
 
 def generator(seed: int | None, index: int) -> torch.Generator | None:
-    """Give the random numbers of one sample, the same whichever process asks; None at test."""
+    """Return the random numbers of one sample, the same in every process; None at test."""
     if seed is None:
         return None
     digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
@@ -189,6 +202,13 @@ def read(
     sample: Sample, view: View, random: torch.Generator | None, cache: Cache | None = None
 ) -> dict[str, Tensor]:
     """Decode one sample.
+
+    Parameters
+    ----------
+    random : torch.Generator or None
+        Draws moments, crops and colours; None takes the middle of everything, as at test.
+    cache : Cache, optional
+        Keeps what was decoded.
 
     Returns
     -------
@@ -221,7 +241,7 @@ def read(
 def _image(
     path: str, moment: float | None, view: View, random: torch.Generator | None, cache: Cache | None
 ) -> Tensor:
-    """Give (3, h, w) float32 of a picture, or of a clip at a moment."""
+    """Return (3, h, w) float32 of a picture, or of a clip at a moment."""
 
     def decode() -> Tensor:
         pixels = media.read_image(path) if moment is None else media.read_frame(path, moment)
@@ -247,7 +267,7 @@ def _squash(pixels: Tensor, view: View) -> Tensor:
 
 
 def _crop(pixels: Tensor, size: int, random: torch.Generator | None) -> Tensor:
-    """Cut a (3, size, size) square out of a picture whose shorter side is 8/7 of it."""
+    """Return a (3, size, size) square of a picture resized to a shorter side of 8/7 ``size``."""
     height, width = pixels.shape[1:]
     scale = round(size * 8 / 7) / min(height, width)
     shape = [max(size, round(height * scale)), max(size, round(width * scale))]
@@ -261,7 +281,7 @@ def _crop(pixels: Tensor, size: int, random: torch.Generator | None) -> Tensor:
 
 
 def _jitter(scaled: Tensor, random: torch.Generator) -> Tensor:
-    """Mirror half of the pictures; change brightness and saturation by up to 0.2."""
+    """Return a picture mirrored half of the time, its brightness and saturation changed."""
     mirror, brightness, saturation = torch.rand(3, generator=random).tolist()
     flipped = scaled.flip(-1) if mirror < 0.5 else scaled
     brighter = transforms.adjust_brightness(flipped, 0.8 + 0.4 * brightness)
@@ -269,7 +289,7 @@ def _jitter(scaled: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _audio(path: str, at: float, view: View, cache: Cache | None) -> Tensor:
-    """Give (t, m) float32 of the window whose centre lies at ``at`` of the clip."""
+    """Return (t, m) float32 of the window whose centre lies at ``at`` of the clip, 0 to 1."""
     samples = audio.samples_for(view.audio_frames)
     if cache is None:
         waveform = media.read_waveform(path, at, samples)
@@ -280,7 +300,7 @@ def _audio(path: str, at: float, view: View, cache: Cache | None) -> Tensor:
 
 
 def _whole(path: str) -> Tensor:
-    """Give the clip's length in samples, then its waveform (s,): what the window is cut from."""
+    """Return the clip's length in samples, followed by its waveform (s,), as one tensor."""
     waveform = media.read_waveform(path)
     total = media.length(path)
     return torch.cat([torch.tensor([float(len(waveform) if total is None else total)]), waveform])

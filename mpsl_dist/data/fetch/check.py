@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpsl_dist.data import files, media
-from mpsl_dist.data.catalog import CATALOG
-from mpsl_dist.data.samples import FileDataset, View
+from mpsl_dist.data import catalog, load
+from mpsl_dist.data.catalog import DatasetFacts
+from mpsl_dist.data.decode import media
+from mpsl_dist.data.decode.samples import FileDataset, View
 from mpsl_dist.errors import DataError
 
 #: Files that a report names; it counts all.
@@ -23,8 +24,16 @@ class Report:
 
     Attributes
     ----------
+    name : str
+        The dataset.
+    root : str
+        Where it was looked for.
+    facts : DatasetFacts
+        What is known of it.
     samples : mapping of str to int
         Samples whose files are there, per split.
+    classes : int
+        Number of classes, 0 for retrieval.
     missing : tuple of str
         Files that the annotations name and that are not there.
     damaged : mapping of str to str
@@ -32,11 +41,12 @@ class Report:
     decoded : int
         Files that were decoded for this report.
     problem : str
-        Why nothing could be listed at all, or nothing.
+        Why nothing could be listed at all; empty where something could.
     """
 
     name: str
     root: str
+    facts: DatasetFacts
     samples: Mapping[str, int] = field(default_factory=dict)
     classes: int = 0
     missing: tuple[str, ...] = ()
@@ -57,13 +67,11 @@ class Report:
 
     @property
     def _official(self) -> dict[str, int]:
-        entry = CATALOG.get(self.name)
-        whole = () if entry is None or entry.samples is None else entry.samples
-        return dict(zip(("train", "test"), whole, strict=False))
+        whole = self.facts.samples if self.facts.confirmed else None
+        return {} if whole is None else dict(zip(("train", "test"), whole, strict=True))
 
     def __str__(self) -> str:
         lines = [f"{self.name} under {self.root}"]
-        entry = CATALOG.get(self.name)
         if self.problem:
             lines.append(f"  not usable: {self.problem}")
         official = self._official
@@ -76,12 +84,13 @@ class Report:
         lines += _listed("damaged", self.damaged.values())
         if self.decoded:
             lines.append(f"  decoded: {self.decoded:,} files")
-        if entry is not None and not self.complete:
-            lines.append(f"  official place: {entry.place}")
+        if self.facts.place and not self.complete:
+            lines.append(f"  official place: {self.facts.place}")
             lines.append(
-                f"  by hand: {entry.by_hand}"
-                if entry.by_hand
-                else f"  `data download` may fetch: {', '.join(a.name for a in entry.archives)}"
+                f"  by hand: {self.facts.by_hand}"
+                if self.facts.by_hand
+                else "  `data download` may fetch: "
+                + ", ".join(archive.name for archive in self.facts.archives)
             )
         return "\n".join(lines)
 
@@ -104,37 +113,46 @@ def check(
     decode: bool = True,
     workers: int = 1,
     limit: int | None = None,
+    plugins: Sequence[str] = (),
     **options: Any,
 ) -> Report:
     """Look at a dataset on disk.
 
     Parameters
     ----------
+    name, root, plugins
+        As of :func:`mpsl_dist.data.load`.
     decode : bool
-        Decode every file from begin to end, which takes as long as an epoch of reading.
+        Decode every file from start to end, which takes as long as an epoch of reading.
     workers : int
         Threads that decode.
     limit : int, optional
         Decode only so many files, spread evenly.
     options
-        As of :func:`mpsl_dist.data.files.load`.
+        All others of :func:`mpsl_dist.data.load`.
+
+    Raises
+    ------
+    DataError
+        If the dataset is built in, or there is none of this name.
+    ConfigError
+        As :func:`mpsl_dist.data.load`.
     """
     where = str(root)
-    if name not in files.DATASETS:
-        known = ", ".join(sorted(files.DATASETS))
-        raise DataError(f"data.name: {name} is built in or unknown; read from files are: {known}")
-    if name != "mnist-fsdd":
+    facts = _find(name, plugins)
+    if "on_error" in facts.reads:
         options = {**options, "on_error": "skip"}
     try:
-        splits = files.load(name, root, **options)
+        splits = load(name, root, plugins=plugins, **options)
     except DataError as error:
-        return Report(name, where, problem=str(error))
+        return Report(name, where, facts, problem=str(error))
     parts = {"train": splits.train, "test": splits.test}
     listed = {split: part for split, part in parts.items() if isinstance(part, FileDataset)}
     damaged, decoded = _decode_all(listed.values(), workers, limit) if decode else ({}, 0)
     return Report(
         name=name,
         root=where,
+        facts=facts,
         samples={split: len(part.labels) for split, part in parts.items()},
         classes=len(splits.classes),
         missing=tuple(path for part in listed.values() for path in part.missing),
@@ -143,10 +161,24 @@ def check(
     )
 
 
+def _find(name: str, plugins: Sequence[str]) -> DatasetFacts:
+    try:
+        facts = catalog.find(name, plugins)
+        if facts.files:
+            return facts
+        cause = None
+    except DataError as error:
+        cause = error
+    known = ", ".join(sorted(key for key, row in catalog.DATASETS.items() if row.files))
+    raise DataError(
+        f"data.name: {name} is built in or unknown; read from files are: {known}"
+    ) from cause
+
+
 def _decode_all(
     datasets: Iterable[FileDataset], workers: int, limit: int | None
 ) -> tuple[dict[str, str], int]:
-    """Give file -> reason of what cannot be read, and how many files were tried."""
+    """Return the reason for every file that cannot be read, and how many files were tried."""
     tasks: dict[str, tuple[str, ...]] = {}
     for dataset in datasets:
         for sample in dataset.samples:
@@ -164,7 +196,7 @@ def _decode_all(
 
 
 def _needs(column: str, view: View) -> tuple[str, ...]:
-    """Say what training would read of a file."""
+    """Return what training would read of a file."""
     if column == "video":
         parts = {"frame": "image", "sound": "audio"}
         return tuple(part for part, modality in parts.items() if modality in view.modalities)

@@ -1,4 +1,4 @@
-"""Unpacking strangers' archives: nothing leaves the folder, nothing fills the disk."""
+"""Unpacking archives from the internet: nothing leaves the folder, nothing fills the disk."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def unpack(archive: Path, into: Path) -> int:
 
 
 def _members(archive: Path, free: int) -> Iterator[_Member]:
-    """Give the regular files one after the other; refuse everything that is neither file nor
-    folder.
-    """
+    """Yield the regular files; refuse everything that is neither a file nor a folder."""
     left = free
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
@@ -97,7 +95,7 @@ def _take(archive: Path, left: int, size: int) -> int:
 
 
 def _inside(archive: Path, into: Path, name: str) -> Path:
-    """Give the path of an entry, which must lie in the folder even if links lead out of it."""
+    """Return the path of an entry, which must lie in the folder even if links lead out of it."""
     target = into / name
     parts = Path(name).parts
     resolved = target.resolve()

@@ -1,0 +1,1 @@
+"""From files to tensors: pictures, video frames, sound and text."""
