@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mpsl_dist.config import ConfigError
+from mpsl_dist import typed
+from mpsl_dist.errors import ConfigError
+from mpsl_dist.reading import read_yaml
 
 
 @dataclass(frozen=True)
@@ -37,31 +36,34 @@ class Cluster:
 
     @classmethod
     def read(cls, path: Path, **chosen: Any) -> Cluster:
-        """Read the habits; ``chosen`` values that are not None win.
+        """Read a cluster's habits from a YAML file.
+
+        Parameters
+        ----------
+        path : Path
+        **chosen
+            Values that win over the file's, where they are not None.
 
         Raises
         ------
         ConfigError
             With every problem at once.
         """
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected keys and values")
+        values = read_yaml(path, ConfigError)
         values |= {key: value for key, value in chosen.items() if value is not None}
-        errors = _problems(values)
+        errors: list[str] = []
+        cluster = typed.build(cls, values, "", errors)
         if errors:
             raise ConfigError("\n".join(f"{path}: {error}" for error in errors))
-        return cls(**values)
+        return cluster
 
     def parameters(self, name: str, processes: int, nodes: int, each: int) -> dict[str, Any]:
-        """Give the job in submitit's words.
+        """Return the job as submitit's parameters.
 
         Parameters
         ----------
         name : str
+            What the queue shows.
         processes, nodes, each : int
             All ranks, the nodes they are spread over, and the most on one node.
         """
@@ -86,7 +88,7 @@ class Cluster:
         return {key: value for key, value in parameters.items() if value is not None}
 
     def setup_lines(self) -> list[str]:
-        """Give the shell lines that come before the ranks."""
+        """Return the shell lines that come before the ranks."""
         exported = {key: str(value) for key, value in self.environment.items()}
         if self.interface:
             for library in ("TP", "GLOO", "NCCL"):
@@ -99,7 +101,12 @@ class Cluster:
 
 
 def minutes(text: str | int) -> int:
-    """Read a time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+    """Return the minutes of a time limit as Slurm writes it, seconds rounded up.
+
+    Parameters
+    ----------
+    text : str or int
+        M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
     Raises
     ------
@@ -118,22 +125,3 @@ def minutes(text: str | int) -> int:
     if total < 1:
         raise ConfigError(f"time: '{text}' leaves no time")
     return total
-
-
-def _problems(values: dict[str, Any]) -> list[str]:
-    found = []
-    defaults = {entry.name: entry for entry in dataclasses.fields(Cluster)}
-    for key, value in values.items():
-        if key not in defaults:
-            found.append(f"{key}: unknown key; valid: {', '.join(defaults)}")
-            continue
-        words = str(defaults[key].type)
-        kind = {"li": list, "di": dict}.get(words[:2])
-        if kind is None:
-            kind = (int, str) if key == "time" else int if words.startswith("int") else str
-        optional = words.endswith("None")
-        if not (isinstance(value, kind) and not isinstance(value, bool)) and not (
-            optional and value is None
-        ):
-            found.append(f"{key}: expected {words.replace('None', 'null')}, found {value!r}")
-    return found

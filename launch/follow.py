@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from sweep import Run
+from sweep import PlannedRun
 
 #: Seconds between two looks at Slurm, whose controller serves everybody.
 INTERVAL = 5.0
@@ -20,7 +20,7 @@ class State(Protocol):
     job: Any
 
     def __call__(self) -> str | None:
-        """Give the job's state, None at its end."""
+        """Return the job's state, None at its end."""
         ...
 
 
@@ -52,10 +52,25 @@ class LocalState:
         return None if self.job.done() else "RUNNING"
 
 
-def until_done(followed: Sequence[tuple[Run, State]]) -> int:
-    """Show the jobs' progress until all have ended; gives 0 if every run was completed.
+def until_done(followed: Sequence[tuple[PlannedRun, State]]) -> int:
+    """Show the jobs' progress until all have ended.
 
     Ctrl-C stops following, not the jobs of a cluster.
+
+    Parameters
+    ----------
+    followed : sequence of (PlannedRun, State)
+        At least one; the output of a single job's rank 0 is shown as it grows.
+
+    Returns
+    -------
+    int
+        0 if every run was completed, else 1.
+
+    Raises
+    ------
+    RunError
+        If a run's ``summary.json`` is damaged.
     """
     tail = _Tail(followed[0][1].job.paths.stdout) if len(followed) == 1 else None
     before, interval = "", 0.5
@@ -75,7 +90,7 @@ def until_done(followed: Sequence[tuple[Run, State]]) -> int:
     return _report(followed)
 
 
-def _report(followed: Sequence[tuple[Run, State]]) -> int:
+def _report(followed: Sequence[tuple[PlannedRun, State]]) -> int:
     failed = 0
     for run, state in followed:
         summary = run.summary()

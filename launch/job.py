@@ -8,7 +8,6 @@ nothing.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -64,7 +63,7 @@ class TrainJob:
             sys.exit(status)
 
     def checkpoint(self, *_: Any) -> Any:
-        """Give submitit what to run when the job starts again; every rank's state is on disk."""
+        """Return what submitit runs when the job starts again; every rank's state is on disk."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(replace(self, requeued=True))
@@ -78,12 +77,17 @@ class TrainJob:
         return [*kept, "--resume"]
 
     def _is_stopped(self) -> bool:
-        path = Path(self.run_directory) / "summary.json"
-        return path.is_file() and json.loads(path.read_text("utf-8")).get("status") == "stopped"
+        from mpsl_dist.errors import UserError
+        from mpsl_dist.records.run_directory import RunDirectory
+
+        try:
+            return RunDirectory(Path(self.run_directory)).summary().get("status") == "stopped"
+        except UserError:
+            return False
 
 
 def _pending(heard: socket.socket) -> bytes:
-    """Give the numbers of the signals that came in, a byte each."""
+    """Return the numbers of the signals that came in, a byte each."""
     heard.setblocking(False)
     try:
         return heard.recv(1 << 16)
@@ -92,7 +96,15 @@ def _pending(heard: socket.socket) -> bytes:
 
 
 def local_variables(environment: Any, port: int) -> dict[str, str]:
-    """Translate what submitit's local executor tells a task into torch's ``env://`` variables."""
+    """Return torch's ``env://`` variables for a task of submitit's local executor.
+
+    Parameters
+    ----------
+    environment : mapping
+        The task's environment variables, which submitit set.
+    port : int
+        Where the ranks meet.
+    """
     world, rank = environment["SUBMITIT_LOCAL_NTASKS"], environment["SUBMITIT_LOCAL_GLOBALID"]
     return {
         "RANK": rank,

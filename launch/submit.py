@@ -24,13 +24,24 @@ import follow  # noqa: E402
 import sweep  # noqa: E402
 from cluster import Cluster, minutes  # noqa: E402
 from job import TrainJob  # noqa: E402
-from sweep import Run  # noqa: E402
+from sweep import PlannedRun  # noqa: E402
 
-from mpsl_dist.config import ConfigError  # noqa: E402
+from mpsl_dist.errors import ConfigError, UserError  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submit as asked; gives the exit status: 2 the user's to mend, 1 a run that failed."""
+    """Submit as asked and return the exit status.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        The words after the program's name; by default those of this process.
+
+    Returns
+    -------
+    int
+        0 success, 2 an error that the user can mend, 1 a run that failed while it was followed.
+    """
     options = _parser().parse_intermixed_args(arguments)
     try:
         _require_submitit()
@@ -46,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return _show(groups, cluster, options, at_once)
         return _submit(groups, cluster, options, at_once)
-    except ConfigError as error:
+    except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
 
@@ -88,35 +99,45 @@ def _require_submitit() -> None:
         ) from error
 
 
-def _to_submit(runs: list[Run], options: argparse.Namespace) -> list[Run]:
+def _to_submit(runs: list[PlannedRun], options: argparse.Namespace) -> list[PlannedRun]:
     """Leave out finished runs of a sweep; refuse to meddle with other existing ones."""
     errors, left = [], []
     for run in runs:
-        difference = run.difference() if run.exists and not options.overwrite else None
-        where = run.experiment.run_directory
-        if difference:
-            errors.append(f"{where} is another run, {difference}: rename it, or --overwrite")
-        elif run.completed and not options.overwrite:
-            print(f"{where} is completed: skipped")
-        elif run.exists and len(runs) == 1 and not (options.resume or options.overwrite):
-            errors.append(f"{where} exists: continue it with --resume, or --overwrite")
-        else:
-            left.append(run)
+        try:
+            if _is_left(run, options, alone=len(runs) == 1):
+                left.append(run)
+        except UserError as error:
+            errors.append(str(error))
     if errors:
         raise ConfigError("\n".join(errors))
     return left
 
 
-def _by_shape(runs: Sequence[Run]) -> dict[int, list[Run]]:
+def _is_left(run: PlannedRun, options: argparse.Namespace, alone: bool) -> bool:
+    where = run.experiment.run_directory
+    if options.overwrite or not run.exists:
+        return True
+    difference = run.difference()
+    if difference:
+        raise ConfigError(f"{where} is another run, {difference}: rename it, or --overwrite")
+    if run.completed:
+        print(f"{where} is completed: skipped")
+        return False
+    if alone and not options.resume:
+        raise ConfigError(f"{where} exists: continue it with --resume, or --overwrite")
+    return True
+
+
+def _by_shape(runs: Sequence[PlannedRun]) -> dict[int, list[PlannedRun]]:
     """Group runs by their number of processes: the tasks of a job array have one shape."""
-    groups: dict[int, list[Run]] = {}
+    groups: dict[int, list[PlannedRun]] = {}
     for run in runs:
         groups.setdefault(run.processes, []).append(run)
     return groups
 
 
 def _parameters(
-    runs: Sequence[Run], cluster: Cluster, options: argparse.Namespace, at_once: int | None
+    runs: Sequence[PlannedRun], cluster: Cluster, options: argparse.Namespace, at_once: int | None
 ) -> dict[str, Any]:
     processes, nodes = runs[0].processes, min(options.nodes, runs[0].processes)
     each = options.tasks_per_node or -(-processes // nodes)
@@ -126,7 +147,7 @@ def _parameters(
     return chosen | ({"array_parallelism": limit} if limit else {})
 
 
-def _job(run: Run, options: argparse.Namespace) -> TrainJob:
+def _job(run: PlannedRun, options: argparse.Namespace) -> TrainJob:
     how = ["--overwrite"] if options.overwrite else ["--resume"] if run.exists else []
     return TrainJob(
         config=str(run.config.resolve()),
@@ -137,7 +158,10 @@ def _job(run: Run, options: argparse.Namespace) -> TrainJob:
 
 
 def _show(
-    groups: dict[int, list[Run]], cluster: Cluster, options: argparse.Namespace, limit: int | None
+    groups: dict[int, list[PlannedRun]],
+    cluster: Cluster,
+    options: argparse.Namespace,
+    limit: int | None,
 ) -> int:
     from submitit.slurm.slurm import _make_sbatch_string
 
@@ -158,7 +182,10 @@ def _show(
 
 
 def _submit(
-    groups: dict[int, list[Run]], cluster: Cluster, options: argparse.Namespace, limit: int | None
+    groups: dict[int, list[PlannedRun]],
+    cluster: Cluster,
+    options: argparse.Namespace,
+    limit: int | None,
 ) -> int:
     import cloudpickle
     import job as job_module
@@ -188,7 +215,10 @@ def _submit(
 
 
 def _run_here(
-    groups: dict[int, list[Run]], cluster: Cluster, options: argparse.Namespace, limit: int | None
+    groups: dict[int, list[PlannedRun]],
+    cluster: Cluster,
+    options: argparse.Namespace,
+    limit: int | None,
 ) -> int:
     """Run one after another with submitit's local executor, as many at once as asked."""
     import submitit
@@ -214,7 +244,7 @@ def _run_here(
     return failed
 
 
-def _announce(run: Run, job: Any) -> None:
+def _announce(run: PlannedRun, job: Any) -> None:
     print(f"job {job.job_id}: {run.experiment.name}, {run.processes} ranks")
     print(f"  logs: {job.paths.folder}")
 

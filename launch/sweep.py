@@ -24,17 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mpsl_dist import config
-from mpsl_dist.config import ConfigError, Experiment
-from mpsl_dist.records.run_directory import FREE_KEYS, flatten
+from mpsl_dist.config import Experiment
+from mpsl_dist.config.methods import processes_of
+from mpsl_dist.errors import ConfigError
+from mpsl_dist.reading import read_yaml
+from mpsl_dist.records.run_directory import RunDirectory, differing_keys
+from mpsl_dist.typed import flatten
 
 SWEEP_KEYS = ("config", "name", "set", "grid", "rows", "at_once")
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One experiment to train.
 
     Attributes
@@ -60,7 +62,7 @@ class Run:
     @property
     def processes(self) -> int:
         """RPC ranks: the server and the workers."""
-        return 1 if self.experiment.method == "centralized" else self.experiment.workers + 1
+        return processes_of(self.experiment)
 
     @property
     def exists(self) -> bool:
@@ -68,12 +70,14 @@ class Run:
         return (self.experiment.run_directory / "config.yaml").is_file()
 
     def summary(self) -> dict[str, Any]:
-        """Read what the run left; empty where it left nothing yet."""
-        try:
-            text = (self.experiment.run_directory / "summary.json").read_text(encoding="utf-8")
-        except OSError:
-            return {}
-        return json.loads(text)
+        """Return what the run's ``summary.json`` holds; empty where it left none yet.
+
+        Raises
+        ------
+        RunError
+            If it is damaged.
+        """
+        return RunDirectory(self.experiment.run_directory).summary()
 
     @property
     def completed(self) -> bool:
@@ -81,23 +85,33 @@ class Run:
         return self.summary().get("status") == "completed"
 
     def difference(self) -> str | None:
-        """Say how an existing run of this name differs from what is asked now, if it does."""
-        path = self.experiment.run_directory / "config.yaml"
-        before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        """Return how an existing run of this name differs from this one; None if it does not.
+
+        Raises
+        ------
+        RunError
+            If the run's ``config.yaml`` is damaged.
+        """
+        before = flatten(RunDirectory(self.experiment.run_directory).config())
         now = flatten(config.to_dict(self.experiment))
-        for key in sorted(before.keys() | now.keys()):
-            free = any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
-            if before.get(key) != now.get(key) and not free:
-                return f"{key} was {before.get(key)!r} there and is {now.get(key)!r} now"
+        for key in differing_keys(before, now):
+            return f"{key} was {before.get(key)!r} there and is {now.get(key)!r} now"
         return None
 
 
-def read(path: Path, overrides: Sequence[str]) -> tuple[list[Run], int | None]:
+def read(path: Path, overrides: Sequence[str]) -> tuple[list[PlannedRun], int | None]:
     """Read an experiment or a sweep.
+
+    Parameters
+    ----------
+    path : Path
+        A YAML file.
+    overrides : sequence of str
+        ``key.path=value``; they win over what the runs share, the grid and the rows over them.
 
     Returns
     -------
-    list of Run
+    list of PlannedRun
         One for an experiment; the grid's combinations for a sweep.
     int or None
         Of a sweep, the limit on jobs at a time.
@@ -107,12 +121,9 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[list[Run], int | None]:
     ConfigError
         With every problem of every run at once.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        values = None  # config.load says it better
-    if not (isinstance(values, dict) and "grid" in values):
-        return [Run(path, tuple(overrides), config.load(path, overrides))], None
+    values = read_yaml(path, ConfigError)
+    if "grid" not in values:
+        return [PlannedRun(path, tuple(overrides), config.load(path, overrides))], None
     errors = _problems(values)
     if errors:
         raise ConfigError("\n".join(f"{path}: {error}" for error in errors))
@@ -133,6 +144,11 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
             for key, options in grid.items()
             if not isinstance(options, list) or not options
         ]
+        found += [
+            f"grid: expected key.path: [value, ...], found the key {key!r}"
+            for key in grid
+            if not isinstance(key, str)
+        ]
         if "name" in grid:
             found.append("grid.name: runs are named after their values")
     rows = values.get("rows", {})
@@ -145,7 +161,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> list[Run]:
+def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> list[PlannedRun]:
     base = path.parent / values["config"]
     shared = _overrides(values.get("set", {}))
     grid: Mapping[str, list[Any]] = values["grid"]
@@ -153,13 +169,13 @@ def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> 
     rows: Mapping[str, Mapping[str, Any]] = values.get("rows") or {"": {}}
     for (row, settings), *combination in itertools.product(rows.items(), *grid.values()):
         point = dict(zip(grid, combination, strict=True))
-        labels = [row] if row else []
+        labels = [str(row)] if row != "" else []
         labels += [_label(key, value, grid) for key, value in point.items()]
         name = "-".join([prefix, *labels])
         chosen = _overrides({**settings, **point})
         everything = (*shared, *overrides, *chosen, f"name={json.dumps(name)}")
         try:
-            runs.append(Run(base, everything, config.load(base, everything)))
+            runs.append(PlannedRun(base, everything, config.load(base, everything)))
         except ConfigError as error:
             errors += [f"{name}: {line}" for line in str(error).splitlines()]
     names = [run.experiment.name for run in runs]
@@ -170,12 +186,14 @@ def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> 
 
 
 def _overrides(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{key}={json.dumps(value)}" for key, value in flatten(values).items())
+    return tuple(
+        f"{key}={json.dumps(value, default=str)}" for key, value in flatten(values).items()
+    )
 
 
 def _label(key: str, value: Any, grid: Mapping[str, Any]) -> str:
-    """Give a key's last word and its value; the whole path where last words collide."""
+    """Return a key's last word and its value; the whole path where last words collide."""
     last = key.rpartition(".")[2]
     alone = sum(other.rpartition(".")[2] == last for other in grid) == 1
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
     return re.sub(r"[^A-Za-z0-9.+_-]+", "_", f"{last if alone else key}{text}")

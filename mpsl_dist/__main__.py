@@ -10,38 +10,37 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpsl_dist.errors import UserError
+from mpsl_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from mpsl_dist.config import Experiment
+    from mpsl_dist.records.run_directory import RunDirectory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; gives the exit status."""
-    parser = argparse.ArgumentParser(prog="mpsl_dist", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train an experiment (under torchrun or Slurm)")
-    _add_experiment(train)
-    train.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
-    train.add_argument("--overwrite", action="store_true", help="replace an existing run")
-    evaluate = commands.add_parser("evaluate", help="test the model that a run left, without RPC")
-    evaluate.add_argument("run", help="a run directory, runs/<name>")
-    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value")
-    cost = commands.add_parser("cost", help="parameters, FLOPs, bytes and memory, before any run")
-    _add_experiment(cost)
-    cost.add_argument("--out", metavar="FILE.{json,csv}", help="write every figure to a file")
-    cost.add_argument("--figures", metavar="DIR", help="draw cost against the encoder's size")
-    compare = commands.add_parser("compare", help="methods beside each other, from their runs")
-    compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="completed run directories")
-    compare.add_argument("--out", metavar="FILE.md", help="write page, csv and picture")
-    _add_data_commands(commands)
+    """Run a command and return the exit status.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        The words after the program's name; by default those of this process.
+
+    Raises
+    ------
+    SystemExit
+        With status 2, after a usage error; with status 0, after ``--help``.
+    """
+    parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     for word in rest:  # argparse takes no positionals after an option
         if word.startswith("-") or "=" not in word:
             parser.error(f"unrecognized argument: {word}")
+        if "overrides" not in options:
+            parser.error(f"{options.command} takes no key.path=value: {word}")
         options.overrides.append(word)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -50,6 +49,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command[options.command](options)
     except UserError as error:
         return _user_error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mpsl_dist", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train an experiment (under torchrun or Slurm)")
+    _add_experiment(train)
+    train.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    evaluate = commands.add_parser("evaluate", help="test the model that a run left, without RPC")
+    evaluate.add_argument("run", help="a run directory, runs/<name>")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="where the data lies and how to compute; the model stays as it was trained",
+    )
+    cost = commands.add_parser("cost", help="parameters, FLOPs, bytes and memory, before any run")
+    _add_experiment(cost)
+    cost.add_argument("--out", metavar="FILE.{json,csv}", help="write every figure to a file")
+    cost.add_argument("--figures", metavar="DIR", help="draw cost against the encoder's size")
+    compare = commands.add_parser("compare", help="methods beside each other, from their runs")
+    compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="completed run directories")
+    compare.add_argument("--out", metavar="FILE.md", help="write page, csv and picture")
+    _add_data_commands(commands)
+    return parser
 
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +112,7 @@ def _train(options: argparse.Namespace) -> int:
 
     experiment = config.load(options.config, options.overrides)
     if options.resume and options.overwrite:
-        raise config.ConfigError("--resume and --overwrite exclude each other")
+        raise ConfigError("--resume and --overwrite exclude each other")
     from mpsl_dist.methods import processes
 
     if processes.is_worker():
@@ -115,7 +140,7 @@ def _check_everything(options: argparse.Namespace, experiment: Experiment) -> tu
         except UserError as error:
             refusals.append(str(error))
     if refusals:
-        raise config.ConfigError("\n".join(refusals))
+        raise ConfigError("\n".join(refusals))
     world, splits, _ = results
     return world, splits
 
@@ -124,8 +149,8 @@ def _train_as_server(
     options: argparse.Namespace, experiment: Experiment, world: Any, splits: Any
 ) -> int:
     from mpsl_dist.analysis.plots import learning_curve
-    from mpsl_dist.methods import loop, processes
-    from mpsl_dist.runtime.process import StopRequest, leave
+    from mpsl_dist.methods import processes
+    from mpsl_dist.runtime.process import StopRequest
 
     run = processes.open_run(experiment, options.resume, options.overwrite)
     stop = StopRequest()
@@ -133,18 +158,51 @@ def _train_as_server(
     try:
         summary = processes.train_as_server(experiment, world, splits, run, stop)
     except Exception as error:
-        details = getattr(error, "details", "") or traceback.format_exc()
-        (run.path / "error.txt").write_text(details, encoding="utf-8")
-        reason = str(error) or type(error).__name__
-        loop.failed_summary(experiment, run, reason)
-        print(f"error: {reason}\n(traceback in {run.path / 'error.txt'})", file=sys.stderr)
-        leave(2 if getattr(error, "user_error", isinstance(error, UserError)) else 1)
-    learning_curve(run)
+        status = 2 if getattr(error, "user_error", isinstance(error, UserError)) else 1
+        try:
+            _tell_failure(experiment, run, error)
+        finally:
+            _leave(status)
+    _try("the learning curve", lambda: learning_curve(run))
     _report(summary, run.path)
     return 0 if summary["status"] == "completed" else 1
 
 
-def _report(summary: dict, path) -> None:
+def _tell_failure(experiment: Experiment, run: RunDirectory, error: Exception) -> None:
+    """Print why the run failed, then record it as far as the disk allows."""
+    from mpsl_dist.methods import loop
+
+    reason = str(error) or type(error).__name__
+    details = getattr(error, "details", "") or traceback.format_exc()
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    path, lost = run.path / "error.txt", len(getattr(error, "lost", ()))
+    if _try("the traceback", lambda: path.write_text(details, encoding="utf-8")):
+        print(f"(traceback in {path})", file=sys.stderr)
+    else:
+        print(details, file=sys.stderr)
+    _try("the summary", lambda: loop.failed_summary(experiment, run, reason, lost))
+
+
+def _try(what: str, write: Callable[[], object]) -> bool:
+    """Write something that the run's outcome does not hang on; return whether it was written."""
+    try:
+        write()
+    except Exception as error:
+        print(f"{what} could not be written: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _leave(status: int) -> None:
+    from mpsl_dist.runtime.process import leave
+
+    try:
+        leave(status)
+    except OSError:  # standard output may lie on the disk that is full
+        os._exit(status)
+
+
+def _report(summary: dict[str, Any], path: Path) -> None:
     test = ", ".join(f"{name} {value:.3f}" for name, value in summary["test"].items())
     against = ", ".join(f"{name} {value:.3f}" for name, value in summary["baselines"].items())
     print(f"{summary['status']}: test {test or 'not yet'}")
@@ -163,13 +221,10 @@ def _report(summary: dict, path) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from mpsl_dist import config
     from mpsl_dist.analysis import compare
 
     if options.out and Path(options.out).suffix != ".md":
-        raise config.ConfigError(f"--out: {options.out} must end in .md")
+        raise ConfigError(f"--out: {options.out} must end in .md")
     groups = compare.group(compare.read(options.runs))
     print(compare.markdown(groups))
     for path in compare.write(groups, Path(options.out)) if options.out else ():
@@ -188,8 +243,6 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _partition(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from mpsl_dist import config
     from mpsl_dist.analysis import partition_view
 
@@ -199,8 +252,6 @@ def _partition(options: argparse.Namespace) -> int:
 
 
 def _cost(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from mpsl_dist import config
     from mpsl_dist.analysis import cost, cost_figures, cost_table
 
@@ -219,16 +270,13 @@ def _cost(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from mpsl_dist import config
     from mpsl_dist.actors import deployable
     from mpsl_dist.actors.holdings import load_data
 
     folder = Path(options.run) / "model"
     if not (folder / "config.json").is_file():
-        raise config.ConfigError(f"{options.run}: no model/ there; the run must be completed")
-    model, experiment, _ = deployable.load(folder)
+        raise ConfigError(f"{options.run}: no model/ there; the run must be completed")
+    model, experiment, _ = deployable.load(folder, options.overrides)
     splits = load_data(experiment)
     print(f"the test set of {experiment.data.name}:")
     results = model.test(splits.test, experiment.training.test_batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mpsl_dist.actors.choices import head_of, task_of
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import ConfigError
 
@@ -20,8 +21,11 @@ def check_task(experiment: Experiment, splits: Splits) -> None:
         errors.append("data.test_at: retrieval ranks the whole test set, at the server")
     if experiment.contrastive == "global" and not task.contrasts:
         errors.append(f"contrastive: {experiment.data.name} is no retrieval dataset")
-    elif experiment.contrastive == "global" and experiment.method == "psl":
-        errors.append("contrastive: psl serves every client by itself; take contrastive=client")
+    elif experiment.contrastive == "global" and facts_of(experiment).backwards == "per client":
+        method = experiment.method
+        errors.append(
+            f"contrastive: {method} serves every client by itself; take contrastive=client"
+        )
     if errors:
         raise ConfigError("\n".join(errors))
 

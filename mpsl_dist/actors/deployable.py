@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
 from mpsl_dist.actors.choices import device_of, task_of
-from mpsl_dist.config import Experiment, Weights, from_dict, to_dict
+from mpsl_dist.config import Experiment, from_dict, to_dict
+from mpsl_dist.config.loading import override
 from mpsl_dist.data import Dataset, Splits, load_batches
+from mpsl_dist.errors import ConfigError, RunError
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task, Tested
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
+from mpsl_dist.reading import read_json
+
+#: What can be done about a file of the model that cannot be read.
+_WRITE_AGAIN = "the run writes model/ again with --resume"
 
 
 class Deployable(nn.Module):
@@ -89,23 +95,64 @@ def build(experiment: Experiment, splits: Splits) -> Deployable:
     return Deployable(tokenizers, model, task_of(splits)).to(device_of(experiment))
 
 
-def load(folder: str | Path) -> tuple[Deployable, Experiment, tuple[str, ...]]:
+def load(
+    folder: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Deployable, Experiment, tuple[str, ...]]:
     """Load what :meth:`Deployable.save` wrote.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A run's ``model/``.
+    overrides : sequence of str
+        ``key.path=value``, for keys that a trained model may be used with.
 
     Returns
     -------
     model, experiment, classes
         The model in evaluation mode, on the experiment's device.
+
+    Raises
+    ------
+    RunError
+        If a file of the folder is missing or damaged.
+    ConfigError
+        If an override would change the model, or its device is not here.
     """
     folder = Path(folder)
-    description: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    # Every weight is in the folder: where the first ones came from matters no more.
-    experiment = replace(from_dict(description["experiment"]), weights=Weights())
-    shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
-    splits = Splits(_NOTHING, _NOTHING, shapes, tuple(description["classes"]))
+    experiment, shapes, classes = _read_description(folder / "config.json", overrides)
+    splits = Splits(_NOTHING, _NOTHING, shapes, classes)
+    gpu = experiment.device.partition(":")[2] or "0"
+    if experiment.device.startswith("cuda") and int(gpu) >= torch.cuda.device_count():
+        raise ConfigError(f"device={experiment.device}: no such GPU here; take device=cpu")
     model = build(experiment, splits)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    weights = folder / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{weights}: not this model's weights: {reason}; {_WRITE_AGAIN}") from error
     return model.eval(), experiment, splits.classes
+
+
+def _read_description(
+    path: Path, overrides: Sequence[str]
+) -> tuple[Experiment, dict[str, tuple[int, ...]], tuple[str, ...]]:
+    description = read_json(path, advice=_WRITE_AGAIN)
+    try:
+        trained = dict(description["experiment"])
+        shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
+        classes = tuple(description["classes"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path}: describes no model; {_WRITE_AGAIN}") from error
+    changed = override(trained, overrides)
+    try:
+        # Every weight is in the folder: where the first ones came from matters no more.
+        experiment = from_dict(changed | {"weights": {}})
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from error
+    return experiment, shapes, classes
 
 
 class _Nothing:

@@ -1,14 +1,14 @@
 """``mpsl_dist compare RUN_DIR…``: methods beside each other, from what their runs left behind.
 
-Runs that differ only in seed and name are one group; means and deviations are over its runs. The
-files hold the same numbers three times: a markdown page, a csv with one line per group, a picture.
+Runs that differ only in seed and name are one group; means and deviations are over its runs.
+``--out`` writes the same numbers three times: a markdown page, a csv with one line per group, and a
+picture.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,111 +16,38 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+from mpsl_dist.analysis.finished_run import FinishedRun, read, rounds_to
+from mpsl_dist.config import from_dict
+from mpsl_dist.errors import ConfigError, DataError, RunError
 
-from mpsl_dist.config import ConfigError, from_dict
-from mpsl_dist.data import DataError
-from mpsl_dist.records.run_directory import FREE_KEYS, RunDirectory, RunError, flatten
+__all__ = [
+    "FinishedRun",
+    "Group",
+    "client_gflop",
+    "group",
+    "markdown",
+    "read",
+    "rounds_to",
+    "write",
+]
 
-#: Keys that may differ between the runs of a group.
-_NOT_THE_METHOD = (*FREE_KEYS, "name", "seed")
-#: Sections that only these methods read.
-_READERS = {
-    "adapters": ("fedclip",),
-    "federated": ("fedavg", "fedclip"),
-    "tokenizer_sync": ("mpsl", "psl"),
-}
 _ORDER = ("centralized", "mpsl", "psl", "fedavg", "fedclip")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One completed run."""
-
-    path: Path
-    config: dict[str, Any]
-    summary: dict[str, Any]
-    #: Test metrics of every epoch, in order.
-    tests: tuple[dict[str, float], ...]
-
-    @property
-    def metric(self) -> str:
-        """What the run is compared by."""
-        return "accuracy" if "accuracy" in self.summary["test"] else "mean recall"
-
-    def result(self, test: dict[str, float]) -> float:
-        """Give the accuracy of a test, or the mean of R@1, R@5 and R@10 both ways."""
-        if "accuracy" in test:
-            return test["accuracy"]
-        recalls = [value for name, value in test.items() if re.search(r"_r\d+$", name)]
-        return statistics.fmean(recalls)
-
-    @property
-    def rounds_to_peak(self) -> int:
-        """Rounds until 95 % of the best test result (Fig. 2), from 1."""
-        return rounds_to([self.result(test) for test in self.tests])
-
-    @cached_property
-    def unread(self) -> tuple[str, ...]:
-        """Sections and keys that this run's method does not look at."""
-        method = self.summary["method"]
-        found = [name for name, readers in _READERS.items() if method not in readers]
-        if self.config["tokenizer_sync"]["mode"] == "none":
-            found.append("tokenizer_sync.every")
-        return tuple(found)
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """All keys that tell a method and its task from another."""
-        flat = flatten(self.config)
-        left_out = tuple(f"{key}." for key in (*_NOT_THE_METHOD, *self.unread))
-        return {
-            key: value
-            for key, value in flat.items()
-            # A key that is newer than a run is null there.
-            if value is not None and not f"{key}.".startswith(left_out)
-        }
-
-
-def rounds_to(results: Sequence[float], part: float = 0.95) -> int:
-    """Count rounds until a result reaches ``part`` of the best one, from 1."""
-    goal = part * max(results)
-    return 1 + next(i for i, result in enumerate(results) if result >= goal)
-
-
-def read(folders: Sequence[str | Path]) -> list[Run]:
-    """Read completed runs.
-
-    Raises
-    ------
-    RunError
-        Naming every folder that is no run, or whose run is not completed.
-    """
-    runs, wrong = [], []
-    for folder in map(Path, folders):
-        try:
-            summary = json.loads((folder / "summary.json").read_text("utf-8"))
-            config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-        except OSError:
-            wrong.append(f"{folder}: no summary.json and config.yaml there; is it a run directory?")
-            continue
-        if summary["status"] != "completed":
-            wrong.append(f"{folder}: the run is {summary['status']}, not completed")
-            continue
-        lines = RunDirectory(folder).metrics()
-        tests = tuple(line["metric"] for line in lines if line["split"] == "test")
-        runs.append(Run(folder, config, summary, tests))
-    if wrong:
-        raise RunError("\n".join(wrong))
-    return runs
-
-
-@dataclass(frozen=True)
 class Group:
-    """Runs of one method on one task; they differ in seed."""
+    """Runs of one method on one task; they differ in seed.
+
+    Attributes
+    ----------
+    label : str
+        The method, and the settings that tell the group from others.
+    runs : tuple of FinishedRun
+        At least one.
+    """
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
 
     @property
     def dataset(self) -> str:
@@ -129,12 +56,12 @@ class Group:
 
     @property
     def clients(self) -> int:
-        """N."""
+        """The number of clients, N."""
         return self.runs[0].summary["clients"]
 
     @cached_property
     def figures(self) -> dict[str, Any]:
-        """Give the group's line: every figure by its name, None where there is none."""
+        """Every figure of the group by its name, in the csv's order; None where there is none."""
         final = [run.result(run.summary["test"]) for run in self.runs]
         rounds = [run.rounds_to_peak for run in self.runs]
         traffic = [run.summary["communication"] for run in self.runs]
@@ -164,7 +91,18 @@ def _mean(values: Sequence[dict[str, float]], key: str) -> float:
 
 
 def client_gflop(config: dict[str, Any]) -> float | None:
-    """Give a client's forward GFLOP per input; None where nothing can count them."""
+    """Return a client's forward GFLOP per input.
+
+    Parameters
+    ----------
+    config : dict
+        A resolved experiment.
+
+    Returns
+    -------
+    float or None
+        None where the experiment or its data cannot be had any more.
+    """
     from mpsl_dist.analysis.cost import cost_of
 
     try:
@@ -175,15 +113,15 @@ def client_gflop(config: dict[str, Any]) -> float | None:
         return None
 
 
-def group(runs: Sequence[Run]) -> list[Group]:
-    """Put runs together that differ in seed alone.
+def group(runs: Sequence[FinishedRun]) -> list[Group]:
+    """Return groups of the runs that differ in seed alone, by dataset, clients and method.
 
     A group is labelled by its method, and by the settings that tell it from most other groups of
     the same method and dataset.
     """
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        found.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
+        found.setdefault(json.dumps(run.settings, sort_keys=True, default=str), []).append(run)
     groups = [
         Group(_label(members[0], [others[0] for others in found.values()]), tuple(members))
         for members in found.values()
@@ -196,8 +134,8 @@ def _rank(one: Group) -> int:
     return _ORDER.index(method) if method in _ORDER else len(_ORDER)
 
 
-def _label(run: Run, all_runs: Sequence[Run]) -> str:
-    def task(of: Run) -> tuple[Any, ...]:
+def _label(run: FinishedRun, all_runs: Sequence[FinishedRun]) -> str:
+    def task(of: FinishedRun) -> tuple[Any, ...]:
         return of.summary["method"], of.summary["dataset"], of.summary["clients"]
 
     rivals = [other.settings for other in all_runs if task(other) == task(run)]
@@ -219,7 +157,7 @@ def _short(value: Any) -> str:
 
 
 def markdown(groups: Sequence[Group]) -> str:
-    """Write the page: a method × dataset table, then a table of every other figure."""
+    """Return the page: a method × dataset table, then a table of every other figure."""
     lines = [group_.figures for group_ in groups]
     tasks = list(dict.fromkeys(_task(line) for line in lines))
     methods = list(dict.fromkeys(line["method"] for line in lines))
@@ -263,7 +201,7 @@ def _detail(line: dict[str, Any]) -> dict[str, str]:
 
 
 def _remarks(groups: Sequence[Group]) -> str:
-    """Say what makes the comparison unequal, and what needs no model."""
+    """Return lines on what makes the comparison unequal, and on baselines without a model."""
     remarks = []
     for dataset in dict.fromkeys(group_.dataset for group_ in groups):
         runs = [run for group_ in groups if group_.dataset == dataset for run in group_.runs]
@@ -283,16 +221,33 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(groups: Sequence[Group], out: Path) -> list[Path]:
-    """Write page, csv and picture beside each other; gives their paths."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(markdown(groups), encoding="utf-8")
+    """Write page, csv and picture beside each other, and return their paths.
+
+    Parameters
+    ----------
+    groups : sequence of Group
+        At least one.
+    out : Path
+        The page; the others have its name with another ending. Folders on the way are created.
+
+    Raises
+    ------
+    RunError
+        If a file cannot be written.
+    """
     table, picture = out.with_suffix(".csv"), out.with_suffix(".png")
     lines = [group_.figures for group_ in groups]
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
-    _draw(groups, picture)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(markdown(groups), encoding="utf-8")
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, lines[0])
+            writer.writeheader()
+            writer.writerows(lines)
+        _draw(groups, picture)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"--out: {out} cannot be written: {reason}; choose another") from error
     return [out, table, picture]
 
 

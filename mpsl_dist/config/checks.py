@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.config.schema import WEIGHT_FILES, WEIGHT_SOURCES, Experiment
+from mpsl_dist.errors import ConfigError
+
+#: Seconds of a year: a longer timeout overflows the clocks that it is given to.
+_YEAR = 365 * 24 * 3600.0
 
 
 def problems(experiment: Experiment) -> list[str]:
-    """List what a well-typed experiment asks for that cannot be done."""
-    found = _too_small(experiment) + _not_positive(experiment) + _batch_problems(experiment)
+    """Return a line for everything in a well-typed experiment that cannot be done.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Values of the right types, in any range.
+
+    Returns
+    -------
+    list of str
+        Each names its key and what the key may be; empty if the experiment can be run.
+    """
+    found = _not_finite(experiment) + _too_small(experiment) + _out_of_range(experiment)
+    found += _batch_problems(experiment)
     name = experiment.name
-    if name in ("", ".", "..") or set(name) & set("/\\"):
+    if name in ("", ".", "..") or set(name) & set("/\\") or not name.isprintable():
         found.append(f"name: '{name}' must be one folder name")
+    if experiment.seed >= 2**62:
+        found.append(f"seed: must be less than 2**62, found {experiment.seed}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", experiment.device):
         found.append(f"device: expected auto, cpu, cuda or cuda:N, found '{experiment.device}'")
-    if experiment.method == "fedclip":
-        found += _fedclip_problems(experiment)
+    try:
+        if facts_of(experiment).adapted:
+            found += _adapter_problems(experiment)
+    except ConfigError as error:
+        found.append(str(error))
     chosen = experiment.data.modalities
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         found.append("data.modalities: name at least one, each once, or leave it null")
@@ -69,26 +95,62 @@ def _too_small(experiment: Experiment) -> list[str]:
     ]
 
 
-def _not_positive(experiment: Experiment) -> list[str]:
+def _not_finite(experiment: Experiment) -> list[str]:
+    """Refuse NaN and infinity for every key, whatever range it has."""
+    return [
+        f"{path}: must be a finite number, found {value}"
+        for path, value in _values(experiment, "")
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+
+
+def _values(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield every single value with its key's path, those in lists and mappings too."""
+    inner: Iterator[tuple[Any, Any]]
+    if dataclasses.is_dataclass(node):
+        inner = ((entry.name, getattr(node, entry.name)) for entry in dataclasses.fields(node))
+    elif isinstance(node, Mapping):
+        inner = iter(node.items())
+    elif isinstance(node, list | tuple):
+        inner = iter(enumerate(node))
+    else:
+        yield path, node
+        return
+    for name, value in inner:
+        yield from _values(value, f"{path}.{name}" if path else str(name))
+
+
+def _out_of_range(experiment: Experiment) -> list[str]:
     training, federated, runtime = experiment.training, experiment.federated, experiment.runtime
     above_zero = {
         "data.partition.alpha": experiment.data.partition.alpha,
         "model.temperature": experiment.model.temperature,
-        "training.server.lr": training.server.lr,
-        "training.client.lr": training.client.lr,
         "federated.fraction": federated.fraction,
         "federated.round_timeout": federated.round_timeout,
         "runtime.rpc_timeout": runtime.rpc_timeout,
         "runtime.start_timeout": runtime.start_timeout,
     }
-    found = [
-        f"{path}: must be greater than 0, found {number}"
-        for path, number in above_zero.items()
-        if number is not None and not number > 0
+    from_zero, below_one = {}, {}
+    for owner in ("server", "client"):
+        optimizer, path = getattr(training, owner), f"training.{owner}"
+        above_zero |= {f"{path}.lr": optimizer.lr, f"{path}.gamma": optimizer.gamma}
+        from_zero |= {f"{path}.weight_decay": optimizer.weight_decay}
+        from_zero |= {f"{path}.momentum": optimizer.momentum}
+        below_one |= {f"{path}.momentum": optimizer.momentum}
+    timeouts = {path: value for path, value in above_zero.items() if path.endswith("_timeout")}
+    rules = (
+        ("greater than 0", lambda x: x > 0, above_zero),
+        ("at least 0", lambda x: x >= 0, from_zero),
+        ("less than 1", lambda x: x < 1, below_one),
+        ("at most 1", lambda x: x <= 1, {"federated.fraction": federated.fraction}),
+        (f"at most a year, {_YEAR:.0f} seconds", lambda x: x <= _YEAR, timeouts),
+    )
+    return [
+        f"{path}: must be {wanted}, found {number}"
+        for wanted, holds, numbers in rules
+        for path, number in numbers.items()
+        if number is not None and math.isfinite(number) and not holds(number)
     ]
-    if federated.fraction > 1:
-        found.append(f"federated.fraction: must be at most 1, found {federated.fraction}")
-    return found
 
 
 def _batch_problems(experiment: Experiment) -> list[str]:
@@ -127,8 +189,7 @@ def _weight_problems(experiment: Experiment) -> list[str]:
     found = []
     for part, named in WEIGHT_SOURCES.items():
         source = getattr(experiment.weights, part)
-        kind, colon, which = source.partition(":")
-        if not source.endswith(WEIGHT_FILES) and (kind not in named or (colon and not which)):
+        if not (_names_collection(source, named) or _names_file(source)):
             found.append(
                 f"weights.{part}: '{source}' is no source; one of {', '.join(named)}, "
                 f"or a file ({', '.join(WEIGHT_FILES)})"
@@ -147,7 +208,18 @@ def _weight_problems(experiment: Experiment) -> list[str]:
     return found
 
 
-def _fedclip_problems(experiment: Experiment) -> list[str]:
+def _names_collection(source: str, named: tuple[str, ...]) -> bool:
+    """Return whether a part has this source: ``clip``, ``clip:ONE``, or ``random`` alone."""
+    kind, colon, which = source.partition(":")
+    return kind in named and (not colon or (bool(which) and kind != "random"))
+
+
+def _names_file(source: str) -> bool:
+    collections = {name for names in WEIGHT_SOURCES.values() for name in names}
+    return source.endswith(WEIGHT_FILES) and source.partition(":")[0] not in collections
+
+
+def _adapter_problems(experiment: Experiment) -> list[str]:
     found = []
     if experiment.model.pooling != "cls":
         found.append("model.pooling: the adapters of fedclip act on first tokens; take cls")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mpsl_dist.config.checks import problems
 from mpsl_dist.config.schema import Experiment
 from mpsl_dist.errors import ConfigError
+from mpsl_dist.reading import parse_yaml, read_yaml
 from mpsl_dist.typed import build
+
+#: Keys that may differ when a trained model is used: they say where data lies, and how to compute.
+KEYS_OF_USE = ("data.cache", "data.on_error", "data.root", "device", "training.test_batch_size")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -31,17 +34,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         With every problem at once: unknown keys (the nearest valid one named), wrong types and
         values out of range.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    values = read_yaml(path, ConfigError)
     errors: list[str] = []
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
-    for override in overrides:
-        _override(values, override, errors)
+    for word in overrides:
+        _set(values, word, errors)
     experiment = build(Experiment, values, "", errors)
     errors += problems(experiment)
     if errors:
@@ -60,14 +56,57 @@ def from_dict(values: Mapping[str, Any]) -> Experiment:
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """Give the resolved experiment as nested plain mappings."""
+    """Return the resolved experiment as nested plain mappings."""
     return dataclasses.asdict(experiment)
 
 
-def _override(values: dict[str, Any], override: str, errors: list[str]) -> None:
-    key, equals, text = override.partition("=")
+def override(
+    values: Mapping[str, Any], words: Sequence[str], allowed: Collection[str] = KEYS_OF_USE
+) -> dict[str, Any]:
+    """Return a trained model's experiment with some keys changed for its use.
+
+    Parameters
+    ----------
+    values : mapping
+        What :func:`to_dict` returned when the model was trained; stays as it is.
+    words : sequence of str
+        ``key.path=value`` with the value in YAML.
+    allowed : collection of str
+        The keys that may change.
+
+    Raises
+    ------
+    ConfigError
+        Naming every word whose key is none of these, with what the model was trained with.
+    """
+    changed, errors = copy.deepcopy(dict(values)), []
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if equals and key and key not in allowed:
+            trained = _trained_with(values, key)
+            errors.append(f"{key}: {trained}; only {', '.join(allowed)} may change now")
+        else:
+            _set(changed, word, errors)
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return changed
+
+
+def _trained_with(values: Mapping[str, Any], key: str) -> str:
+    node: Any = values
+    for name in key.split("."):
+        if not isinstance(node, Mapping) or name not in node:
+            return "unknown key"
+        node = node[name]
+    if isinstance(node, Mapping):
+        return "not a key but a section of keys"
+    return f"the model was trained with {'null' if node is None else node}"
+
+
+def _set(values: dict[str, Any], word: str, errors: list[str]) -> None:
+    key, equals, text = word.partition("=")
     if not equals or not key:
-        errors.append(f"'{override}': an override is key.path=value")
+        errors.append(f"'{word}': an override is key.path=value")
         return
     *parents, last = key.split(".")
     node = values
@@ -77,6 +116,6 @@ def _override(values: dict[str, Any], override: str, errors: list[str]) -> None:
             child = node[parent] = {}
         node = child
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        errors.append(f"{key}: '{text}' is not a YAML value")
+        node[last] = parse_yaml(text)
+    except ValueError as problem:
+        errors.append(f"{key}: '{text}' is not a YAML value: {problem}")

@@ -235,18 +235,53 @@ def summarize(
     }
 
 
-def failed_summary(experiment: Experiment, run: RunDirectory, reason: str) -> None:
-    """Leave a ``summary.json`` that says why the run failed."""
-    lines = run.metrics()
+def failed_summary(
+    experiment: Experiment, run: RunDirectory, reason: str, clients_lost: int = 0
+) -> None:
+    """Write the ``summary.json`` of a run that failed: its keys, from what ``metrics.jsonl`` has.
+
+    What only a living run knows is null, or empty.
+
+    Parameters
+    ----------
+    reason : str
+        Why the run failed.
+    clients_lost : int
+        Clients whose workers were lost.
+    """
+    try:
+        lines = run.metrics()
+    except (RunError, OSError):  # perhaps the very reason
+        lines = []
+    trained = [line for line in lines if line["split"] == "train"]
+    tests = [line for line in lines if line["split"] == "test"]
+    # A test ends an epoch, so its step says how many steps an epoch has.
+    epochs = tests[-1]["epoch"] + 1 if tests else None
+    per = experiment.clients * trained[-1]["step"] * epochs / tests[-1]["step"] if epochs else None
+    sent = {way: sum(line["bytes"][way] for line in trained) for way in ("up", "down")}
+    seconds = [line["seconds"] for line in trained]
     summary = {
         "name": experiment.name,
         "method": experiment.method,
         "dataset": experiment.data.name,
         "seed": experiment.seed,
         "clients": experiment.clients,
-        "epochs_completed": sum(line["split"] == "test" for line in lines),
+        "epochs_completed": len(tests),
         "steps_completed": max((line["step"] for line in lines), default=0),
-        "test": next((x["metric"] for x in reversed(lines) if x["split"] == "test"), {}),
+        "loss": trained[-1]["loss"] if trained else None,
+        "test": tests[-1]["metric"] if tests else {},
+        "baselines": {},
+        "trainable_parameters": {},
+        "communication": {
+            "up_bytes_per_client_per_epoch": sent["up"] / per if per else None,
+            "down_bytes_per_client_per_epoch": sent["down"] / per if per else None,
+        },
+        "seconds": {
+            # Of steps and tests alone: checkpoints and the start are in no line.
+            "total": round(sum(line["seconds"] for line in lines), 3) if lines else None,
+            "step_median": statistics.median(seconds) if seconds else None,
+        },
+        "clients_lost": clients_lost,
         "status": "failed",
         "reason": reason,
     }

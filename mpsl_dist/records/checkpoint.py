@@ -11,8 +11,10 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from mpsl_dist import typed
+from mpsl_dist.errors import RunError
+from mpsl_dist.reading import read_json
 from mpsl_dist.records.run_directory import write_atomic
 
 
@@ -27,6 +29,7 @@ class Manifest:
     epoch, epoch_step : int
         The epoch to continue, and its first step not yet done.
     clients : int
+        Clients of the run, whose states the checkpoint holds.
     seconds : float
         Time spent so far.
     traffic : dict
@@ -42,12 +45,22 @@ class Manifest:
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
-    """Give the folder of a step's checkpoint."""
+    """Return the folder that holds the checkpoint of a step."""
     return checkpoints / f"step-{step:08d}"
 
 
 def complete(checkpoints: Path, manifest: Manifest, keep: int) -> None:
-    """Mark a checkpoint complete, then remove all but the last ``keep`` complete ones."""
+    """Mark a checkpoint complete, then remove all but the last ``keep`` complete ones.
+
+    Parameters
+    ----------
+    checkpoints : Path
+        The folder of all checkpoints of a run.
+    manifest : Manifest
+        What the checkpoint of its step holds; every owner has written its part.
+    keep : int
+        At least 1.
+    """
     folder = folder_of(checkpoints, manifest.step)
     write_atomic(folder / "manifest.json", json.dumps(asdict(manifest)) + "\n")
     for old in _complete_folders(checkpoints)[:-keep]:
@@ -56,12 +69,28 @@ def complete(checkpoints: Path, manifest: Manifest, keep: int) -> None:
 
 
 def latest(checkpoints: Path) -> tuple[Path, Manifest] | None:
-    """Find the last complete checkpoint."""
+    """Return the folder and the manifest of the last complete checkpoint; None without any.
+
+    Raises
+    ------
+    RunError
+        If the manifest is damaged.
+    """
     folders = _complete_folders(checkpoints)
     if not folders:
         return None
-    values: dict[str, Any] = json.loads((folders[-1] / "manifest.json").read_text("utf-8"))
-    return folders[-1], Manifest(**values)
+    path = folders[-1] / "manifest.json"
+    advice = f"remove {folders[-1]} to continue from the checkpoint before it"
+    values = read_json(path, advice=advice)
+    errors: list[str] = []
+    try:
+        manifest = typed.build(Manifest, values, "", errors)
+    except TypeError:  # a field is absent, or left out for its wrong type
+        wanted = ", ".join(Manifest.__dataclass_fields__)
+        raise RunError(f"{path}: is no manifest, which has {wanted}; {advice}") from None
+    if errors:
+        raise RunError(f"{path}: {'; '.join(errors)}; {advice}")
+    return folders[-1], manifest
 
 
 def _complete_folders(checkpoints: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -17,11 +18,14 @@ from typing import Any
 import yaml
 
 from mpsl_dist.errors import RunError
+from mpsl_dist.reading import read_json, read_json_lines, read_yaml
+from mpsl_dist.typed import flatten
 
 #: Keys that may differ when a run is resumed: none of them changes what is computed.
 FREE_KEYS = (
     "checkpoint",
     "clients_per_worker",
+    "data.cache",
     "data.loaders",
     "data.root",
     "device",
@@ -31,28 +35,54 @@ FREE_KEYS = (
 )
 
 
+#: What can be done about a file of a run that cannot be read.
+_DAMAGED = "restore it from a copy, or begin the run again with --overwrite"
+
+_log = logging.getLogger("mpsl_dist")
+
+
 class RunDirectory:
-    """Files of one run under ``runs/<name>/``."""
+    """Files of one run under ``runs/<name>/``.
+
+    Parameters
+    ----------
+    path : Path
+        The folder, which need not exist yet.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def check(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
-        """Say whether there is a run here already, and refuse what would harm it.
+        """Return whether there is a run here already, and refuse what would harm it.
+
+        Parameters
+        ----------
+        config : mapping
+            The resolved experiment that is to be run.
+        resume : bool
+            Whether the run that is here is to be continued.
+        overwrite : bool
+            Whether the run that is here is to be replaced.
 
         Raises
         ------
         RunError
             If it exists and neither ``resume`` nor ``overwrite`` was asked for; if it is to be
-            resumed with another configuration, or is no run at all.
+            resumed with another configuration or is damaged; or if it is no run at all.
         """
-        exists = self.path.exists() and any(self.path.iterdir())
+        try:
+            exists = self.path.exists() and any(self.path.iterdir())
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{self.path}: {reason}; choose another output= or name=") from error
         if exists and not (self.path / "config.yaml").is_file():
             raise RunError(f"{self.path} exists and is no run directory; choose another name=")
         if resume and not exists:
             raise RunError(f"{self.path} holds no run to resume")
         if exists and resume:
             self._check_same(config)
+            self._lines()
         elif exists and not overwrite:
             raise RunError(
                 f"{self.path} exists; continue it with --resume, replace it with --overwrite, "
@@ -61,21 +91,30 @@ class RunDirectory:
         return exists
 
     def open(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
-        """Create the directory, or enter it to resume, after :meth:`check`."""
+        """Create the directory, or enter it to resume, after :meth:`check`.
+
+        Raises
+        ------
+        RunError
+            As :meth:`check` does, or if the directory cannot be written.
+        """
         exists = self.check(config, resume, overwrite)
-        if exists and not resume:
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        try:
+            if exists and not resume:
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(
+                f"{self.path} cannot be written: {reason}; choose another output="
+            ) from error
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
-        before = flatten(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
-        now = flatten(config)
+        before, now = flatten(self.config()), flatten(config)
         differing = [
             f"{key}: the run has {before.get(key)!r}, now {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-            and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+            for key in differing_keys(before, now)
         ]
         if differing:
             raise RunError(f"{self.path} cannot be resumed as asked:\n" + "\n".join(differing))
@@ -85,20 +124,73 @@ class RunDirectory:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    def config(self) -> dict[str, Any]:
+        """Return the resolved experiment that the run was started with.
+
+        Raises
+        ------
+        RunError
+            If ``config.yaml`` is missing, damaged or empty.
+        """
+        path = self.path / "config.yaml"
+        values = read_yaml(path, advice=_DAMAGED)
+        if not values:
+            raise RunError(f"{path}: empty; {_DAMAGED}")
+        return values
+
+    def summary(self) -> dict[str, Any]:
+        """Return what ``summary.json`` holds; empty where the run left none yet.
+
+        Raises
+        ------
+        RunError
+            If it is damaged.
+        """
+        path = self.path / "summary.json"
+        if not path.exists():
+            return {}
+        return read_json(path, advice="remove it and continue the run with --resume")
+
     def append_metrics(self, **values: Any) -> None:
         """Add one line to ``metrics.jsonl``."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read ``metrics.jsonl``."""
+        """Return the lines of ``metrics.jsonl``; none where there is no such file.
+
+        A last line that is torn, because its writer died, is left out with a warning in the log.
+
+        Raises
+        ------
+        RunError
+            If any other line is damaged; the error names it.
+        """
+        lines, torn = self._lines()
+        if torn:
+            _log.warning("%s: the last line is torn and is left out", self.path / "metrics.jsonl")
+        return lines
+
+    def _lines(self) -> tuple[list[dict[str, Any]], bool]:
         path = self.path / "metrics.jsonl"
         if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [], False
+        lines, torn = read_json_lines(path, advice=f"remove the line, or {_DAMAGED}")
+        for number, line in enumerate(lines, start=1):
+            own = ("metric",) if line.get("split") == "test" else ("loss",)
+            absent = [key for key in ("step", "epoch", "split", *own) if key not in line]
+            if absent:
+                raise RunError(f"{path}: line {number}: no {', '.join(absent)}; {_DAMAGED}")
+        return lines, torn
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics of later steps, which a resumed run will write again."""
+        """Drop the metrics of later steps, which a resumed run will write again.
+
+        Parameters
+        ----------
+        step : int
+            The last step to keep; -1 keeps none.
+        """
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(kept))
 
@@ -107,26 +199,54 @@ class RunDirectory:
         write_atomic(self.path / f"{name}.json", json.dumps(value, indent=2) + "\n")
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give nested mappings as ``key.path`` -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys that make one experiment another, sorted; :data:`FREE_KEYS` never do.
+
+    Parameters
+    ----------
+    before, now : mapping
+        Two experiments as :func:`flatten` returns them. A key that one lacks is null there.
+    """
+    return [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    ]
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file such that it is never seen half-written."""
+    """Write a text file such that it is never seen half-written.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; a file of this name then stays as it was.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
-def environment_of(world: int, devices: list[str], placement: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what a run's figures depend on besides its configuration."""
+def environment_of(
+    world: int, devices: Mapping[str, str], placement: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a run's figures depend on besides its configuration.
+
+    Parameters
+    ----------
+    world : int
+        Processes of the run.
+    devices : mapping of str to str
+        Process (``server``, ``worker1``) -> the device that it trained on.
+    placement : mapping
+        Which clients lived on which worker.
+    """
     packages = ("torch", "torchvision", "torchaudio", "timm", "open_clip_torch", "numpy")
     return {
         "mpsl_dist": importlib.metadata.version("mpsl_dist"),
@@ -136,7 +256,7 @@ def environment_of(world: int, devices: list[str], placement: Mapping[str, Any])
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "cores": os.cpu_count(),
         "world": world,
-        "devices": devices,
+        "devices": dict(devices),
         "placement": dict(placement),
         "command": sys.argv,
     }
@@ -152,7 +272,13 @@ def _git_commit() -> str | None:
 
 
 def log_to(path: Path) -> logging.Logger:
-    """Send the house's log to a file; errors go to the terminal by the command line alone."""
+    """Send the package's log to a file, and nowhere else, and return its logger.
+
+    Parameters
+    ----------
+    path : Path
+        Lines are added; folders on the way are created.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("mpsl_dist")
     logger.setLevel(logging.INFO)

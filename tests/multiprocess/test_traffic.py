@@ -194,7 +194,7 @@ def test_the_kernel_counts_the_same(
 
     Clients of one worker would share a single copy of what all are sent.
     """
-    settings = {"method": method, "name": method, "clients": 2}
+    settings = {"method": method, "name": method, "clients": 2, "plugins": ["toys"]}
     settings |= {"device": "cpu", "runtime": {"channels": "tcp"}} | ON_THE_CABLE[method]
     settings["model"] = settings["model"] | {"image_patch": 2 if method == "mpsl" else 4}
     config = tmp_path / "config.yaml"

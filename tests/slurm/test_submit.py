@@ -147,6 +147,38 @@ def test_refusals(here: Path, capsys: pytest.CaptureFixture, words: list[str], m
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"\xff", b"[", b"- 3", b"7", b": :"])
+@pytest.mark.parametrize("which", ["experiment", "sweep", "habits", "config", "summary"])
+def test_a_damaged_file_is_named(
+    here: Path, capsys: pytest.CaptureFixture, which: str, content: bytes
+):
+    pytest.importorskip("submitit")
+    experiment = load(TINY)
+    finish(experiment, "stopped")
+    run = experiment.run_directory
+    damaged = {"config": run / "config.yaml", "summary": run / "summary.json"}
+    path = damaged.get(which, here / f"{which}.yaml")
+    path.write_bytes(content)
+    asked = {"experiment": [str(path)], "sweep": [str(path)]}.get(which, [str(TINY)])
+    habits = ["--cluster", str(path)] if which == "habits" else []
+    assert submit.main([*asked, "--dry-run", "--resume", *habits]) == 2
+    assert f"error: {path}: " in capsys.readouterr().err
+
+
+def test_a_sweep_over_no_keys_is_refused(here: Path):
+    with pytest.raises(ConfigError, match="found the key 3"):
+        sweep.read(write_sweep(here, grid={3: [1]}), [])
+
+
+def test_a_job_with_a_damaged_summary_is_not_queued_again(here: Path):
+    experiment = load(TINY)
+    finish(experiment, "stopped")
+    task = job.TrainJob(str(TINY), (), str(experiment.run_directory))
+    assert task._is_stopped()
+    (experiment.run_directory / "summary.json").write_text("{")
+    assert not task._is_stopped()
+
+
 def test_without_submitit_it_says_what_to_do(here: Path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert submit.main([str(TINY)]) == 2

@@ -14,7 +14,7 @@ import yaml
 from mpsl_dist.__main__ import main
 from mpsl_dist.analysis import compare
 from mpsl_dist.config import to_dict
-from mpsl_dist.records.run_directory import RunError
+from mpsl_dist.errors import RunError
 
 
 def write_run(
@@ -183,3 +183,35 @@ def test_every_folder_that_cannot_be_compared_is_named(
     good = write_run(tmp_path, "good", [0.5])
     assert main(["compare", str(good), "--out", "table.txt"]) == 2
     assert "must end in .md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("content", [b"\xff\n\xff\n", b"[1]\n[2]\n", b"7\n7\n", b"{\n{\n", b"\n"])
+def test_a_damaged_file_is_named_beside_other_problems(
+    tmp_path: Path, name: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path, "damaged", [0.5])
+    (path / name).write_bytes(content)
+    assert main(["compare", str(path), str(tmp_path / "absent")]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {path / name}: " in error and "absent: no summary.json" in error
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("test", {}), ("test", 0.5), ("seconds", {}), ("clients", "4"), ("communication", None)],
+)
+def test_a_summary_without_what_a_comparison_takes_is_named(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    path = write_run(tmp_path, "r", [0.5])
+    summary = json.loads((path / "summary.json").read_text()) | {key: value}
+    (path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(RunError, match=rf"{path}.*({key}|recall)"):
+        compare.read([path])
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path: Path, capsys) -> None:
+    path = write_run(tmp_path, "r", [0.5])
+    assert main(["compare", str(path), "--out", str(path / "summary.json" / "table.md")]) == 2
+    assert "error: --out: " in capsys.readouterr().err

@@ -10,7 +10,9 @@ import pytest
 from mpsl_dist import config
 from mpsl_dist.__main__ import main
 from mpsl_dist.config import ConfigError
-from mpsl_dist.records.run_directory import RunDirectory, RunError
+from mpsl_dist.errors import RunError
+from mpsl_dist.records.run_directory import RunDirectory
+from mpsl_dist.typed import flatten
 
 
 @pytest.fixture
@@ -97,6 +99,63 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     assert experiment.training.client.lr == 1e-3 and experiment.training.server.lr == 2e-3
     assert experiment.training.client.name == "adamw"
     assert config.from_dict(config.to_dict(experiment)) == experiment
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf", "nan", "-1e999"])
+def test_every_number_must_be_finite(quickstart: str, number: str) -> None:
+    flat = flatten(config.to_dict(config.load(quickstart)))
+    keys = [key for key, value in flat.items() if isinstance(value, float)]
+    assert len(keys) >= 13
+    keys.append("model.temperature")  # null by default
+    with pytest.raises(ConfigError) as caught:
+        config.load(quickstart, [f"{key}={number}" for key in keys])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(keys)
+    for key in keys:
+        assert any(f": {key}: must be a finite number, found" in line for line in lines), key
+
+
+def test_numbers_out_of_range_are_listed_at_once(quickstart: str) -> None:
+    below_zero = [
+        f"training.{owner}.{name}"
+        for owner in ("server", "client")
+        for name in ("lr", "weight_decay", "momentum", "gamma")
+    ]
+    below_zero += ["data.partition.alpha", "model.temperature", "federated.fraction"]
+    timeouts = ["federated.round_timeout", "runtime.rpc_timeout", "runtime.start_timeout"]
+    for number, keys in (("-0.5", below_zero + timeouts), ("1e12", timeouts)):
+        with pytest.raises(ConfigError) as caught:
+            config.load(quickstart, [f"{key}={number}" for key in keys])
+        lines = str(caught.value).splitlines()
+        assert len(lines) == len(keys), lines
+        assert all(any(f": {key}: must be " in line for line in lines) for key in keys), lines
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.server.momentum=1",
+        "training.client.gamma=0",
+        "seed=99999999999999999999",
+        "weights.encoder=random:x",
+        "weights.encoder=random:x.pth",
+        "weights.encoder=ast:x.pth",
+        "weights.encoder=timm:",
+        "weights.audio=clip",
+        'name="a\\0b"',
+    ],
+)
+def test_values_that_would_fail_later_are_refused(quickstart: str, override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f": {re.escape(key)}: "):
+        config.load(quickstart, [override])
+
+
+@pytest.mark.parametrize(
+    "source", ["random", "timm", "timm:vit_x", "meta-transformer:a.pth", "a.pth", "/b:c/d.bin"]
+)
+def test_sources_of_weights(quickstart: str, source: str) -> None:
+    assert config.load(quickstart, [f"weights.encoder={source}"]).weights.encoder == source
 
 
 def test_equal_shares_ask_for_a_multiple_of_the_clients(quickstart: str) -> None:
