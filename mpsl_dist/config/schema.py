@@ -217,6 +217,21 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Faults:
+    """What becomes of a run whose clients are lost: killed, failed, stopped or too slow."""
+
+    #: ``continue`` repeats the step without the lost; ``stop`` ends the run. ``psl`` always stops.
+    on_loss: Literal["stop", "continue"] = "continue"
+    #: With fewer clients than this the run stops.
+    min_clients: int = 1
+    #: Seconds until a client that does not answer counts as lost; null is ``runtime.rpc_timeout``.
+    client_timeout: float | None = None
+    #: A client whose loss or gradient is no finite number: ``stop`` ends the run,
+    #: ``skip_client`` repeats the step without it.
+    on_nonfinite: Literal["stop", "skip_client"] = "stop"
+
+
+@dataclass(frozen=True)
 class Runtime:
     """The connection between the processes."""
 
@@ -265,6 +280,7 @@ class Experiment:
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    faults: Faults = field(default_factory=Faults)
     runtime: Runtime = field(default_factory=Runtime)
 
     @property

@@ -50,6 +50,7 @@ class Centralized:
         self.learner = learner
         self.traffic = Traffic(experiment.clients)  # nothing ever crosses
         self.lost: set[int] = set()
+        self.repeated = 0
         self.held = [holdings.of(client)[0] for client in range(experiment.clients)]
         sizes = [len(data) for data in self.held]
         self.plan = shares(sizes, experiment.training.batch_size, experiment.client_share)

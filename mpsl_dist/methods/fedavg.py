@@ -57,6 +57,7 @@ class FedAvg:
         self.splits = splits
         self.model = model
         self.clients = clients
+        self.repeated = 0
         held = clients.describe()
         self.sizes = {n: held[n].samples for n in held}
         self.test_sizes = {n: held[n].test_samples for n in held if held[n].test_samples}
@@ -86,11 +87,16 @@ class FedAvg:
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Nothing to lay out: clients do, when their round begins."""
 
-    def step(self, epoch_step: int, step: int) -> float:
-        """Train one round; returns the mean loss over all samples that were trained on."""
+    def step(self, epoch_step: int, step: int) -> float | None:
+        """Train one round; returns the mean loss over all samples that were trained on.
+
+        Updates of clients that are lost on the way are left out; None if there is none at all.
+        """
         fraction, seed = self.experiment.federated.fraction, self.experiment.seed
-        drawn = draw(len(self.sizes), fraction, seed, step)
+        drawn = [n for n in draw(len(self.sizes), fraction, seed, step) if n not in self.lost]
         updates = self.clients.train_round(step, trainable_state(self.model), drawn)
+        if not updates:
+            return None
         load_trainable(self.model, aggregate(updates))
         samples = sum(update.samples for update in updates.values())
         return sum(update.loss * update.samples / samples for update in updates.values())
@@ -100,8 +106,9 @@ class FedAvg:
         size = self.experiment.training.test_batch_size
         if self.experiment.data.test_at == "server":
             return self.model.test(self.splits.test, size)
-        right = self.clients.test(trainable_state(self.model), size, list(self.test_sizes))
-        return {"accuracy": sum(right.values()) / sum(self.test_sizes.values())}
+        holders = [n for n in self.test_sizes if n not in self.lost]
+        right = self.clients.test(trainable_state(self.model), size, holders)
+        return {"accuracy": sum(right.values()) / sum(self.test_sizes[n] for n in right)}
 
     def deployable(self) -> Deployable:
         """Return the server's model."""
@@ -170,5 +177,5 @@ def build(setup: Setup) -> FedAvg:
     experiment, splits = setup.experiment, setup.splits
     timeout = max(experiment.runtime.rpc_timeout, experiment.federated.round_timeout)
     fleet = open_fleet(setup, build_clients, timeout)
-    link = RoundLink(fleet, Traffic(experiment.clients))
+    link = RoundLink(fleet, Traffic(experiment.clients), experiment.faults)
     return FedAvg(experiment, splits, deployable.build(experiment, splits), link)

@@ -33,15 +33,16 @@ class Method(Protocol):
     #: (steps, clients): samples of every client in every step of an epoch.
     plan: NDArray[np.int64]
     traffic: Traffic
-    #: Clients that were lost on the way.
+    #: Clients that were lost on the way, and steps that were begun again without a client.
     lost: set[int]
+    repeated: int
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Lay out the epoch's mini-batches, from ``first_step`` on."""
         ...
 
-    def step(self, epoch_step: int, step: int) -> float:
-        """Train one step; returns the global loss."""
+    def step(self, epoch_step: int, step: int) -> float | None:
+        """Train one step; returns the global loss, None where no client was left to take part."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -139,7 +140,8 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
 def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
     before = method.traffic.totals()
     started = time.perf_counter()
-    at.loss = method.step(at.epoch_step, at.step)
+    loss = method.step(at.epoch_step, at.step)
+    at.loss = at.loss if loss is None else loss
     seconds = time.perf_counter() - started
     at.step, at.epoch_step = at.step + 1, at.epoch_step + 1
     at.step_seconds.append(seconds)
@@ -147,8 +149,10 @@ def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progre
         step=at.step,
         epoch=at.epoch,
         split="train",
-        loss=at.loss,
+        loss=loss,
         metric={},
+        clients_lost=len(method.lost),
+        steps_repeated=method.repeated,
         seconds=round(seconds, 6),
         bytes=method.traffic.since(before),
     )
@@ -231,6 +235,7 @@ def summarize(
             "step_median": statistics.median(at.step_seconds) if at.step_seconds else None,
         },
         "clients_lost": len(method.lost),
+        "steps_repeated": method.repeated,
         "status": status,
     }
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mpsl_dist.config import Experiment
-from mpsl_dist.errors import DivergedError
+from mpsl_dist.errors import NonFiniteError
 from mpsl_dist.methods.link import Step
 from mpsl_dist.models.tasks import Task
+from mpsl_dist.runtime.answers import name_clients
 
 
 class Objective(Protocol):
@@ -59,7 +60,9 @@ class GlobalContrast:
         """Return the contrastive loss over the global batch."""
         pictures_b = number_apart(step.pairs().values())
         loss = self.task.loss(torch.cat(list(predictions.values())), pictures_b)
-        require_finite({"of the global batch": loss}, step.number)
+        if not math.isfinite(loss.item()):
+            whose = f"step {step.number}: the loss of the global batch"
+            raise NonFiniteError((), whose, loss.item())
         return loss
 
 
@@ -91,22 +94,20 @@ def number_apart(pairs: Iterable[Tensor]) -> Tensor:
     return torch.cat(joined)
 
 
-def require_finite(losses: Mapping[Any, Tensor], step: int) -> None:
+def require_finite(losses: Mapping[int, Tensor], step: int) -> None:
     """Stop before a loss that is no number reaches anybody's parameters.
 
     Parameters
     ----------
     losses : mapping
-        By client number, or by words that say whose it is.
+        By client.
 
     Raises
     ------
-    DivergedError
+    NonFiniteError
+        Naming every such client.
     """
-    for whose, loss in losses.items():
-        if not math.isfinite(loss.item()):
-            who = f"of client {whose}" if isinstance(whose, int) else whose
-            raise DivergedError(
-                f"step {step}: the loss {who} is {loss.item()}; no parameter was "
-                "changed by this step. Lower training.server.lr and training.client.lr"
-            )
+    wrong = {client: x.item() for client, x in losses.items() if not math.isfinite(x.item())}
+    if wrong:
+        clients, value = sorted(wrong), next(iter(wrong.values()))
+        raise NonFiniteError(clients, f"step {step}: the loss of {name_clients(clients)}", value)

@@ -52,12 +52,13 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
-    def advance(self, loss: float) -> None:
-        """Count a step."""
+    def advance(self, loss: float | None) -> None:
+        """Count a step; its loss is None where nobody took part."""
         self.done += 1
         now = time.perf_counter()
         rate = (self.done - self.first) / max(now - self.started, 1e-9)
-        text = f"loss {loss:.4f} {self.metric} {rate * self.samples_per_step:.0f} samples/s"
+        shown = "unknown" if loss is None else f"{loss:.4f}"
+        text = f"loss {shown} {self.metric} {rate * self.samples_per_step:.0f} samples/s"
         self.bar.update(self.task, completed=self.done, description=text)
         if not self.console.is_terminal and now - self.spoke >= self.INTERVAL:
             self.spoke = now

@@ -127,8 +127,9 @@ class SumGradients:
         self, link: SplitLink, answers: Mapping[int, Any], step: int, sizes: Mapping[int, int]
     ) -> None:
         """Have every client step on the sum."""
-        total = sum(vector for vector in answers.values() if vector is not None)
-        link.step_on_sum(step, total, f"step {step}")
+        vectors = [vector for vector in answers.values() if vector is not None]
+        if vectors:  # none where everybody who took part is lost
+            link.step_on_sum(step, sum(vectors), f"step {step}")
 
     def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
         """Return a vector up from whoever took part since the last time, one down to everybody."""
@@ -159,7 +160,7 @@ class AverageWeights:
     ) -> None:
         """Replace every client's weights by the average, weighted by samples."""
         where = f"step {step}"
-        weights = link.tokenizer_weights(list(sizes), where, "sync_up")
+        weights = link.tokenizer_weights(link.present, where, "sync_up")
         mean = average(list(weights.values()), [sizes[n] for n in weights])
         link.set_tokenizer_weights(mean, where)
 

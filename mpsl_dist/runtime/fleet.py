@@ -17,7 +17,7 @@ from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
 from mpsl_dist.errors import Failure, RemoteError
-from mpsl_dist.runtime.answers import Answers, Lost, name_clients
+from mpsl_dist.runtime.answers import Answers, ClientsLost, Lost, name_clients
 from mpsl_dist.runtime.network import host_name
 from mpsl_dist.runtime.world import SERVER, brief, pong
 
@@ -41,17 +41,23 @@ class Autograd:
 
         Raises
         ------
+        ClientsLost
+            If a worker is gone.
         RemoteError
-            Naming the workers that are gone.
+            If all are there and it failed all the same.
         """
         try:
             dist_autograd.backward(self.number, [loss])
         except RuntimeError as error:
             silent = self.fleet.silent()
-            names = ", ".join(silent)
-            cause = f"{names}: lost in backward" if silent else f"backward failed: {error}"
-            lost = tuple(client for clients in silent.values() for client in clients)
-            raise RemoteError(f"{cause}, {where}", lost=lost) from error
+            if not silent:
+                raise RemoteError(f"backward failed: {error}, {where}") from error
+            lost = {
+                client: Lost(f"{who}: lost in backward, {where}")
+                for who, clients in silent.items()
+                for client in clients
+            }
+            raise ClientsLost(lost) from error
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """Return this process's gradients, by parameter."""
