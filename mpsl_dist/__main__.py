@@ -113,9 +113,17 @@ def _train(options: argparse.Namespace) -> int:
     experiment = config.load(options.config, options.overrides)
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
+    from mpsl_dist.config.methods import goes_on
+    from mpsl_dist.runtime import environment, supervisor
+
+    launched = environment.resolve(os.environ)
+    worker = launched is not None and launched.rank > 0
+    if worker and goes_on(experiment) and not supervisor.is_child():
+        # Before torch is imported: the rank itself stays small.
+        return supervisor.supervise(experiment.faults.exit_timeout)
     from mpsl_dist.methods import processes
 
-    if processes.is_worker():
+    if worker:
         processes.serve_as_worker(experiment, processes.place_in_world(experiment, options.words))
         return 0
     world, splits = _check_everything(options, experiment)

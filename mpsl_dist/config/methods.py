@@ -121,6 +121,11 @@ def processes_of(experiment: Experiment) -> int:
     return 1 if facts_of(experiment).one_process else experiment.workers + 1
 
 
+def goes_on(experiment: Experiment) -> bool:
+    """Return whether a run goes on without clients that are lost."""
+    return facts_of(experiment).tolerant and experiment.faults.on_loss == "continue"
+
+
 def unread(experiment: Experiment) -> list[str]:
     """Return the keys that are set to other than their defaults and that the method never reads."""
     reads, defaults = facts_of(experiment).reads, flatten(Experiment())

@@ -229,6 +229,9 @@ class Faults:
     #: A client whose loss or gradient is no finite number: ``stop`` ends the run,
     #: ``skip_client`` repeats the step without it.
     on_nonfinite: Literal["stop", "skip_client"] = "stop"
+    #: Seconds after which a worker without a sign of life is killed, and within which every process
+    #: is gone when the run has ended.
+    exit_timeout: float = 30.0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.records.run_directory import log_to
@@ -107,6 +108,12 @@ def host_clients(
     return host
 
 
+def timeout_of(experiment: Experiment) -> float:
+    """Return the seconds until a call to a client counts as failed."""
+    patience = experiment.faults.client_timeout if facts_of(experiment).tolerant else None
+    return patience or experiment.runtime.rpc_timeout
+
+
 def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) -> Fleet:
     """Have every worker build its clients; workers get about as many samples each.
 
@@ -115,7 +122,7 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
     build : callable
         A module's function; it runs on the workers.
     timeout : float, optional
-        Seconds until a call counts as failed, if not ``runtime.rpc_timeout``.
+        Seconds until a call counts as failed, if not :func:`timeout_of`.
 
     Raises
     ------
@@ -130,4 +137,4 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
     }
     hosts = world.create(host_clients, arguments, experiment.runtime.start_timeout)
     hosted = {world.rank_name(rank): clients for rank, clients in enumerate(placed, 1)}
-    return Fleet(hosts, hosted, timeout or experiment.runtime.rpc_timeout)
+    return Fleet(hosts, hosted, timeout or timeout_of(experiment))

@@ -16,18 +16,12 @@ from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.config.methods import facts_of, processes_of, unread
 from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.methods import loop
-from mpsl_dist.methods.hosting import Setup
+from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
-from mpsl_dist.runtime import environment, process, world
+from mpsl_dist.runtime import environment, process, supervisor, world
 from mpsl_dist.runtime.environment import Environment
 
 _log = logging.getLogger("mpsl_dist")
-
-
-def is_worker() -> bool:
-    """Say whether a launcher started this process as a rank above 0."""
-    found = environment.resolve(os.environ)
-    return found is not None and found.rank > 0
 
 
 def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
@@ -69,11 +63,15 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
 def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     """Host clients until the server ends the world."""
     join(experiment, launched)
+    if supervisor.is_child():
+        supervisor.beat()
     patience = min(60.0, experiment.runtime.rpc_timeout)
     end_watch = process.watch_server(lambda: world.ping(0, patience))
-    world.await_end()
+    together = world.await_end()
     # A ping that outlived RPC would take the server's orderly end for its death, or abort Python's.
     end_watch()
+    if not together:
+        process.leave(0)
     world.stop()
 
 
@@ -102,7 +100,7 @@ def train_as_server(
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)
     if launched.world > 1:
-        world.dismiss(launched.world)
+        world.dismiss(launched.world, together=not method.lost)
     return summary
 
 
@@ -162,7 +160,7 @@ def join(experiment: Experiment, launched: Environment) -> None:
     settings = experiment.runtime
     world.start(
         launched,
-        settings.rpc_timeout,
+        timeout_of(experiment),
         settings.start_timeout,
         launched.interface(settings.interface),
         settings.channels == "tcp",

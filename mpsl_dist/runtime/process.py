@@ -14,6 +14,10 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
+#: Exit status of a worker that ended because the server is gone.
+SERVER_GONE = 3
+
+
 class StopRequest:
     """Whether somebody asked this run to stop, by one of :data:`STOP_SIGNALS`.
 
@@ -63,7 +67,7 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
             missed = 0 if ping() else missed + 1
             if missed == 3:
                 print("the server is gone; this worker ends", file=sys.stderr, flush=True)
-                os._exit(1)
+                os._exit(SERVER_GONE)
 
     thread = threading.Thread(target=watch, name="watch-server", daemon=True)
     thread.start()
