@@ -28,7 +28,7 @@ from mpsl_dist.records.traffic import Traffic
 
 
 class Mpsl:
-    """The method.
+    """MPSL, as the server sees it.
 
     Parameters
     ----------
@@ -82,12 +82,19 @@ class Mpsl:
         self.clients.begin_epoch(epoch, counts, first_step)
 
     def step(self, epoch_step: int, number: int) -> float:
-        """Train one step; returns the global loss.
+        """Train one step, and return the global loss L_S.
 
         Parameters
         ----------
         epoch_step, number : int
             This step within the epoch and within the run, from 0.
+
+        Raises
+        ------
+        DivergedError
+            If a loss is no finite number; no parameter has moved then.
+        RemoteError
+            If a client was lost or failed.
         """
         taking_part = np.flatnonzero(self.plan[epoch_step]).tolist()
         with self.clients.step(epoch_step, number, taking_part) as step:
@@ -108,23 +115,23 @@ class Mpsl:
             self.sync.meet(self.clients, answers, step.number, self.sizes)
 
     def evaluate(self) -> dict[str, float]:
-        """Test the server's model on the averaged tokenizers (section 3.3), and on each client's.
+        """Test the server's model with the averaged tokenizers (section 3.3), or each client's own.
 
         Returns
         -------
         dict of str to float
-            The task's metrics; where ``training.evaluate_own`` asks for them, also mean, minimum
-            and maximum over the clients, as ``accuracy_own_mean``.
+            The task's metrics; where ``training.evaluate_own`` asks for it, also mean, minimum
+            and maximum over the clients with their own tokenizers, as ``accuracy_own_mean``.
         """
         return testing.evaluate(self)
 
     def deployable(self) -> Deployable:
-        """Join the averaged tokenizers with the server's part."""
+        """Return the averaged tokenizers joined with the server's part (section 3.3)."""
         testing.fetch_average(self)
         return Deployable(self.tokenizers, self.server.model, self.task)
 
     def trainable_parameters(self) -> dict[str, int]:
-        """Return how many numbers are trained at one client and at the server."""
+        """Return how many parameters one client and the server train."""
         parts = {"client": self.tokenizers, "server": self.server.model}
         return {
             owner: sum(p.numel() for p in part.parameters() if p.requires_grad)

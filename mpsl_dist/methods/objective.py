@@ -17,7 +17,7 @@ from mpsl_dist.models.tasks import Task
 
 
 class Objective(Protocol):
-    """How the global loss comes about.
+    """How a global batch's predictions become the global loss.
 
     Attributes
     ----------
@@ -28,7 +28,20 @@ class Objective(Protocol):
     predictions_travel: bool
 
     def __call__(self, step: Step, predictions: Mapping[int, Tensor]) -> Tensor:
-        """Return the global loss, a scalar, finite."""
+        """Return the global loss, a scalar.
+
+        Parameters
+        ----------
+        step : Step
+            Asks the clients.
+        predictions : mapping of int to Tensor
+            Every client's slice: (b_n, k) logits, or (b_n, 2, d) embeddings in retrieval.
+
+        Raises
+        ------
+        DivergedError
+            If a loss is no finite number.
+        """
         ...
 
 
@@ -77,7 +90,7 @@ def aggregate(losses: Mapping[int, Tensor], batch_sizes: Mapping[int, int]) -> T
 
 
 def number_apart(pairs: Iterable[Tensor]) -> Tensor:
-    """Join the clients' numbers of their pictures so that no two clients share one.
+    """Return the clients' picture numbers, joined and shifted so that no two clients share one.
 
     Parameters
     ----------
@@ -92,7 +105,7 @@ def number_apart(pairs: Iterable[Tensor]) -> Tensor:
 
 
 def require_finite(losses: Mapping[Any, Tensor], step: int) -> None:
-    """Stop before a loss that is no number reaches anybody's parameters.
+    """Raise before a loss that is no finite number reaches anybody's parameters.
 
     Parameters
     ----------
@@ -102,6 +115,7 @@ def require_finite(losses: Mapping[Any, Tensor], step: int) -> None:
     Raises
     ------
     DivergedError
+        Naming the step and whose loss it is.
     """
     for whose, loss in losses.items():
         if not math.isfinite(loss.item()):
