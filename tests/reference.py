@@ -18,7 +18,7 @@ from mpsl_dist.data.partition import deal_pictures, epoch_order, partition, shar
 
 
 def train(experiment: Experiment, steps: int) -> dict[str, Any]:
-    """Train some steps; give losses, cut-layer gradients and all parameters.
+    """Train some steps, and return losses, cut-layer gradients and all parameters.
 
     On one thread, as the toys' server and clients: sums then run in the same order.
     """
@@ -40,10 +40,10 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
     dtype = next(server.parameters()).dtype
     told: dict[str, Any] = {"losses": [], "cut_gradients": []}
     for step in range(steps):
-        epoch, place = divmod(step, len(plan))
+        epoch, epoch_step = divmod(step, len(plan))
         batches = {}
         for n, part in enumerate(parts):
-            start, count = plan[:place, n].sum(), plan[place, n]
+            start, count = plan[:epoch_step, n].sum(), plan[epoch_step, n]
             if count:
                 order = part[epoch_order(len(part), seed, n, epoch)]
                 batches[n] = splits.train.fetch(order[start : start + count].tolist())
