@@ -1,4 +1,7 @@
-"""From predictions to the one loss that the backward starts from."""
+"""From predictions to the one loss that the backward starts from.
+
+Shape legend: ``b`` global batch, ``b_n`` a client's mini-batch, ``d`` width, ``k`` classes.
+"""
 
 from __future__ import annotations
 

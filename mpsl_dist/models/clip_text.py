@@ -1,7 +1,7 @@
 """CLIP's frozen text tower (Radford et al. 2021) as a tokenizer: a text becomes one token.
 
-Shape legend: ``b`` batch, ``l`` length in byte-pair tokens, ``d`` the encoder's width, ``e`` the
-tower's projected width.
+Shape legend: ``b`` batch, ``l`` length in byte-pair tokens, ``d`` the encoder's width, ``w`` the
+tower's width, ``e`` its projected width.
 """
 
 from __future__ import annotations

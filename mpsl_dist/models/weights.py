@@ -1,7 +1,6 @@
 """Initial weights from elsewhere, strictly: every tensor is accounted for or it is an error.
 
-Shape legend: ``c`` channels, ``h`` height, ``w`` width, ``t`` frames, ``m`` mel bins, ``l`` length
-in tokens, ``d`` width.
+Shape legend: ``l`` length in tokens, ``d`` width.
 
 Known formats, told apart by their keys:
 
