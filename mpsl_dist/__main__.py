@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from mpsl_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from mpsl_dist.actors.holdings import Holdings
     from mpsl_dist.config import Experiment
     from mpsl_dist.records.run_directory import RunDirectory
+    from mpsl_dist.runtime.environment import Environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,11 +128,13 @@ def _train(options: argparse.Namespace) -> int:
     if worker:
         processes.serve_as_worker(experiment, processes.place_in_world(experiment, options.words))
         return 0
-    world, splits = _check_everything(options, experiment)
-    return _train_as_server(options, experiment, world, splits)
+    launched, holdings = _check_everything(options, experiment)
+    return _train_as_server(options, experiment, launched, holdings)
 
 
-def _check_everything(options: argparse.Namespace, experiment: Experiment) -> tuple[Any, Any]:
+def _check_everything(
+    options: argparse.Namespace, experiment: Experiment
+) -> tuple[Environment, Holdings]:
     """Do everything that can refuse the run, and report all refusals at once."""
     from mpsl_dist import config
     from mpsl_dist.methods import processes
@@ -149,12 +153,12 @@ def _check_everything(options: argparse.Namespace, experiment: Experiment) -> tu
             refusals.append(str(error))
     if refusals:
         raise ConfigError("\n".join(refusals))
-    world, splits, _ = results
-    return world, splits
+    launched, holdings, _ = results
+    return launched, holdings
 
 
 def _train_as_server(
-    options: argparse.Namespace, experiment: Experiment, world: Any, splits: Any
+    options: argparse.Namespace, experiment: Experiment, launched: Environment, holdings: Holdings
 ) -> int:
     from mpsl_dist.analysis.plots import learning_curve
     from mpsl_dist.methods import processes
@@ -164,7 +168,7 @@ def _train_as_server(
     stop = StopRequest()
     stop.listen()
     try:
-        summary = processes.train_as_server(experiment, world, splits, run, stop)
+        summary = processes.train_as_server(experiment, launched, holdings, run, stop)
     except Exception as error:
         status = 2 if getattr(error, "user_error", isinstance(error, UserError)) else 1
         try:

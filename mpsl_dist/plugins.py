@@ -2,7 +2,7 @@
 
 Datasets, tokenizers, heads and methods are looked up by name in three places, in this order:
 
-1. our own table (:mod:`mpsl_dist.data.catalog`, ``models.tokenizers``, ``models.heads``,
+1. our own table (:mod:`mpsl_dist.data.catalog`, ``actors.assembly``, ``models.heads``,
    ``config.methods``);
 2. the modules that the experiment lists under ``plugins``: each may define a mapping ``datasets``,
    ``tokenizers``, ``heads`` or ``methods`` from names to entries;

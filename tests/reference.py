@@ -45,10 +45,10 @@ def train(
     dtype = next(server.parameters()).dtype
     told: dict[str, Any] = {"losses": [], "cut_gradients": []}
     for step in range(steps):
-        epoch, place = divmod(step, len(plan))
+        epoch, epoch_step = divmod(step, len(plan))
         batches = {}
         for n, part in enumerate(parts):
-            start, count = plan[:place, n].sum(), plan[place, n]
+            start, count = plan[:epoch_step, n].sum(), plan[epoch_step, n]
             if count and not absent(n, step):
                 order = part[epoch_order(len(part), seed, n, epoch)]
                 batches[n] = splits.train.fetch(order[start : start + count].tolist())

@@ -1,4 +1,4 @@
-"""Builds models from an experiment. The same seed gives the same initial weights everywhere."""
+"""Models from an experiment; equal seeds lead to equal initial weights in every process."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ def build_tokenizers(
     ----------
     shared_text : nn.Embedding or ClipText, optional
         A frozen text table or tower that exists already.
+
+    Raises
+    ------
+    UserError
+        If the patches do not fit the data, an option is wrong, or weights cannot be loaded.
     """
     model, width = experiment.model, width_of(experiment)
     check_patches(experiment, splits)
@@ -113,9 +118,9 @@ def _build_tokenizer(
 
 
 def build_shared_text(experiment: Experiment, splits: Splits) -> Text | None:
-    """Build the frozen text table or tower that all clients of a process share; None without text.
+    """Build the frozen text table or tower that all clients of a process share.
 
-    A trained table is no one's to share: every client builds its own.
+    None without text, and where the table is trained: then every client builds its own.
     """
     if "text" not in splits.shapes or experiment.model.train_token_table:
         return None
@@ -167,7 +172,12 @@ def build_server_model(experiment: Experiment, splits: Splits, lengths: list[int
     Parameters
     ----------
     lengths : list of int
-        Tokens per modality.
+        Tokens per modality, in fusion order.
+
+    Raises
+    ------
+    UserError
+        If there is no such head, an option is wrong, or weights cannot be loaded.
     """
     model, dimensions = experiment.model, dimensions_of(experiment)
     adapted = facts_of(experiment).adapted

@@ -55,6 +55,12 @@ def fusion_of(experiment: Experiment, splits: Splits) -> str:
 
 
 def head_of(experiment: Experiment, splits: Splits) -> tuple[str, HeadFacts]:
-    """Return the head's name and facts: the task's own unless ``model.head.kind`` names one."""
+    """Return the head's name and facts: the task's own unless ``model.head.kind`` names one.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such head.
+    """
     kind = experiment.model.head.kind or task_of(splits).head
     return kind, plugins.find("heads", kind, HEADS, experiment.plugins, "model.head.kind")

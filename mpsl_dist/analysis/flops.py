@@ -51,7 +51,7 @@ class Flops:
         )
 
     def times(self, count: int) -> Flops:
-        """Give the operations of ``count`` such passes."""
+        """Return the operations of ``count`` such passes."""
         return Flops(self.forward * count, self.training * count, self.paper * count)
 
 
@@ -74,7 +74,7 @@ class ModelParts:
 
     @property
     def width(self) -> int:
-        """Give the encoder's width d."""
+        """The encoder's width d."""
         return choices.width_of(self.experiment)
 
     @property
@@ -84,7 +84,7 @@ class ModelParts:
 
     @property
     def bytes_per_number(self) -> int:
-        """Size of a parameter or activation."""
+        """Bytes of one number of a parameter or activation."""
         return self.dtype.itemsize
 
     @property
@@ -99,7 +99,7 @@ class ModelParts:
 
 
 def build(experiment: Experiment, inputs: Inputs) -> ModelParts:
-    """Build a method's parts on the meta device; takes no memory, whatever their size."""
+    """Build a method's parts on the meta device, where they take no memory."""
     on_meta = replace(experiment, device="meta", weights=Weights())
     with torch.device("meta"):
         tokenizers = assembly.build_tokenizers(on_meta, inputs.splits())
@@ -108,7 +108,7 @@ def build(experiment: Experiment, inputs: Inputs) -> ModelParts:
 
 
 def meta_inputs(parts: ModelParts, batch: int) -> dict[str, Tensor]:
-    """Give inputs without content, by modality."""
+    """Return inputs without content of ``batch`` samples, by modality, on the meta device."""
     dtype = choices.dtype_of(parts.experiment)
     return {
         name: torch.empty(
@@ -119,7 +119,7 @@ def meta_inputs(parts: ModelParts, batch: int) -> dict[str, Tensor]:
 
 
 def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
-    """Give a modality's tokens (b, l, d) as :class:`Tokenizers` would."""
+    """Return a modality's tokens (b, l, d) as :class:`Tokenizers` would."""
     tokenizer, x = parts.tokenizers.by_modality[name], meta_inputs(parts, batch)[name]
     # A tower's own pass keeps what it saw, by content; here there is none.
     tokens_bld = tokenizer.encode(x).unsqueeze(1) if isinstance(tokenizer, ClipText) else None
@@ -127,7 +127,7 @@ def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
 
 
 def count_client(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
-    """Count a client's operations per sample, by modality; the frozen text tower apart.
+    """Return a client's operations per sample, by modality; the frozen text tower apart.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def count_client(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
 
 
 def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
-    """Count the server's operations per sample: by pass of the encoder, and the head.
+    """Return the server's operations per sample: by pass of the encoder, and the head.
 
     Early fusion has one pass, ``joint``; late fusion and retrieval one per modality. FedCLIP's
     adapters count with the head. ``captions`` as in :func:`count_client`.
@@ -169,7 +169,7 @@ def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
 
 
 def count_encoder(encoder: nn.Sequential, tokens_bld: Tensor) -> Flops:
-    """Count a pass of the encoder; blocks differ only in whether they are trained."""
+    """Return the operations of a pass; blocks differ only in whether they are trained."""
     known: dict[tuple[bool, bool], Flops] = {}
     total, asked = Flops(), tokens_bld.requires_grad
     for block in encoder:
@@ -192,7 +192,7 @@ def _without_encoder(model: ServerModel) -> Iterator[None]:
 
 
 def _passes(parts: ModelParts) -> dict[str, int]:
-    """Give the tokens of the encoder's passes for a sample."""
+    """Return the encoder's passes for a sample: name -> tokens."""
     names, lengths = list(parts.inputs.shapes), parts.tokenizers.lengths
     if parts.server_model.fusion == "early":
         return {"joint": sum(lengths)}
@@ -205,14 +205,14 @@ def _tokens(parts: ModelParts, length: int) -> Tensor:
 
 
 def count(module: nn.Module, run: Callable[[], Tensor]) -> Flops:
-    """Count one run of (parts of) a module.
+    """Return the operations of one run of (parts of) a module.
 
     Parameters
     ----------
     module : nn.Module
         Where to look for layers.
     run : callable
-        Runs it once on a batch of one; gives a tensor.
+        Runs it once on a batch of one, and returns the resulting tensor.
     """
     # The fused attention kernels of the CPU are unknown to torch's counter: the plain one is not.
     with sdpa_kernel([SDPBackend.MATH]):
@@ -249,7 +249,7 @@ def _paper_counter(module: nn.Module) -> Iterator[list[int]]:
 
 
 def kept_by_client(parts: ModelParts, batch: int) -> int:
-    """Give the bytes that a client's autograd keeps between forward and backward."""
+    """Return the bytes that a client's autograd keeps for the backward of ``batch`` samples."""
     return kept_bytes(
         parts.tokenizers,
         lambda: fuse(
@@ -260,9 +260,8 @@ def kept_by_client(parts: ModelParts, batch: int) -> int:
 
 
 def kept_by_server(parts: ModelParts, batch: int) -> int:
-    """Give the bytes that the server's autograd keeps between forward and backward."""
+    """Return the bytes that the server's autograd keeps for the backward of ``batch`` samples."""
     trained = any(p.requires_grad for p in parts.tokenizers.parameters())
-
     lengths = list(_passes(parts).values())
 
     def run() -> Tensor:
@@ -278,7 +277,7 @@ def kept_by_server(parts: ModelParts, batch: int) -> int:
 def kept_bytes(
     module: nn.Module, run: Callable[[], object], sequences: Collection[int] = ()
 ) -> int:
-    """Count what autograd saves in a run, parameters aside.
+    """Return the bytes that autograd saves in a run, parameters aside.
 
     Attention's l x l matrices, l one of ``sequences``, are left out: the fused kernels, which a
     run uses on CPU and GPU, do not keep them.
@@ -301,7 +300,7 @@ def kept_bytes(
 
 
 def parameters(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Count (all, trainable) parameters by name; one shared by two modules counts for the first."""
+    """Return (all, trainable) parameters by module; one shared by two counts for the first."""
     seen: set[int] = set()
     counted = {}
     for name, module in modules.items():

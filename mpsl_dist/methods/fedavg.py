@@ -5,7 +5,7 @@ for some local epochs on its own data; the server replaces them by the clients' 
 their samples. A round is one step, and one epoch, of the training loop: with one local epoch every
 sample is met as often as in an epoch of MPSL.
 
-A client's mini-batches are those that it gives to MPSL's global batches (``client_share``), unless
+A client's mini-batches are those that it has in MPSL's global batches (``client_share``), unless
 ``federated.batch_size`` sets their size; its learning rate follows MPSL's steps in either case.
 
 FedCLIP (Lu et al. 2023), as the paper compares with it, is this around a frozen encoder: clients
@@ -38,7 +38,7 @@ from mpsl_dist.records.traffic import Traffic
 
 
 class FedAvg:
-    """The method.
+    """FedAvg or FedCLIP, as the server sees it.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def draw(clients: int, fraction: float, seed: int, round_: int) -> list[int]:
 
 
 def aggregate(updates: Mapping[int, Update]) -> dict[str, torch.Tensor]:
-    """Average the clients' trainable parameters, weighted by their samples."""
+    """Return the mean of the clients' trainable parameters, weighted by their samples."""
     return average(
         [update.weights for update in updates.values()],
         [update.samples for update in updates.values()],
@@ -156,7 +156,11 @@ def build_clients(
     holdings: Holdings,
     reference: Callable[[Any], Any] | None = None,
 ) -> list[FederatedClient]:
-    """Build these clients in this process, around one model that they take turns on."""
+    """Build these clients in this process, around one model that they take turns on.
+
+    The parameters are those of :data:`mpsl_dist.methods.hosting.BuildClients`; ``reference`` goes
+    unused.
+    """
     model = deployable.build(experiment, holdings.splits)
     rules = experiment.federated
     return [

@@ -1,4 +1,4 @@
-"""Puts the actors where they live: clients on the workers, references to them here."""
+"""Where the actors live: the clients on the workers, references to them here on the server."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mpsl_dist.runtime import environment, world
 from mpsl_dist.runtime.fleet import Fleet
 from mpsl_dist.runtime.placement import gpu_of, place
 
-#: Builds these clients in a process: (experiment, numbers, holdings, reference). ``reference``
-#: makes what a client refers to its tokenizers by: an RRef on a worker.
+#: ``build(experiment, numbers, holdings, reference)`` returns clients that live in the process that
+#: it runs in. ``reference(tokenizers)`` returns a client's handle on its tokenizers: an RRef.
 BuildClients = Callable[..., Sequence[Any]]
 
 
@@ -37,7 +37,7 @@ class Setup:
     Attributes
     ----------
     holdings : Holdings
-        Says how many samples each client has; nothing of them is read here.
+        Who has which samples; no training sample is read here but by centralized training.
     worker_threads : int
         Compute threads of every worker.
     """
@@ -53,7 +53,7 @@ class Setup:
 
 
 def on_own_gpu(experiment: Experiment) -> Experiment:
-    """Name this rank's GPU, where there are any.
+    """Return the experiment with this rank's own GPU as its device, where there are any.
 
     By number, because torch's current device is a thread's own and calls come on many threads.
     """
@@ -77,7 +77,7 @@ def build_clients(
     numbers : sequence of int
         Which of the experiment's clients.
     reference : callable
-        Makes what a client refers to its tokenizers by.
+        Returns a client's handle on its tokenizers.
     """
     splits, device = holdings.splits, device_of(experiment)
     shared_text = build_shared_text(experiment, splits)
@@ -95,7 +95,17 @@ def build_clients(
 def host_clients(
     experiment: Experiment, numbers: list[int], rank: int, threads: int, build: BuildClients
 ) -> Host:
-    """Build clients on a worker; runs there."""
+    """Build clients on a worker, where this runs.
+
+    Parameters
+    ----------
+    numbers : list of int
+        Which of the experiment's clients.
+    rank, threads : int
+        The worker's rank and its compute threads.
+    build : callable
+        As of :data:`BuildClients`.
+    """
     log_to(experiment.run_directory / f"rank{rank}.log")
     log = logging.getLogger("mpsl_dist")
     world.set_threads(threads)
@@ -115,7 +125,7 @@ def timeout_of(experiment: Experiment) -> float:
 
 
 def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) -> Fleet:
-    """Have every worker build its clients; workers get about as many samples each.
+    """Have every worker build its clients; all workers get about equally many samples.
 
     Parameters
     ----------
@@ -127,7 +137,7 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
     Raises
     ------
     RemoteError
-        If a worker cannot.
+        If a worker fails or is lost.
     """
     experiment = setup.experiment
     placed = place(setup.holdings.sizes, experiment.workers)

@@ -30,6 +30,7 @@ _log = logging.getLogger("mpsl_dist")
 
 #: Smashed activations by client: early fusion one tensor each, late fusion one per modality.
 Smashed = dict[int, list[Tensor]]
+#: Waits for the answers to a message and returns them by client.
 Wait = Callable[[], dict[int, Any]]
 
 
@@ -184,7 +185,7 @@ class SplitLink(Link):
     """Messages to clients that hold tokenizers (:class:`mpsl_dist.actors.client.Client`)."""
 
     def begin_training(self, steps_per_epoch: int, epochs: int) -> None:
-        """Say what the clients' schedules span."""
+        """Tell the clients what their schedules span."""
         self.start("begin_training", self.everyone(steps_per_epoch, epochs))()
 
     def begin_epoch(self, epoch: int, counts: Mapping[int, list[int]], first_step: int) -> None:
@@ -205,17 +206,17 @@ class SplitLink(Link):
             yield Step(self, autograd, epoch_step, number, clients)
 
     def take_gradients(self, where: str) -> dict[int, Tensor | None]:
-        """Take what every client has accumulated; None of one that took part in no step."""
+        """Fetch every client's accumulated gradient vector; None of one that was in no step."""
         return self.start("take_gradients", self.everyone(), where, up="sync_up")()
 
     def step_on_sum(self, step: int, vector: Tensor, where: str) -> None:
-        """Have every client step its optimizer on a sum of gradients."""
+        """Have every client step its optimizer on a sum of gradients at the run's ``step``."""
         self.start("step_on_sum", self.everyone(step, vector), where, down="sync_down")()
 
     def tokenizer_weights(
         self, clients: Sequence[int], where: str, kind: str
     ) -> dict[int, dict[str, Tensor]]:
-        """Fetch trained tokenizer parameters; ``kind`` is the traffic's."""
+        """Fetch these clients' trained tokenizer parameters, counted as traffic of this kind."""
         asked: dict[int, tuple[Any, ...]] = dict.fromkeys(clients, ())
         return self.start("tokenizer_weights", asked, where, up=kind)()
 
@@ -227,7 +228,15 @@ class SplitLink(Link):
     def begin_test(
         self, weights: Mapping[str, Tensor] | None, counts: Mapping[int, list[int]]
     ) -> None:
-        """Have clients lay out their test batches, with these tokenizers or (None) their own."""
+        """Have clients lay out their test batches.
+
+        Parameters
+        ----------
+        weights : mapping of str to Tensor, optional
+            The trained tokenizer parameters to test with, instead of every client's own.
+        counts : mapping of int to list of int
+            Client -> samples of each of its batches.
+        """
         told = {n: (weights, counts[n]) for n in counts}
         self.start("begin_test", told, "evaluation", down="test_weights_down")()
 
@@ -237,13 +246,13 @@ class SplitLink(Link):
         return self.start("tokenize_test", asked, "evaluation", up="test_activations")()
 
     def score(self, batch: int, predictions: Mapping[int, Tensor]) -> dict[int, int]:
-        """Have clients count right predictions of that batch."""
+        """Have clients count the right predictions of a batch of their test samples."""
         asked = {n: (batch, predictions[n]) for n in predictions}
         return self.start("score", asked, "evaluation", down="test_predictions")()
 
 
 class Step:
-    """One training step's messages, around one backward."""
+    """One training step's messages, around one backward; see :meth:`SplitLink.step`."""
 
     def __init__(
         self,
@@ -269,7 +278,13 @@ class Step:
         return smashed
 
     def loss(self, predictions: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Have every client compare its slice of the predictions with its labels (Eq. 2)."""
+        """Have every client compare its slice of the predictions with its labels (Eq. 2).
+
+        Returns
+        -------
+        dict of int to Tensor
+            Each client's mean loss, a scalar.
+        """
         asked = {n: (self.epoch_step, predictions[n]) for n in predictions}
         losses = self._start("loss", asked, down="predictions", up="losses", needed=True)()
         received = {n: [slice_b] for n, slice_b in predictions.items()}
@@ -312,7 +327,7 @@ class Step:
         return self._start("accumulate", self._each(), autograd=self.autograd)
 
     def take_gradients(self) -> Wait:
-        """Take what every client of the run has accumulated, this step's gradients with it."""
+        """Fetch every client's accumulated gradient vector, this step's gradients with it."""
         everyone = self.link.everyone()
         return self._start("take_gradients", everyone, autograd=self.autograd, up="sync_up")
 
@@ -333,7 +348,15 @@ class RoundLink(Link):
     """
 
     def begin_training(self, counts: Mapping[int, list[int]], steps: int, rounds: int) -> None:
-        """Tell clients their mini-batches, and what their schedules span."""
+        """Tell clients the sizes of their mini-batches, and what their schedules span.
+
+        Parameters
+        ----------
+        counts : mapping of int to list of int
+            Client -> samples of every mini-batch of a local epoch.
+        steps, rounds : int
+            As of :meth:`mpsl_dist.actors.federated_client.FederatedClient.begin_training`.
+        """
         self.start("begin_training", {n: (counts[n], steps, rounds) for n in counts})()
 
     def train_round(

@@ -46,11 +46,11 @@ class Method(Protocol):
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """Test; returns metric name -> fraction."""
+        """Test, and return metric name -> fraction."""
         ...
 
     def save(self, folder: str) -> None:
-        """Write all state."""
+        """Write all state into a folder, on every process its own."""
         ...
 
     def restore(self, folder: str) -> None:
@@ -62,13 +62,13 @@ class Method(Protocol):
         ...
 
     def trainable_parameters(self) -> dict[str, int]:
-        """Return how many numbers are trained at one ``client`` and at the ``server``."""
+        """Return how many parameters one ``client`` and the ``server`` train."""
         ...
 
 
 @dataclass
 class _Position:
-    """Where the run stands."""
+    """Where the run stands: steps and epochs done, seconds, the last loss and test."""
 
     step: int = 0
     epoch: int = 0
@@ -82,9 +82,14 @@ class _Position:
 def train(
     experiment: Experiment, splits: Splits, method: Method, run: RunDirectory, stop: StopRequest
 ) -> dict[str, Any]:
-    """Train to the end, or until asked to stop; returns what ``summary.json`` holds.
+    """Train to the end, or until asked to stop, and return what ``summary.json`` holds.
 
     A run directory with a complete checkpoint is continued from it, bit for bit.
+
+    Raises
+    ------
+    RunError
+        If a checkpoint or the metrics of the run directory do not fit this run.
     """
     at = _resume(experiment, method, run)
     started = time.perf_counter() - at.seconds
@@ -206,7 +211,7 @@ def _save(experiment: Experiment, method: Method, run: RunDirectory, at: _Positi
 def summarize(
     experiment: Experiment, splits: Splits, method: Method, at: _Position, status: str
 ) -> dict[str, Any]:
-    """Put together ``summary.json``."""
+    """Return what ``summary.json`` holds of a run that has ended with this status."""
     epochs = at.step / len(method.plan)
     per = experiment.clients * epochs if epochs else 1
     return {

@@ -35,7 +35,7 @@ _log = logging.getLogger("mpsl_dist")
 
 
 class Mpsl:
-    """The method.
+    """MPSL, as the server sees it.
 
     Parameters
     ----------
@@ -137,23 +137,23 @@ class Mpsl:
             self.sync.meet(self.clients, answers, step.number, self.sizes)
 
     def evaluate(self) -> dict[str, float]:
-        """Test the server's model on the averaged tokenizers (section 3.3), and on each client's.
+        """Test the server's model with the averaged tokenizers (section 3.3), or each client's own.
 
         Returns
         -------
         dict of str to float
-            The task's metrics; where ``training.evaluate_own`` asks for them, also mean, minimum
-            and maximum over the clients, as ``accuracy_own_mean``.
+            The task's metrics; where ``training.evaluate_own`` asks for it, also mean, minimum
+            and maximum over the clients with their own tokenizers, as ``accuracy_own_mean``.
         """
         return testing.evaluate(self)
 
     def deployable(self) -> Deployable:
-        """Join the averaged tokenizers with the server's part."""
+        """Return the averaged tokenizers joined with the server's part (section 3.3)."""
         testing.fetch_average(self)
         return Deployable(self.tokenizers, self.server.model, self.task)
 
     def trainable_parameters(self) -> dict[str, int]:
-        """Return how many numbers are trained at one client and at the server."""
+        """Return how many parameters one client and the server train."""
         parts = {"client": self.tokenizers, "server": self.server.model}
         return {
             owner: sum(p.numel() for p in part.parameters() if p.requires_grad)

@@ -1,4 +1,7 @@
-"""From predictions to the one loss that the backward starts from."""
+"""From predictions to the one loss that the backward starts from.
+
+Shape legend: ``b`` global batch, ``b_n`` a client's mini-batch, ``d`` width, ``k`` classes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from mpsl_dist.runtime.answers import name_clients
 
 
 class Objective(Protocol):
-    """How the global loss comes about.
+    """How a global batch's predictions become the global loss.
 
     Attributes
     ----------
@@ -29,7 +32,20 @@ class Objective(Protocol):
     predictions_travel: bool
 
     def __call__(self, step: Step, predictions: Mapping[int, Tensor]) -> Tensor:
-        """Return the global loss, a scalar, finite."""
+        """Return the global loss, a scalar.
+
+        Parameters
+        ----------
+        step : Step
+            Asks the clients.
+        predictions : mapping of int to Tensor
+            Every client's slice: (b_n, k) logits, or (b_n, 2, d) embeddings in retrieval.
+
+        Raises
+        ------
+        DivergedError
+            If a loss is no finite number.
+        """
         ...
 
 
@@ -80,7 +96,7 @@ def aggregate(losses: Mapping[int, Tensor], batch_sizes: Mapping[int, int]) -> T
 
 
 def number_apart(pairs: Iterable[Tensor]) -> Tensor:
-    """Join the clients' numbers of their pictures so that no two clients share one.
+    """Return the clients' picture numbers, joined and shifted so that no two clients share one.
 
     Parameters
     ----------

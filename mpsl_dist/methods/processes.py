@@ -25,7 +25,7 @@ _log = logging.getLogger("mpsl_dist")
 
 
 def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
-    """Read the launcher's variables and check that the world fits the experiment.
+    """Return the launcher's environment, checked to fit the experiment.
 
     Parameters
     ----------
@@ -37,6 +37,8 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
     ------
     ConfigError
         If there is no launcher, or it started another number of processes.
+    LaunchError
+        If the launcher's variables contradict each other.
     """
     needed = processes_of(experiment)
     found = environment.resolve(os.environ) or (environment.alone() if needed == 1 else None)
@@ -82,7 +84,7 @@ def train_as_server(
     run: RunDirectory,
     stop: process.StopRequest,
 ) -> dict[str, Any]:
-    """Train with the clients of all workers; returns the run's summary."""
+    """Train with the clients of all workers, and return what ``summary.json`` holds."""
     if launched.world > 1:
         join(experiment, launched)
     method = connect(experiment, launched, holdings)
@@ -123,8 +125,10 @@ def checked_data(experiment: Experiment) -> Holdings:
 
     Raises
     ------
+    UserError
+        If the data cannot be loaded.
     ConfigError
-        With every refusal, one a line.
+        With every refusal after that, one a line.
     """
     splits, refusals = load_data(experiment), []
     facts = facts_of(experiment)
@@ -148,7 +152,13 @@ def checked_data(experiment: Experiment) -> Holdings:
 
 
 def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirectory:
-    """Create or enter the run directory; the server's task alone."""
+    """Create or enter the run directory, which is the server's task alone.
+
+    Raises
+    ------
+    RunError
+        If it stands in the way, or cannot be continued.
+    """
     run = RunDirectory(experiment.run_directory)
     run.open(to_dict(experiment), resume, overwrite)
     log_to(run.path / "rank0.log").info("server, rank 0, seed %d", experiment.seed)
@@ -156,7 +166,15 @@ def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirect
 
 
 def join(experiment: Experiment, launched: Environment) -> None:
-    """Enter the RPC world; returns when every rank is there."""
+    """Enter the RPC world, and return when every rank is there.
+
+    Raises
+    ------
+    RemoteError
+        If not all ranks meet in time.
+    LaunchError
+        If no network interface leads to the others.
+    """
     settings = experiment.runtime
     world.start(
         launched,
@@ -168,7 +186,7 @@ def join(experiment: Experiment, launched: Environment) -> None:
 
 
 def _threads(experiment: Experiment, launched: Environment) -> tuple[int, int]:
-    """Divide the cores: the phases alternate, so the server may take all, workers their share."""
+    """Return the server's and a worker's threads; phases alternate, so the server has all cores."""
     mine = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(mine(0)) if mine else os.cpu_count() or 1
     settings = experiment.runtime

@@ -18,6 +18,7 @@ class Progress:
     total, done : int
         Steps of the run, and those done before it was resumed.
     samples_per_step : float
+        Mean size of a global batch, for the samples/s.
     """
 
     #: Seconds between two lines where there is no terminal.
@@ -66,7 +67,7 @@ class Progress:
             self.say(f"step {self.done}/{self.total} {text}, {left:.0f} s left")
 
     def tested(self, epoch: int, metric: Mapping[str, float]) -> None:
-        """Show an epoch's test result."""
+        """Show the test result of an epoch, from 0."""
         self.metric = "  ".join(f"{name} {value:.3f}" for name, value in metric.items())
         if self.console.is_terminal:
             self.say(f"epoch {epoch + 1}: {self.metric}")

@@ -1,4 +1,4 @@
-"""Testing in the middle of training: outside any autograd context, the clients' weights kept."""
+"""Tests of split learning between its epochs; the clients' own tokenizers stay as they are."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ class SplitMethod(Protocol):
 
 
 def evaluate(method: SplitMethod) -> dict[str, float]:
-    """Test the averaged tokenizers and, if asked for, every client's own."""
+    """Test with the averaged tokenizers and, if asked for, every client's own.
+
+    Returns
+    -------
+    dict of str to float
+        As of :meth:`mpsl_dist.methods.mpsl.Mpsl.evaluate`.
+    """
     own = method.experiment.training.evaluate_own
     weights = _fetch(method, everyone=own)
     mean = _mean(method, weights)
@@ -89,7 +95,7 @@ def _at_server(method: SplitMethod, weights: Mapping[str, Tensor]) -> dict[str, 
 def _at_clients(
     method: SplitMethod, weights: Mapping[str, Tensor] | None
 ) -> dict[int, tuple[int, int]]:
-    """Return (right, samples) of every client that holds test samples."""
+    """Return (right predictions, samples) of every client that holds test samples."""
     each = max(1, method.experiment.training.test_batch_size // len(method.sizes))
     counts = {
         n: [min(each, size - start) for start in range(0, size, each)]

@@ -50,7 +50,7 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
     Parameters
     ----------
     ping : callable
-        Waits as long as it has patience, says whether the server answered.
+        Asks the server and waits for a while; returns whether it answered.
 
     Returns
     -------
@@ -80,7 +80,10 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
 
 
 def leave(status: int, *streams: Any) -> None:
-    """End this process at once: after a failure, RPC's own shutdown would wait for the lost."""
+    """End this process at once with an exit status, after flushing its streams.
+
+    After a failure, RPC's own shutdown would wait for the lost.
+    """
     for stream in (sys.stdout, sys.stderr, *streams):
         stream.flush()
     os._exit(status)

@@ -20,7 +20,7 @@ PORT = 29417
 
 
 def _lacking() -> str | None:
-    """Say what this machine lacks for two namespaces with a firewall between them."""
+    """Return what this machine lacks for two namespaces with a firewall between them."""
     missing = [name for name in ("ip", "iptables", "unshare") if shutil.which(name) is None]
     if missing:
         return f"no {', '.join(missing)} here"
