@@ -165,7 +165,7 @@ def _train_as_server(
     from mpsl_dist.runtime.process import StopRequest
 
     run = processes.open_run(experiment, options.resume, options.overwrite)
-    stop = StopRequest()
+    stop = StopRequest(experiment.faults.exit_timeout)
     stop.listen()
     try:
         summary = processes.train_as_server(experiment, launched, holdings, run, stop)

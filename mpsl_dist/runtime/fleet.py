@@ -19,6 +19,7 @@ from torch.distributed import rpc
 from mpsl_dist.errors import Failure, RemoteError
 from mpsl_dist.runtime.answers import Answers, ClientsLost, Lost, name_clients
 from mpsl_dist.runtime.network import host_name
+from mpsl_dist.runtime.watchdog import Watchdog
 from mpsl_dist.runtime.world import SERVER, brief, pong
 
 
@@ -83,6 +84,7 @@ class Fleet:
         self.hosts = dict(hosts)
         self.hosted = {worker: sorted(clients) for worker, clients in hosted.items()}
         self.timeout = timeout
+        self.watchdog = Watchdog(timeout)
         asked = {w: rpc.rpc_async(w, _about, args=(host,)) for w, host in self.hosts.items()}
         about = {worker: future.wait() for worker, future in asked.items()}
         #: Worker -> node, for the errors that name it; worker -> device.
@@ -115,6 +117,7 @@ class Fleet:
             Appends the client's own gradients of this backward to its arguments.
         """
         number = autograd.number if autograd else None
+        phase = f"{message}, {where}" if where else message
         pending = []
         for worker, clients in self.hosted.items():
             own = {client: tuple(arguments[client]) for client in clients if client in arguments}
@@ -122,8 +125,9 @@ class Fleet:
                 words = (self.hosts[worker], message, own, number)
                 # Not rref.rpc_async(): its first use loses the autograd context.
                 future = rpc.rpc_async(worker, _serve, args=words, timeout=self.timeout)
+                call = self.watchdog.expect(self._who(worker, list(own)), phase)
+                future.add_done_callback(lambda _, call=call: self.watchdog.done(call))
                 pending.append((worker, list(own), future))
-        phase = f"{message}, {where}" if where else message
 
         def wait() -> Answers:
             found: dict[int, Any] = {}

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -24,10 +25,16 @@ class StopRequest:
     The server finishes its step, writes a checkpoint and ends the world. Launchers send SIGINT
     twice (terminal and agent), so a second signal means nothing more; they end the processes
     themselves when their grace is over.
+
+    Parameters
+    ----------
+    patience : float, optional
+        Seconds after which the process is ended in any case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float | None = None) -> None:
         self.signal: str | None = None
+        self.patience = patience
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -36,9 +43,29 @@ class StopRequest:
         """Take the signals from now on."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        if self.patience is not None:
+            # A handler waits for the main thread, which may itself wait for a client that hangs.
+            reading, writing = os.pipe()
+            os.set_blocking(writing, False)
+            signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            arguments = (reading, self.patience)
+            threading.Thread(target=_end_in_time, args=arguments, daemon=True).start()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+
+
+def _end_in_time(reading: int, patience: float) -> None:
+    """End this process ``patience`` seconds after the first signal, if it has not ended itself."""
+    while (number := os.read(reading, 1)[0]) not in STOP_SIGNALS:
+        continue
+    time.sleep(patience)
+    print(
+        f"error: not at an end {patience:g} s after {signal.Signals(number).name} "
+        "(faults.exit_timeout); --resume continues from the last checkpoint",
+        file=sys.stderr,
+    )
+    leave(1)
 
 
 def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[], None]:

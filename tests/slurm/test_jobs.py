@@ -207,7 +207,9 @@ def test_cancelled_job_stops_and_stays_out_of_the_queue(cluster: Cluster):
 
 def test_killed_worker_fails_the_job_with_its_name(cluster: Cluster):
     folder = cluster.folder / "runs" / "killed"
-    world = cluster.sbatch(TINY, "name=killed", "training.epochs=500", "runtime.rpc_timeout=30")
+    world = cluster.sbatch(
+        TINY, "name=killed", "training.epochs=500", "runtime.rpc_timeout=30", "faults.on_loss=stop"
+    )
     job = job_of(world)
     until(lambda: steps_of(folder) >= 3, JOB, "first steps")
     os.kill(_task(world, 3), signal.SIGKILL)

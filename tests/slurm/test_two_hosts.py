@@ -109,7 +109,7 @@ def test_torchrun_across_two_hosts_trains_and_shuts_down(hosts, launch: Launch, 
 
 def test_firewall_in_mid_run_ends_it_with_a_clear_error(hosts, launch: Launch, tmp_path: Path):
     timeout = 25
-    words = ("training.epochs=500", f"runtime.rpc_timeout={timeout}")
+    words = ("training.epochs=500", f"runtime.rpc_timeout={timeout}", "faults.on_loss=stop")
     worlds = [host.torchrun(launch, *words) for host in hosts]
     metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
 
