@@ -39,11 +39,15 @@ class Setup:
         Says how many samples each client has; nothing of them is read here.
     worker_threads : int
         Compute threads of every worker.
+    options : object
+        The method's own options: ``method_options`` as the dataclass of its
+        :class:`~mpsl_dist.config.methods.MethodFacts`, checked; None where it has none.
     """
 
     experiment: Experiment
     holdings: Holdings
     worker_threads: int
+    options: Any = None
 
     @property
     def splits(self) -> Splits:
