@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
+from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
+from mpsl_dist.actors.optimizer import Stepper
+from mpsl_dist.actors.server import Server
+from mpsl_dist.config import Experiment
+from mpsl_dist.methods.hosting import build_clients
 from mpsl_dist.methods.link import RoundLink, SplitLink
+from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.answers import Answers
 from mpsl_dist.runtime.local import LocalFleet
@@ -44,3 +53,14 @@ class LocalSplit(SplitLink):
     def __init__(self, clients: Sequence[Any]) -> None:
         super().__init__(WatchedFleet(Host(clients)), Traffic(len(clients)))
         self.references, self.calls = self.fleet.host.clients, self.fleet.calls
+
+
+def in_one_process(chosen: Experiment, kind: type[Mpsl] = Mpsl) -> Mpsl:
+    """The method with all its clients in this process, on one thread."""
+    torch.set_num_threads(1)
+    holdings = Holdings.load(chosen)
+    tokenizers = build_tokenizers(chosen, holdings.splits)
+    model = build_server_model(chosen, holdings.splits, tokenizers.lengths)
+    server = Server(model, Stepper(model.parameters(), chosen.training.server))
+    clients = LocalSplit(build_clients(chosen, range(chosen.clients), holdings))
+    return kind(chosen, holdings.splits, server, clients, tokenizers)

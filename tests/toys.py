@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,11 +52,15 @@ def load_pairs() -> Splits:
 
 #: The toys as a plugin's datasets: ``plugins: [toys]``.
 datasets: dict[str, DatasetFacts] = {
-    "toy-pairs": DatasetFacts(lambda root: load_pairs(), files=False),
-    **{
-        "toy-" + "+".join(pair): DatasetFacts(lambda root, pair=pair: load(pair), files=False)
-        for pair in (("image", "text"), ("image", "audio"), ("audio", "text"))
-    },
+    name: DatasetFacts(
+        lambda root, load=make, **_: load(), reads=("on_error", "cache"), files=False
+    )
+    for name, make in {
+        "toy-pairs": load_pairs,
+        "toy-image+text": partial(load, ("image", "text")),
+        "toy-image+audio": partial(load, ("image", "audio")),
+        "toy-audio+text": partial(load, ("audio", "text")),
+    }.items()
 }
 
 

@@ -11,6 +11,7 @@ import reference
 import torch
 import toys
 from conftest import launcher, torchrun_line
+from local_fleet import in_one_process
 
 from mpsl_dist.actors import assembly
 from mpsl_dist.actors.holdings import load_data
@@ -117,6 +118,23 @@ def test_every_clients_tokenizers_change(case: str, gold: dict) -> None:
     for client, state in told["clients"].items():
         for key, value in state.items():
             assert not torch.equal(value, first[key]), f"client {client}: {key} never moved"
+
+
+@pytest.mark.parametrize("case", ["4 clients on 2 workers", "retrieval global"])
+def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, gold: dict) -> None:
+    experiment, told = gold[case]
+    method = in_one_process(experiment)
+    for step in range(STEPS):
+        epoch, epoch_step = divmod(step, len(method.plan))
+        if epoch_step == 0:
+            method.begin_epoch(epoch)
+        assert method.step(epoch_step, step) == told["losses"][step]
+    for key, value in method.server.model.state_dict().items():
+        assert torch.equal(told["server"][key], value), key
+    for client, state in told["clients"].items():
+        own = method.clients.references[client].tokenizer_weights()
+        for key, value in state.items():
+            assert torch.equal(own[key], value), (client, key)
 
 
 @pytest.mark.parametrize("clients", [2, 16])

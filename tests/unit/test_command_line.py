@@ -14,10 +14,10 @@ import toys
 
 from mpsl_dist import __main__ as command_line
 from mpsl_dist.__main__ import main
-from mpsl_dist.actors import deployable
+from mpsl_dist.actors import deployable, holdings
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.errors import RunError
-from mpsl_dist.methods import hosting, processes
+from mpsl_dist.methods import processes
 from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime import process
 
@@ -26,7 +26,7 @@ from mpsl_dist.runtime import process
 def finished(tmp_path: Path) -> Path:
     """A run with a model that is left behind."""
     experiment = toys.experiment()
-    splits = load_data(experiment)
+    splits = holdings.load_data(experiment)
     deployable.build(experiment, splits).save(tmp_path / "run" / "model", experiment, splits)
     return tmp_path / "run"
 
@@ -43,18 +43,18 @@ def test_evaluate_takes_overrides_of_where_and_how(
 ) -> None:
     asked: list[Experiment] = []
     batches: list[int] = []
-    load_data, right = load_data, deployable.Deployable.right
+    load_data, predict = holdings.load_data, deployable.Deployable._predict
 
     def seen_data(experiment: Experiment) -> Any:
         asked.append(experiment)
         return load_data(experiment)
 
-    def seen_batch(self: Any, dataset: Any, positions: Any, batch_size: int) -> int:
+    def seen_batch(self: Any, dataset: Any, positions: Any, batch_size: int) -> Any:
         batches.append(batch_size)
-        return right(self, dataset, positions, batch_size)
+        return predict(self, dataset, positions, batch_size)
 
-    monkeypatch.setattr(hosting, "load_data", seen_data)
-    monkeypatch.setattr(deployable.Deployable, "right", seen_batch)
+    monkeypatch.setattr(holdings, "load_data", seen_data)
+    monkeypatch.setattr(deployable.Deployable, "_predict", seen_batch)
     words = ["data.root=/there", "data.cache=/kept", "data.on_error=skip"]
     words += ["training.test_batch_size=7", "device=cpu"]
     assert main(["evaluate", str(finished), *words]) == 0

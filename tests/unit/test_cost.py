@@ -366,3 +366,15 @@ def test_figures_are_drawn(small: str, tmp_path: Path) -> None:
 def test_a_wrong_kind_of_file_is_refused(small: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cost", small, "--out", "cost.xlsx"]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_a_contrastive_rule_changes_nothing_where_there_is_nothing_to_contrast() -> None:
+    """Classification sends its predictions whatever ``contrastive`` says; retrieval does not."""
+
+    def sent(name: str, rule: str) -> dict[str, int]:
+        chosen = load(ROOT / "configs" / "paper" / f"{name}.yaml", [f"contrastive={rule}"])
+        return traffic_model.per_sample(flops.build(chosen, inputs_of(chosen)))
+
+    assert sent("coco-qa", "global") == sent("coco-qa", "client")
+    assert sent("coco-qa", "global")["predictions"] == 430 * 4
+    assert "predictions" not in sent("flickr30k", "global")
