@@ -8,16 +8,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 
+import torch
+
 from mpsl_dist import plugins
 from mpsl_dist.actors import assembly
 from mpsl_dist.actors.checks import check_patches, check_task
-from mpsl_dist.actors.choices import head_named, head_of, head_options
+from mpsl_dist.actors.choices import dtype_of, head_named, head_of, head_options, width_of
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import METHODS, options_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.catalog import DATASETS
-from mpsl_dist.errors import UserError
+from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.models.heads import HEADS
+from mpsl_dist.models.server_model import ServerModel
+from mpsl_dist.models.tokenizers import Tokenizers
 
 
 def refusals_without_data(experiment: Experiment) -> list[str]:
@@ -53,11 +57,46 @@ def refusals_with_data(experiment: Experiment, splits: Splits) -> list[str]:
 
 def _build(experiment: Experiment, splits: Splits) -> None:
     try:
-        assembly.build_on_meta(experiment, splits)
+        tokenizers, model = assembly.build_on_meta(experiment, splits)
+        _try_tokenizers(experiment, splits, tokenizers)
+        _try_head(experiment, splits, model)
     except RuntimeError as error:
-        # A builder may read numbers that are not there; it can still work where they are.
+        # A part may read numbers that are not there; it can still work where they are.
         if "meta" not in str(error):
             raise
+
+
+def _try_tokenizers(experiment: Experiment, splits: Splits, tokenizers: Tokenizers) -> None:
+    """Refuse a plugin's tokenizer that makes something else than it says."""
+    for modality in splits.shapes.keys() - assembly.TOKENIZERS.keys():
+        integers = assembly.tokenizer_facts(experiment, modality).integers
+        dtype = torch.long if integers else dtype_of(experiment)
+        x = torch.empty((2, *splits.shapes[modality]), dtype=dtype, device="meta")
+        tokenizer = tokenizers.by_modality[modality]
+        found = tuple(tokenizer(x).shape)
+        wanted = (2, tokenizer.length, width_of(experiment))
+        if found != wanted:
+            raise ConfigError(
+                f"model.tokenizers.{modality}: two inputs gave tokens {found}, not {wanted}, "
+                "(inputs, length, model.encoder.width)"
+            )
+
+
+def _try_head(experiment: Experiment, splits: Splits, model: ServerModel) -> None:
+    """Refuse a plugin's head that makes no prediction a sample."""
+    kind, facts = head_of(experiment, splits)
+    if kind in HEADS:
+        return
+    width, modalities = width_of(experiment), len(splits.shapes)
+    shape = (2, modalities, width) if facts.apart else (2, width)
+    found = tuple(model.head(torch.empty(shape, dtype=dtype_of(experiment), device="meta")).shape)
+    if splits.classes and found != (2, len(splits.classes)):
+        raise ConfigError(
+            f"model.head.kind: '{kind}' made {found} of two samples, not "
+            f"{(2, len(splits.classes))}, (samples, classes)"
+        )
+    if not splits.classes and (len(found) != 3 or found[:2] != (2, 2)):
+        raise ConfigError(f"model.head.kind: '{kind}' made {found} of two pairs, not (2, 2, any)")
 
 
 def _without_a_use(experiment: Experiment, splits: Splits) -> list[str]:

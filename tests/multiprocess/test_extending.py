@@ -1,0 +1,60 @@
+"""The package of docs/extending.md, installed or not, trains and is tested like ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import extension
+import pytest
+from conftest import ROOT, Launch
+
+from mpsl_dist.records.run_directory import RunDirectory
+
+
+def run(folder: Path, path: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of ours in one process."""
+    return subprocess.run(
+        [sys.executable, "-m", "mpsl_dist", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def install(package: Path, target: Path) -> Path:
+    """Install the package as pip does, without any index."""
+    line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    line += ["--no-build-isolation", "--disable-pip-version-check", "--target", str(target)]
+    done = subprocess.run([*line, str(package)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.mark.parametrize("how", ["entry points", "plugins"])
+def test_the_page_trains(how: str, tmp_path: Path, torchrun: Launch) -> None:
+    extension.write(tmp_path / "package")
+    experiment = (tmp_path / "package" / "waves.yaml").rename(tmp_path / "waves.yaml")
+    installed = how == "entry points"
+    code = install(tmp_path / "package", tmp_path / "site") if installed else tmp_path / "package"
+    path = f"{code}{os.pathsep}{ROOT}"
+    words = [str(experiment), *([] if installed else ["plugins=[my_mpsl]"]), "device=cpu"]
+    world = torchrun(3, "-m", "mpsl_dist", "train", *words, PYTHONPATH=path)
+    status, output = world.finish()
+    assert status == 0, output
+    summary = RunDirectory(tmp_path / "runs" / "waves").summary()
+    assert summary["status"] == "completed" and summary["method"] == "fair"
+    # Conv1d (32, 2, 16), CLS, 5 positions; PatchTokenizer 4 of 8x8; the LayerNorm.
+    signal, image = 32 * 2 * 16 + 32 + 32 + 5 * 32, 32 * 16 + 32 + 5 * 32
+    assert summary["trainable_parameters"]["client"] == signal + image + 2 * 32
+    assert summary["test"]["accuracy"] > 0.25  # four classes
+    tested = run(tmp_path, path, "evaluate", "runs/waves")
+    assert f"accuracy {summary['test']['accuracy']:.4f}" in tested.stdout, tested.stderr
+    compared = run(tmp_path, path, "compare", "runs/waves")
+    assert compared.returncode == 0 and "fair" in compared.stdout, compared.stderr
+    without = run(tmp_path, str(ROOT), "evaluate", "runs/waves")
+    assert without.returncode == 2 and "Traceback" not in without.stderr
