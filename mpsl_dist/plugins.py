@@ -167,7 +167,9 @@ def _of_modules(kind: Kind, own: Mapping[str, Any], modules: Sequence[str]) -> d
         try:
             entries = getattr(importlib.import_module(module), kind, {})
         except Exception as error:
-            errors.append(f"plugins: {module} cannot be imported: {_reason(error)}")
+            missing = isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name))
+            advice = "; every host must have it, installed or on PYTHONPATH" if missing else ""
+            errors.append(f"plugins: {module} cannot be imported: {_reason(error)}{advice}")
             continue
         if not isinstance(entries, Mapping):
             errors.append(f"plugins: {module}: {kind} must be a mapping, found {entries!r}")
