@@ -44,8 +44,9 @@ def test_the_page_trains(how: str, tmp_path: Path, torchrun: Launch) -> None:
     code = install(tmp_path / "package", tmp_path / "site") if installed else tmp_path / "package"
     path = f"{code}{os.pathsep}{ROOT}"
     words = [str(experiment), *([] if installed else ["plugins=[my_mpsl]"]), "device=cpu"]
+    words += ["runtime.server_threads=1", "runtime.worker_threads=1"]
     world = torchrun(3, "-m", "mpsl_dist", "train", *words, PYTHONPATH=path)
-    status, output = world.finish()
+    status, output = world.finish(300)
     assert status == 0, output
     summary = RunDirectory(tmp_path / "runs" / "waves").summary()
     assert summary["status"] == "completed" and summary["method"] == "fair"

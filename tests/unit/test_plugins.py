@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import Any
 
 import extension
 import pytest
+import torch
 import toys
+from torch import Tensor
 
 from mpsl_dist import config, plugins
 from mpsl_dist.__main__ import main
@@ -162,6 +166,8 @@ def test_a_module_that_cannot_be_imported_is_named(folder: Path) -> None:
     assert len(lines) == 2
     assert lines[0].startswith("plugins: broken cannot be imported: ModuleNotFoundError: No module")
     assert lines[1].startswith("plugins: no_such_module cannot be imported: ")
+    assert lines[1].endswith("; every host must have it, installed or on PYTHONPATH")
+    assert "host" not in lines[0]
     with pytest.raises(ConfigError, match=r"plugins: wrong: heads must be a mapping, found \['mlp"):
         plugins.find("heads", "linear", HEADS, ["wrong"], "model.head.kind")
 
@@ -264,6 +270,23 @@ def test_cost_has_a_users_parts_in_the_rows_of_our_methods(waves: str) -> None:
     assert head == 32 * 24 + 24 + 24 * 4 + 4
 
 
+def test_cost_counts_a_users_head_for_retrieval(folder: Path) -> None:
+    (folder / "project.py").write_text(
+        "from torch import nn\n"
+        "from mpsl_dist.models.heads import HeadFacts\n"
+        "def build(width, classes, options):\n"
+        "    return nn.Linear(width, 8)\n"
+        "heads = {'projected': HeadFacts(build, 'retrieval', apart=True)}\n"
+    )
+    model = {**SMALL, "head": {"kind": "projected"}}
+    chosen = toys.experiment(plugins=["toys", "project"], data={"name": "toy-pairs"}, model=model)
+    assert refusals_with_data(chosen, toys.load_pairs()) == []
+    cost = cost_of(chosen)
+    assert cost.value("flops", "mpsl", "server", "head", "forward") == 2 * 2 * 16 * 8
+    sent = cost.value("bytes_per_sample", "mpsl", "client", "predictions", "down")
+    assert sent == 2 * 8 * 4
+
+
 def test_partition_and_data_check_know_a_users_dataset(
     waves: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +330,31 @@ def test_modalities_of_a_plugin_may_be_named(waves: str) -> None:
     assert processes.checked_data(config.load(waves, words)).sizes
 
 
+def test_the_pages_method_weighs_larger_losses_more(waves: str) -> None:
+    from my_mpsl.fair import FairLosses
+
+    class Step:
+        number = 0
+
+        def loss(self, predictions: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {0: torch.tensor(2.0), 1: torch.tensor(4.0)}
+
+    predictions = {0: torch.zeros(3, 4), 1: torch.zeros(1, 4)}
+    assert FairLosses(0)(Step(), predictions) == (3 * 2 + 1 * 4) / 4
+    assert FairLosses(1)(Step(), predictions) == (3 * 2**2 + 1 * 4**2) / 4 / 2
+
+
+def test_a_worker_whose_host_lacks_a_plugin_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "e.yaml").write_text("plugins: [not_here]\n")
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", waited.append)
+    (line,) = errors_of(capsys, "train", str(folder / "e.yaml"))
+    assert "plugins: not_here cannot be imported" in line and waited == [60]
+
+
 def retyped(value: Any) -> Any:
     return config.from_dict(config.to_dict(value))
 
@@ -327,6 +375,14 @@ def test_sweeps_know_plugins(waves: str, folder: Path, monkeypatch: pytest.Monke
     assert [run.processes for run in runs] == [3, 3]
     for run in runs:
         assert config.load(waves, run.settings) == run.experiment
+
+
+def test_submit_finds_plugins_beside_the_experiment(waves: str, folder: Path) -> None:
+    pytest.importorskip("submitit")
+    submit = Path(config.__file__).parents[2] / "launch" / "submit.py"
+    line = [sys.executable, str(submit), "waves.yaml", "--dry-run"]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "--ntasks-per-node=3" in done.stdout, done.stderr
 
 
 def test_compare_leaves_out_what_it_cannot_know_of_a_users_method(waves: str) -> None:
