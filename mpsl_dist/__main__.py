@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,9 +102,9 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
 def _user_error(message: str) -> int:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         # Rank 0 meets the same error. Ending first would make a launcher end rank 0 before it can
-        # say so; the launcher, or the alarm, ends this process.
-        signal.alarm(60)
-        signal.pause()
+        # say so; then the launcher ends this process. Where rank 0 meets no error (this host lacks
+        # a plugin or a file), it waits for this process.
+        time.sleep(60)
     print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
     return 2
 

@@ -89,7 +89,7 @@ def download_data(experiment: Experiment) -> int:
     if data.root is None:
         raise ConfigError("data.root: name the folder to download into")
     with Transfers() as transfers:
-        done = download(data.name, data.root, transfers.tell)
+        done = download(data.name, data.root, transfers.tell, experiment.plugins)
     print("\n".join(done))
     return 0
 

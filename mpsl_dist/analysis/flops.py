@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpsl_dist.actors import assembly, choices
 from mpsl_dist.analysis.cost_inputs import Inputs
-from mpsl_dist.config import Experiment, Weights
+from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.models.clip_text import ClipText
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task
@@ -100,22 +100,23 @@ class ModelParts:
 
 def build(experiment: Experiment, inputs: Inputs) -> ModelParts:
     """Build a method's parts on the meta device, where they take no memory."""
-    on_meta = replace(experiment, device="meta", weights=Weights())
-    with torch.device("meta"):
-        tokenizers = assembly.build_tokenizers(on_meta, inputs.splits())
-        model = assembly.build_server_model(on_meta, inputs.splits(), tokenizers.lengths)
-    return ModelParts(experiment, inputs, tokenizers, model)
+    try:
+        parts = assembly.build_on_meta(experiment, inputs.splits())
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        raise ConfigError(f"cost: a part reads numbers while it is built: {error}") from error
+    return ModelParts(experiment, inputs, *parts)
 
 
 def meta_inputs(parts: ModelParts, batch: int) -> dict[str, Tensor]:
     """Return inputs without content of ``batch`` samples, by modality, on the meta device."""
-    dtype = choices.dtype_of(parts.experiment)
-    return {
-        name: torch.empty(
-            (batch, *shape), device="meta", dtype=torch.long if name == "text" else dtype
-        )
-        for name, shape in parts.inputs.shapes.items()
-    }
+    found = {}
+    for name, shape in parts.inputs.shapes.items():
+        integers = assembly.tokenizer_facts(parts.experiment, name).integers
+        dtype = torch.long if integers else parts.dtype
+        found[name] = torch.empty((batch, *shape), device="meta", dtype=dtype)
+    return found
 
 
 def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
@@ -165,7 +166,16 @@ def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
         smashed = [_tokens(parts, length) for length in lengths.values()]
         with _without_encoder(model):
             counted["head"] = count(model, lambda: model(smashed))
+    elif (head := count(model.head, lambda: model.head(_features(parts)))).forward:
+        counted["head"] = head  # our own computes nothing but dot products
     return counted
+
+
+def _features(parts: ModelParts) -> Tensor:
+    """Return what a head takes of one sample."""
+    modalities = (len(parts.inputs.shapes),) if parts.server_model.apart else ()
+    shape = (1, *modalities, parts.width)
+    return torch.empty(shape, device="meta", dtype=parts.dtype, requires_grad=True)
 
 
 def count_encoder(encoder: nn.Sequential, tokens_bld: Tensor) -> Flops:
@@ -237,7 +247,7 @@ def _paper_counter(module: nn.Module) -> Iterator[list[int]]:
             counted.append(5 * output.numel())
         elif isinstance(layer, nn.Linear):
             counted.append(output.numel() * layer.in_features)
-        elif isinstance(layer, nn.Conv2d):
+        elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             counted.append(output.numel() * layer.weight[0].numel())
 
     handles = [layer.register_forward_hook(note) for layer in module.modules()]

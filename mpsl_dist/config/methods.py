@@ -116,6 +116,13 @@ def facts_of(experiment: Experiment) -> MethodFacts:
     return plugins.find("methods", experiment.method, METHODS, experiment.plugins, "method")
 
 
+def options_of(experiment: Experiment) -> Any:
+    """Return the method's own options, checked, by a ConfigError; None where it has none."""
+    return plugins.options(
+        facts_of(experiment).options, experiment.method_options, "method_options"
+    )
+
+
 def processes_of(experiment: Experiment) -> int:
     """Return how many processes a run has: the server and its workers, or one."""
     return 1 if facts_of(experiment).one_process else experiment.workers + 1

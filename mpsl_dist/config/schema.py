@@ -31,8 +31,9 @@ class Data:
     partition: Partition = field(default_factory=Partition)
     #: Length of a text in CLIP byte-pair tokens, start and end included.
     text_length: int = 16
-    #: ``manifest`` only: what to read, in the order of fusion; null is all that its columns give.
-    modalities: list[Literal["image", "audio", "text"]] | None = None
+    #: ``manifest`` and plugins' datasets that have a choice: what to read, in the order of fusion;
+    #: null is all that there is.
+    modalities: list[str] | None = None
     #: Loader processes per client; 0 loads in the worker itself.
     loaders: int = 0
     #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's
@@ -104,6 +105,10 @@ class Model:
     #: has none). The released code has neither.
     normalize: bool = False
     temperature: float | None = None
+
+
+#: Our own modalities; plugins' tokenizers add further ones.
+MODALITIES = ("image", "audio", "text")
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ class Adapters:
     """The attention adapters of fedclip, on the pooled features of the frozen encoder."""
 
     #: An adapter for each of these modalities that the data has, or ``unified``: one for all.
-    include: list[Literal["image", "audio", "text"]] | Literal["unified"] = field(
+    include: list[str] | Literal["unified"] = field(
         default_factory=lambda: ["image", "audio", "text"]
     )
     #: ``scaled`` multiplies a feature by its softmax (the released form: about 1/width of its

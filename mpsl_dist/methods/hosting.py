@@ -40,11 +40,15 @@ class Setup:
         Who has which samples; no training sample is read here but by centralized training.
     worker_threads : int
         Compute threads of every worker.
+    options : object
+        The method's own options: ``method_options`` as the dataclass of its
+        :class:`~mpsl_dist.config.methods.MethodFacts`, checked; None where it has none.
     """
 
     experiment: Experiment
     holdings: Holdings
     worker_threads: int
+    options: Any = None
 
     @property
     def splits(self) -> Splits:

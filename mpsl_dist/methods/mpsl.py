@@ -124,10 +124,10 @@ class Mpsl:
             predictions = self.server.forward(smashed)
             loss = self.objective(step, predictions)
             step.backward(loss)
-            self._step_owners(step)
+            self.step_owners(step)
         return loss.item()
 
-    def _step_owners(self, step: Step) -> None:
+    def step_owners(self, step: Step) -> None:
         """Step the server's optimizer while the clients step theirs, as the sync has it."""
         due = is_due(self.sync, step.number, self.total_steps)
         wait = self.sync.begin(step, due)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpsl_dist import plugins
-from mpsl_dist.actors.checks import check_patches, check_task
-from mpsl_dist.actors.choices import describe, device_of
+from mpsl_dist.actors.choices import describe, device_of, head_of, unread_by_head
 from mpsl_dist.actors.holdings import Holdings, load_data
+from mpsl_dist.actors.part_checks import refusals_with_data, refusals_without_data
 from mpsl_dist.config import Experiment, to_dict
-from mpsl_dist.config.methods import facts_of, processes_of, unread
+from mpsl_dist.config.methods import facts_of, options_of, processes_of, unread
 from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
@@ -99,6 +99,10 @@ def train_as_server(
     ignored = unread(experiment)
     if ignored:
         _say(f"method={experiment.method} does not read {', '.join(ignored)}")
+    ignored = unread_by_head(experiment, holdings.splits)
+    if ignored:
+        kind, _ = head_of(experiment, holdings.splits)
+        _say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)
     if launched.world > 1:
@@ -117,7 +121,7 @@ def connect(experiment: Experiment, launched: Environment, holdings: Holdings) -
     world.set_threads(server_threads)
     holdings.log()
     build = plugins.resolve(facts_of(experiment).build)
-    return build(Setup(experiment, holdings, worker_threads))
+    return build(Setup(experiment, holdings, worker_threads, options_of(experiment)))
 
 
 def checked_data(experiment: Experiment) -> Holdings:
@@ -130,24 +134,17 @@ def checked_data(experiment: Experiment) -> Holdings:
     ConfigError
         With every refusal after that, one a line.
     """
-    splits, refusals = load_data(experiment), []
-    facts = facts_of(experiment)
-    holdings = None
+    refusals = refusals_without_data(experiment)
+    splits = holdings = None
     try:
+        splits = load_data(experiment)
         holdings = Holdings.deal(experiment, splits)
     except UserError as error:
-        refusals.append(str(error))
-    for check in (
-        lambda: check_patches(experiment, splits),
-        lambda: check_task(experiment, splits),
-        lambda: plugins.options(facts.options, experiment.method_options, "method_options"),
-    ):
-        try:
-            check()
-        except UserError as error:
-            refusals.append(str(error))
+        refusals += str(error).splitlines()
+    if splits is not None:
+        refusals += refusals_with_data(experiment, splits)
     if refusals or holdings is None:
-        raise ConfigError("\n".join(refusals))
+        raise ConfigError("\n".join(dict.fromkeys(refusals)))
     return holdings
 
 

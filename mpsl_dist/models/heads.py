@@ -29,12 +29,15 @@ class HeadFacts:
         Whether it receives every modality's features by themselves.
     options : type, optional
         A frozen dataclass: what ``model.head.options`` may say.
+    reads : tuple of str
+        Keys of ``model`` that set options of the same name, where ``model.head.options`` does not.
     """
 
     build: str | Callable[..., nn.Module]
     task: str
     apart: bool = False
     options: type | None = None
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,5 +95,11 @@ def embeddings(width: int, classes: int, options: EmbeddingOptions) -> PairEmbed
 
 HEADS: dict[str, HeadFacts] = {
     "linear": HeadFacts(linear, "classification"),
-    "embeddings": HeadFacts(embeddings, "retrieval", apart=True, options=EmbeddingOptions),
+    "embeddings": HeadFacts(
+        embeddings,
+        "retrieval",
+        apart=True,
+        options=EmbeddingOptions,
+        reads=("normalize", "temperature"),
+    ),
 }

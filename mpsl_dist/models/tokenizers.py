@@ -27,10 +27,13 @@ class TokenizerFacts:
         (b, l, d) and has the number of them, l, as its ``length``.
     options : type, optional
         A frozen dataclass: what ``model.tokenizers.<modality>`` may say.
+    integers : bool
+        Whether inputs are whole numbers, int64, as a text's tokens are.
     """
 
     build: str | Callable[..., nn.Module]
     options: type | None = None
+    integers: bool = False
 
 
 class PatchTokenizer(nn.Module):
