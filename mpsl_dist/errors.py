@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -30,8 +31,28 @@ class RunError(UserError):
     """A run directory that stands in the way, is damaged, or cannot be resumed."""
 
 
+class ResumeError(RunError):
+    """A run that cannot go on from what it left; nothing of it has been changed."""
+
+
 class LaunchError(UserError):
     """Processes that cannot find themselves or each other; the message says what to set."""
+
+
+class DiskError(OSError):
+    """A file that the disk did not take; the message names it and says what to do."""
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> DiskError:
+        """Describe what writing a file has met."""
+        if isinstance(error, DiskError):
+            return error
+        number = "" if error.errno is None else f"[Errno {error.errno}] "
+        reason = error.strerror or str(error)
+        return cls(
+            f"{number}{reason}: {path} cannot be written; make room there or make it writable, "
+            "then continue with --resume"
+        )
 
 
 class DivergedError(ArithmeticError):

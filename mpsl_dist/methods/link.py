@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from mpsl_dist.actors.client import Description
 from mpsl_dist.actors.federated_client import Update
+from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic, nbytes
 from mpsl_dist.runtime.answers import Answers
 
@@ -122,19 +124,57 @@ class Link:
         """Ask how many samples every client holds."""
         return self.start("describe", self.everyone())()
 
-    def save(self, folder: str) -> Wait:
-        """Have every client write its part of a checkpoint, where it is."""
-        return self.start("save", self.everyone(folder), "checkpoint")
+    def save(self, folder: str, own: Callable[[], str]) -> dict[str, str]:
+        """Have every client write its part of a checkpoint, where it is.
 
-    def restore(self, folder: str) -> Wait:
-        """Have every client continue from :meth:`save`."""
-        return self.start("restore", self.everyone(folder), "resume")
+        Parameters
+        ----------
+        own : callable
+            Writes the server's part meanwhile, and returns its digest.
+
+        Returns
+        -------
+        dict of str to str
+            Name of every part -> its SHA-256.
+        """
+        wait = self.start("save", self.everyone(folder), "checkpoint")
+        try:
+            digests = {state.SERVER: own()}
+        finally:
+            told = wait()
+        return digests | {state.client_file(n): told[n] for n in told}
+
+    def damage(self, folder: str, files: Mapping[str, str]) -> str | None:
+        """Ask every owner what is wrong with its part of a checkpoint; None if all are whole.
+
+        Parameters
+        ----------
+        files : mapping of str to str
+            What :meth:`save` returned; empty where nobody kept it.
+        """
+        asked = {n: (folder, digest_of(files, state.client_file(n))) for n in self.fleet.clients}
+        wait = self.start("damage", asked, "resume")
+        own = state.damage(Path(folder) / state.SERVER, digest_of(files, state.SERVER))
+        return next((found for found in (own, *wait().values()) if found), None)
+
+    def restore(self, folder: str, own: Callable[[], None]) -> None:
+        """Have every client continue from :meth:`save`; ``own`` does so for the server."""
+        wait = self.start("restore", self.everyone(folder), "resume")
+        try:
+            own()
+        finally:
+            wait()
 
     def _count(self, message: str, kind: str | None, values: Mapping[int, Any]) -> None:
         if kind is not None:
             self.traffic.add_all(kind, values)
         else:
             assert not any(map(nbytes, values.values())), f"{message} carries uncounted tensors"
+
+
+def digest_of(files: Mapping[str, str], name: str) -> str | None:
+    """Return a part's digest; None where the manifest is of a version that kept none at all."""
+    return files.get(name, "") if files else None
 
 
 class SplitLink(Link):

@@ -8,6 +8,8 @@ steps its own optimizer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
@@ -131,17 +133,17 @@ class Mpsl:
             for owner, part in parts.items()
         }
 
-    def save(self, folder: str) -> None:
-        """Have every owner write its part of a checkpoint."""
-        wait = self.clients.save(folder)
-        self.server.save(folder)
-        wait()
+    def save(self, folder: str) -> dict[str, str]:
+        """Have every owner write its part of a checkpoint; return part -> SHA-256."""
+        return self.clients.save(folder, lambda: self.server.save(folder))
+
+    def damage(self, folder: str, files: Mapping[str, str]) -> str | None:
+        """Say what is wrong with a checkpoint, having asked every owner; nothing if it is whole."""
+        return self.clients.damage(folder, files)
 
     def restore(self, folder: str) -> None:
         """Have every owner continue from :meth:`save`."""
-        wait = self.clients.restore(folder)
-        self.server.restore(folder)
-        wait()
+        self.clients.restore(folder, lambda: self.server.restore(folder))
 
 
 def build(setup: Setup, method: type[Mpsl] = Mpsl) -> Mpsl:
