@@ -61,6 +61,24 @@ def find(
     raise ConfigError(f"{key}: unknown {kind[:-1]} '{name}'; {hint}")
 
 
+def check(modules: Sequence[str]) -> None:
+    """Import every plugin, whether anything is looked up in it or not.
+
+    Raises
+    ------
+    ConfigError
+        With every one that cannot be imported.
+    """
+    problems = []
+    for module in modules:
+        try:
+            _imported(module)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def resolve(target: Any) -> Any:
     """Return the object that ``"package.module:attribute"`` names; anything else as it is.
 
@@ -102,16 +120,23 @@ def options(cls: type | None, values: Mapping[str, Any], key: str) -> Any:
 def _of_modules(kind: Kind, own: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     added: dict[str, Any] = {}
     for module in modules:
-        try:
-            entries = getattr(importlib.import_module(module), kind, {})
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"plugins: {module} cannot be imported: {reason}") from error
+        entries = getattr(_imported(module), kind, {})
+        if not isinstance(entries, Mapping):
+            kind_of = type(entries).__name__
+            raise ConfigError(f"plugins: {module}: {kind} is a {kind_of}, not a mapping of names")
         taken = sorted(entries.keys() & {*own, *added})
         if taken:
             raise ConfigError(f"plugins: {module}: {kind} has names in use: {', '.join(taken)}")
         added |= entries
     return added
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"plugins: {module} cannot be imported: {reason}") from error
 
 
 def _entry_points(kind: Kind) -> importlib.metadata.EntryPoints:

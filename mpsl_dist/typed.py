@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -28,9 +29,9 @@ def build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) 
     names = [entry.name for entry in dataclasses.fields(cls)]
     arguments = {}
     for key, value in values.items():
-        path = f"{prefix}{key}"
+        path = f"{prefix}{_spoken(key)}"
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key)[:80], names, n=1, cutoff=0.5)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"valid: {', '.join(names)}"
             errors.append(f"{path}: unknown key; {hint}")
             continue
@@ -39,13 +40,24 @@ def build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) 
             if isinstance(value, Mapping):
                 arguments[key] = build(hint, value, f"{path}.", errors)
             else:
-                errors.append(f"{path}: expected keys and values, found {value!r}")
+                errors.append(f"{path}: expected keys and values, found {_short(value)}")
         else:
             try:
                 arguments[key] = _convert(hint, value)
             except ValueError:
-                errors.append(f"{path}: expected {_describe(hint)}, found {value!r}")
+                errors.append(f"{path}: expected {_describe(hint)}, found {_short(value)}")
     return cls(**arguments)
+
+
+def _spoken(key: Any) -> str:
+    """Return a key as a message can show it: one line, without a terminal's control codes."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= 80 else _short(key)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -71,7 +83,10 @@ def _convert(hint: Any, value: Any) -> Any:
             return value
         raise ValueError
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        return float(value)  # YAML reads 1e-4 as a string
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except OverflowError:  # a whole number beyond any float
+            return math.inf if value > 0 else -math.inf
     if hint is type(None):
         hint = types.NoneType
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):

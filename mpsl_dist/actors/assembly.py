@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +25,11 @@ from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.decode.text import VOCABULARY
+from mpsl_dist.errors import ConfigError
 from mpsl_dist.models import weight_sources, weights
 from mpsl_dist.models.adapters import Adapters
 from mpsl_dist.models.clip_text import ClipText, build_text_tower, default_tower
+from mpsl_dist.models.heads import HeadFacts
 from mpsl_dist.models.server_model import ServerModel, build_encoder
 from mpsl_dist.models.tokenizers import (
     PatchTokenizer,
@@ -103,13 +107,37 @@ TOKENIZERS: dict[str, TokenizerFacts] = {
 def _build_tokenizer(
     experiment: Experiment, modality: str, shape: tuple[int, ...], shared_text: Text | None
 ) -> nn.Module:
-    key = f"model.tokenizers.{modality}"
-    facts = plugins.find("tokenizers", modality, TOKENIZERS, experiment.plugins, key)
-    values = experiment.model.tokenizers.get(modality, {})
-    options: Any = plugins.options(facts.options, values, key)
+    facts, options = _tokenizer_choice(experiment, modality)
     if modality in TOKENIZERS:
         options = _Own(experiment, shared_text)
     return plugins.resolve(facts.build)(shape, width_of(experiment), options)
+
+
+def _tokenizer_choice(experiment: Experiment, modality: str) -> tuple[TokenizerFacts, Any]:
+    key = f"model.tokenizers.{modality}"
+    facts = plugins.find("tokenizers", modality, TOKENIZERS, experiment.plugins, key)
+    values = experiment.model.tokenizers.get(modality, {})
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{key}: expected keys and values, found {values!r:.80}")
+    return facts, plugins.options(facts.options, values, key)
+
+
+def check_options(experiment: Experiment, splits: Splits) -> None:
+    """Refuse options of tokenizers and head that they do not have, by a ConfigError."""
+    errors = [
+        f"model.tokenizers.{modality}: {experiment.data.name} has {', '.join(splits.shapes)}"
+        for modality in experiment.model.tokenizers
+        if modality not in splits.shapes
+    ]
+    checks: list[Callable[[], Any]] = [lambda: _head_choice(experiment, splits)]
+    checks += [partial(_tokenizer_choice, experiment, modality) for modality in splits.shapes]
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(errors))
 
 
 def build_shared_text(experiment: Experiment, splits: Splits) -> Text | None:
@@ -192,13 +220,17 @@ def build_server_model(experiment: Experiment, splits: Splits, lengths: list[int
 
 
 def _build_head(experiment: Experiment, splits: Splits) -> nn.Module:
+    facts, options = _head_choice(experiment, splits)
+    return plugins.resolve(facts.build)(width_of(experiment), len(splits.classes), options)
+
+
+def _head_choice(experiment: Experiment, splits: Splits) -> tuple[HeadFacts, Any]:
     model = experiment.model
     kind, facts = head_of(experiment, splits)
     values = model.head.options
     if kind == "embeddings":
         values = {"normalize": model.normalize, "temperature": model.temperature} | values
-    options = plugins.options(facts.options, values, "model.head.options")
-    return plugins.resolve(facts.build)(width_of(experiment), len(splits.classes), options)
+    return facts, plugins.options(facts.options, values, "model.head.options")
 
 
 def _load_encoder(experiment: Experiment, encoder: nn.Sequential) -> None:

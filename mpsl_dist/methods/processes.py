@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpsl_dist import plugins
+from mpsl_dist.actors.assembly import check_options
 from mpsl_dist.actors.checks import check_patches, check_task
 from mpsl_dist.actors.choices import describe, device_of
 from mpsl_dist.actors.holdings import Holdings, load_data
@@ -128,6 +129,7 @@ def checked_data(experiment: Experiment) -> Holdings:
     ConfigError
         With every refusal, one a line.
     """
+    plugins.check(experiment.plugins)
     splits, refusals = load_data(experiment), []
     facts = facts_of(experiment)
     holdings = None
@@ -138,6 +140,7 @@ def checked_data(experiment: Experiment) -> Holdings:
     for check in (
         lambda: check_patches(experiment, splits),
         lambda: check_task(experiment, splits),
+        lambda: check_options(experiment, splits),
         lambda: plugins.options(facts.options, experiment.method_options, "method_options"),
     ):
         try:

@@ -62,8 +62,8 @@ def save(path: Path, state: Mapping[str, Any]) -> str:
 class _Digesting:
     """A file that is only written to, digested on the way.
 
-    An error of the disk is kept, not raised: torch's writer ends the process on an exception from
-    here, since it writes on while it is torn down.
+    An error of the disk is kept, not raised: torch's writer goes on while it is torn down, and ends
+    with an error of its own that hides the cause.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -94,24 +94,31 @@ def damage(path: Path, digest: str | None) -> str | None:
         it can be read.
     """
     try:
-        if digest is None:
-            load(path)
-            return None
-        found = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
+        if digest is not None and _digest(path) != digest:
+            return f"{path}: damaged: its SHA-256 is not the one in manifest.json"
+        load(path, lazily=digest is not None)
     except RunError as error:
         return str(error)
     except OSError as error:
         return f"{path}: {error.strerror or error}"
-    if found.hexdigest() != digest:
-        return f"{path}: damaged: its SHA-256 is not the one in manifest.json"
     return None
 
 
-def load(path: Path, device: str = "cpu") -> dict[str, Any]:
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def load(path: Path, device: str = "cpu", lazily: bool = False) -> dict[str, Any]:
     """Read what :func:`save` wrote; runs no code that the file may hold.
+
+    Parameters
+    ----------
+    lazily : bool
+        Leave the tensors' values on the disk until they are used.
 
     Raises
     ------
@@ -119,7 +126,7 @@ def load(path: Path, device: str = "cpu") -> dict[str, Any]:
         If the file is missing or damaged.
     """
     try:
-        found = torch.load(path, map_location=device, weights_only=True)
+        found = torch.load(path, map_location=device, weights_only=True, mmap=lazily)
     except OSError as error:
         raise RunError(f"{path}: {error.strerror or error}") from error
     except (
