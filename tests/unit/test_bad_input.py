@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -32,12 +31,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refused(folder: Path, bad: Bad, capsys: pytest.CaptureFixture[str]) -> str | None:
     """Run a configuration; return what is wrong with how it was refused."""
     (folder / "config.yaml").write_bytes(bad.content)
-    started = time.monotonic()
     try:
         status = main(["train", "config.yaml", *bad.words])
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
-    seconds = time.monotonic() - started
     said = capsys.readouterr().err
     left = sorted(path.name for path in folder.iterdir())
     if status != 2 or left != ["config.yaml"]:
@@ -46,7 +43,7 @@ def refused(folder: Path, bad: Bad, capsys: pytest.CaptureFixture[str]) -> str |
         return f"said {said[:300]!r}, not {bad.named!r}"
     if not all(line.startswith("error: ") for line in said.splitlines()) or len(said) > 20_000:
         return f"{len(said)} characters: {said[:300]!r}"
-    return f"took {seconds} s" if seconds > 30 else None
+    return None
 
 
 def check(folder: Path, count: int, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
