@@ -6,6 +6,7 @@ Exit status 0 success, 2 the user's to mend (a message, no traceback), 1 anythin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpsl_dist.errors import ConfigError, UserError
+from mpsl_dist.errors import ConfigError, DiskError, ResumeError, UserError
 
 if TYPE_CHECKING:
     from mpsl_dist.actors.holdings import Holdings
@@ -186,8 +187,14 @@ def _tell_failure(experiment: Experiment, run: RunDirectory, error: Exception) -
 
     reason = str(error) or type(error).__name__
     details = getattr(error, "details", "") or traceback.format_exc()
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    print("\n".join(f"error: {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
+    if isinstance(error, ResumeError):
+        return  # what the run left stays as it is
     path, lost = run.path / "error.txt", len(getattr(error, "lost", ()))
+    if isinstance(error, DiskError):
+        with contextlib.suppress(OSError):
+            loop.failed_summary(experiment, run, reason, lost)
+        return
     if _try("the traceback", lambda: path.write_text(details, encoding="utf-8")):
         print(f"(traceback in {path})", file=sys.stderr)
     else:

@@ -10,6 +10,7 @@ import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -32,8 +33,28 @@ class RunError(UserError):
     """A run directory that stands in the way, is damaged, or cannot be resumed."""
 
 
+class ResumeError(RunError):
+    """A run that cannot go on from what it left; nothing of it has been changed."""
+
+
 class LaunchError(UserError):
     """Processes that cannot find themselves or each other; the message says what to set."""
+
+
+class DiskError(OSError):
+    """A file that the disk did not take; the message names it and says what to do."""
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> DiskError:
+        """Describe what writing a file has met."""
+        if isinstance(error, DiskError):
+            return error
+        number = "" if error.errno is None else f"[Errno {error.errno}] "
+        reason = error.strerror or str(error)
+        return cls(
+            f"{number}{reason}: {path} cannot be written; make room there or make it writable, "
+            "then continue with --resume"
+        )
 
 
 class DivergedError(ArithmeticError):
@@ -98,14 +119,18 @@ class Failure:
         The traceback where it was raised.
     user_error : bool
         Whether it was a :class:`UserError`.
+    kind : str
+        Name of the exception's class.
     """
 
     message: str
     details: str
     user_error: bool
+    kind: str
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """Describe an exception that is being handled."""
         message = f"{type(error).__name__}: {error}"
-        return cls(message, traceback.format_exc(), isinstance(error, UserError))
+        kind = type(error).__name__
+        return cls(message, traceback.format_exc(), isinstance(error, UserError), kind)

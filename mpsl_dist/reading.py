@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from mpsl_dist.errors import RunError, UserError
 
@@ -120,22 +121,112 @@ def read_json_lines(
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value that a YAML text stands for.
+    """Return the value that a YAML text stands for: no part of it is another's alias.
 
     Raises
     ------
     ValueError
-        With one line that says where and why it stands for none.
+        With one line that says where and why it stands for none: no YAML, a key twice, a value of
+        no plain type, or more than the limits of :data:`_LONGEST` and :data:`_MOST_VALUES`.
     """
+    if len(text) > _LONGEST:
+        raise ValueError(f"longer than {_LONGEST} characters")
     try:
-        return yaml.safe_load(text)
+        return _plain(_checked(text))
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
         reason = getattr(problem, "problem", None) or str(problem).splitlines()[0]
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ValueError(f"{reason}{where}") from problem
+        raise ValueError(f"{reason}{_where(mark)}") from problem
     except RecursionError as problem:
         raise ValueError("nested too deeply") from problem
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as problem:
+        # PyYAML's own, on a tag whose text is none of its type: !!bool maybe
+        raise ValueError(f"a value that does not fit its tag: {problem}") from problem
+
+
+#: Characters of a text, and values in it when every alias is written out: a few lines of aliases
+#: of aliases can stand for more than any memory holds.
+_LONGEST = 1_000_000
+_MOST_VALUES = 100_000
+#: Bits of a whole number; Python refuses to print much longer ones.
+_MOST_BITS = 1024
+
+
+def _checked(text: str) -> Any:
+    """Build a text's value once its nodes have been found to be harmless."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {}, ())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, counted: dict[int, int], above: tuple[int, ...]) -> int:
+    """Return how many values a node stands for; refuse keys given twice, and too much.
+
+    Parameters
+    ----------
+    counted : dict of int to int
+        Nodes met before, by identity: an alias is the node that it names.
+    above : tuple of int
+        The nodes that this one is part of.
+    """
+    if id(node) in above:
+        raise ComposerError(None, None, "an alias of what it is part of", node.start_mark)
+    if id(node) in counted:
+        return counted[id(node)]
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        _refuse_twice(node)
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    total = 1 + sum(_count(child, counted, (*above, id(node))) for child in children)
+    if total > _MOST_VALUES:
+        raise ComposerError(None, None, f"more than {_MOST_VALUES} values", node.start_mark)
+    counted[id(node)] = total
+    return total
+
+
+def _refuse_twice(node: yaml.MappingNode) -> None:
+    """Refuse a key that a mapping gives twice, of which YAML would forget the first."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise ComposerError(None, None, f"'{key.value:.60}' stands twice", key.start_mark)
+            seen.add(key.value)
+
+
+def _plain(value: Any, path: str = "") -> Any:
+    """Return a copy made of mappings, lists, texts, numbers, truth values and null alone."""
+    at = f"{path}: " if path else ""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str | int | float | bool):
+                raise ValueError(f"{at}a key must be a text, found {type(key).__name__}")
+            _plain(key, f"{at}a key")
+        inner = f"{path}." if path else ""
+        return {key: _plain(entry, f"{inner}{key}") for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry, f"{path}[{place}]") for place, entry in enumerate(value)]
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ValueError(f"{at}a whole number of more than {_MOST_BITS} bits")
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{at}no file can hold a null character or half a character")
+    elif value is not None and not isinstance(value, int | float):
+        kind = type(value).__name__
+        raise ValueError(f"{at}a {kind} is no value here; quote it if a text is meant")
+    return value
+
+
+def _where(mark: Any) -> str:
+    return f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -38,9 +38,9 @@ def build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) 
     names = [entry.name for entry in dataclasses.fields(cls)]
     arguments: dict[str, Any] = {}
     for key, value in values.items():
-        path = f"{prefix}{key}"
+        path = f"{prefix}{_spoken(key)}"
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key)[:80], names, n=1, cutoff=0.5)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"valid: {', '.join(names)}"
             errors.append(f"{path}: unknown key; {hint}")
             continue
@@ -50,12 +50,12 @@ def build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) 
                 section = build(hint, value, f"{path}.", errors)
                 arguments |= {} if section is None else {key: section}
             else:
-                errors.append(f"{path}: expected keys and values, found {value!r}")
+                errors.append(f"{path}: expected keys and values, found {_short(value)}")
         else:
             try:
                 arguments[key] = _convert(hint, value)
             except ValueError:
-                errors.append(f"{path}: expected {_describe(hint)}, found {value!r}")
+                errors.append(f"{path}: expected {_describe(hint)}, found {_short(value)}")
     missing = [name for name in _required(cls) if name not in arguments]
     errors += [f"{prefix}{name}: missing" for name in missing if name not in values]
     if missing:
@@ -74,6 +74,17 @@ def _required(cls: type) -> list[str]:
         for entry in dataclasses.fields(cls)
         if entry.default is nothing and entry.default_factory is nothing
     ]
+
+
+def _spoken(key: Any) -> str:
+    """Return a key as a message can show it: one line, without a terminal's control codes."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= 80 else _short(key)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _convert(hint: Any, value: Any) -> Any:

@@ -14,8 +14,9 @@ from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment, Faults
 from mpsl_dist.methods.hosting import build_clients
-from mpsl_dist.methods.link import RoundLink, SplitLink
+from mpsl_dist.methods.link import RoundLink
 from mpsl_dist.methods.mpsl import Mpsl
+from mpsl_dist.methods.split_link import SplitLink
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.answers import Answers
 from mpsl_dist.runtime.local import LocalFleet

@@ -20,10 +20,11 @@ from mpsl_dist.actors.choices import (
     head_options,
     width_of,
 )
-from mpsl_dist.config import ConfigError, Experiment, Weights
+from mpsl_dist.config import Experiment, Weights
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.decode.text import VOCABULARY
+from mpsl_dist.errors import ConfigError
 from mpsl_dist.models import weight_sources, weights
 from mpsl_dist.models.adapters import Adapters
 from mpsl_dist.models.clip_text import ClipText, build_text_tower, default_tower

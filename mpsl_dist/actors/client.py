@@ -14,6 +14,8 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 ``score``                 how many of its test predictions were right
 ``tokenizer_weights``     its trained tokenizer parameters, for FedAvg
 ``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``)
+``save``                  the SHA-256 of the file that it wrote of its state, as a text
+``damage``                what is wrong with that file: a text with the file's name, or nothing
 ========================  =====================================================================
 
 and, by distributed autograd in the backward, the gradient of its loss with respect to its
@@ -231,21 +233,31 @@ class Client:
 
     # -- checkpoints, written where the client is ------------------------------------------
 
-    def save(self, folder: str) -> None:
-        """Write its state to ``folder``; it stays on the client's machine."""
+    def save(self, folder: str) -> str:
+        """Write its state to ``folder``, which stays on its machine; return the file's SHA-256."""
         parts = {
             "tokenizers": trainable_state(self.tokenizers.local_value()),
             "optimizer": self.stepper.state(),
             "accumulated": self._accumulated,
         }
-        state.save(self._file(folder), parts)
+        return state.save(self._file(folder), parts)
+
+    def damage(self, folder: str, digest: str | None) -> str | None:
+        """Say what is wrong with the file that :meth:`save` wrote; nothing if it is whole.
+
+        Parameters
+        ----------
+        digest : str or None
+            What :meth:`save` returned, where the checkpoint has kept it.
+        """
+        return state.damage(self._file(folder), digest)
 
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
-        parts = state.load(self._file(folder), self.device)
-        self.set_tokenizer_weights(parts["tokenizers"])
-        self.stepper.load(parts["optimizer"])
-        self._accumulated = parts["accumulated"]
+        with state.continuing(self._file(folder), self.device) as parts:
+            self.set_tokenizer_weights(parts["tokenizers"])
+            self.stepper.load(parts["optimizer"])
+            self._accumulated = parts["accumulated"]
 
     # -- its own business ------------------------------------------------------------------
 
@@ -254,7 +266,7 @@ class Client:
         return self.stepper.parameters
 
     def _file(self, folder: str) -> Path:
-        return Path(folder) / f"client-{self.number:04d}.pt"
+        return Path(folder) / state.client_file(self.number)
 
     def _smash(self, tokenizers: Tokenizers, batch: Batch) -> list[Tensor]:
         dtype = next(tokenizers.parameters()).dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from mpsl_dist.actors.choices import device_of, task_of
 from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.loading import override
 from mpsl_dist.data import Dataset, Splits, load_batches
-from mpsl_dist.errors import ConfigError, RunError
+from mpsl_dist.errors import ConfigError, DiskError, RunError
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task, Tested
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
@@ -74,18 +75,30 @@ class Deployable(nn.Module):
             yield predictions, batch.labels
 
     def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into a folder; create it if need be."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write ``model.safetensors`` and ``config.json``.
+
+        Raises
+        ------
+        DiskError
+            If they cannot be written; no part is left.
+        """
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         partial = folder / "model.safetensors.partial"
-        save_file(state, partial)
-        partial.replace(folder / "model.safetensors")
         description = {
             "experiment": to_dict(experiment),
             "shapes": {name: list(shape) for name, shape in splits.shapes.items()},
             "classes": list(splits.classes),
         }
-        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, partial)
+            partial.replace(folder / "model.safetensors")
+            (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            met = error if isinstance(error, OSError) else OSError(str(error))
+            raise DiskError.of(folder, met) from error
 
 
 def build(experiment: Experiment, splits: Splits) -> Deployable:

@@ -8,6 +8,8 @@ Everything that a client ever sends is what a method of :class:`FederatedClient`
 ``describe``     how many training and test samples it holds
 ``train_round``  the trained parameters after its local epochs, its sample count, its mean loss
 ``test``         how many of its test predictions were right
+``save``         the SHA-256 of the file that it wrote of its state, as a text
+``damage``       what is wrong with that file: a text with the file's name, or nothing
 ===============  ==============================================================================
 
 Raw inputs, labels and single gradients never leave; frozen parameters neither leave nor arrive.
@@ -150,16 +152,26 @@ class FederatedClient:
 
     # -- checkpoints, written where the client is ------------------------------------------
 
-    def save(self, folder: str) -> None:
-        """Write its optimizers' state; the model is the server's to write."""
+    def save(self, folder: str) -> str:
+        """Write its optimizers' state, the model is the server's; return the file's SHA-256."""
         kept = self.learner.optimizer_state() if self.keep_optimizer else {}
-        state.save(self._file(folder), kept)
+        return state.save(self._file(folder), kept)
+
+    def damage(self, folder: str, digest: str | None) -> str | None:
+        """Say what is wrong with the file that :meth:`save` wrote; nothing if it is whole.
+
+        Parameters
+        ----------
+        digest : str or None
+            What :meth:`save` returned, where the checkpoint has kept it.
+        """
+        return state.damage(self._file(folder), digest)
 
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
-        kept = state.load(self._file(folder))
-        if kept:
-            self.learner.load_optimizer_state(kept)
+        with state.continuing(self._file(folder)) as kept:
+            if kept:
+                self.learner.load_optimizer_state(kept)
 
     # -- its own business ------------------------------------------------------------------
 
@@ -168,7 +180,7 @@ class FederatedClient:
         return self.learner.parameters
 
     def _file(self, folder: str) -> Path:
-        return Path(folder) / f"client-{self.number:04d}.pt"
+        return Path(folder) / state.client_file(self.number)
 
     def _step_of_the_run(self, round_: int, local_epoch: int, epoch_step: int) -> int:
         steps, batches = self.span[0], len(self.counts) * self.local_epochs

@@ -65,13 +65,13 @@ class Server:
         """Step the server's own optimizer at the run's step ``step``, on gradients by parameter."""
         self.stepper.step(gradients, step)
 
-    def save(self, folder: str) -> None:
-        """Write encoder, head and optimizer to ``folder``."""
+    def save(self, folder: str) -> str:
+        """Write encoder, head and optimizer to ``folder``; return the file's SHA-256."""
         parts = {"model": trainable_state(self.model), "optimizer": self.stepper.state()}
-        state.save(Path(folder) / "server.pt", parts)
+        return state.save(Path(folder) / state.SERVER, parts)
 
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
-        parts = state.load(Path(folder) / "server.pt", self.device)
-        load_trainable(self.model, parts["model"])
-        self.stepper.load(parts["optimizer"])
+        with state.continuing(Path(folder) / state.SERVER, self.device) as parts:
+            load_trainable(self.model, parts["model"])
+            self.stepper.load(parts["optimizer"])

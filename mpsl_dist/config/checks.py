@@ -30,11 +30,16 @@ def problems(experiment: Experiment) -> list[str]:
     list of str
         Each names its key and what the key may be; empty if the experiment can be run.
     """
-    found = _not_finite(experiment) + _too_small(experiment) + _out_of_range(experiment)
+    found = _not_finite(experiment) + _too_small(experiment) + _too_large(experiment)
+    found += _out_of_range(experiment)
     found += _batch_problems(experiment)
     name = experiment.name
     if name in ("", ".", "..") or set(name) & set("/\\") or not name.isprintable():
         found.append(f"name: '{name}' must be one folder name")
+    if len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
+        found.append(f"name: must be at most {_LONGEST_NAME} bytes long")
+    if experiment.model.head.kind == "":
+        found.append("model.head.kind: empty; name a head, or leave it null")
     if experiment.seed >= 2**62:
         found.append(f"seed: must be less than 2**62, found {experiment.seed}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", experiment.device):
@@ -112,6 +117,35 @@ def _too_small(experiment: Experiment) -> list[str]:
         for minimum, values in at_least.items()
         for path, value in values.items()
         if value is not None and value < minimum
+    ]
+
+
+#: Keys of whole numbers and the most that they can be; any other can be _MOST.
+_AT_MOST = {
+    "data.audio_frames": 1_000_000,
+    "data.image_size": 16_384,
+    "data.loaders": 1024,
+    "data.text_length": 100_000,
+    "model.audio_patch": 16_384,
+    "model.audio_stride": 16_384,
+    "model.encoder.depth": 4096,
+    "model.encoder.heads": 65_536,
+    "model.encoder.width": 65_536,
+    "model.image_patch": 16_384,
+    "runtime.server_threads": 4096,
+    "runtime.worker_threads": 4096,
+}
+_MOST = 10**9
+#: Bytes of a run's name: file systems take 255, and names of files are made of it.
+_LONGEST_NAME = 200
+
+
+def _too_large(experiment: Experiment) -> list[str]:
+    """Refuse numbers that no memory or clock could follow; of ``seed``, its own check tells."""
+    return [
+        f"{path}: must be at most {_AT_MOST.get(path, _MOST)}, found {value}"
+        for path, value in _values(experiment, "")
+        if type(value) is int and value > _AT_MOST.get(path, _MOST) and path != "seed"
     ]
 
 

@@ -35,6 +35,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         values out of range.
     """
     values = read_yaml(path, ConfigError)
+    if not values:
+        raise ConfigError(f"{path}: empty; an experiment says at least what is not a default")
     errors: list[str] = []
     for word in overrides:
         _set(values, word, errors)

@@ -6,7 +6,7 @@ made of exactly the mini-batches that the clients would have contributed, in cli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,19 +85,23 @@ class Centralized:
         """Return how many numbers are trained; no client trains any."""
         return {"client": 0, "server": sum(p.numel() for p in self.learner.parameters)}
 
-    def save(self, folder: str) -> None:
-        """Write model and optimizers."""
+    def save(self, folder: str) -> dict[str, str]:
+        """Write model and optimizers; return the file's name -> its SHA-256."""
         parts = {
             "model": trainable_state(self.learner.model),
             "optimizers": self.learner.optimizer_state(),
         }
-        state.save(Path(folder) / "server.pt", parts)
+        return {state.SERVER: state.save(Path(folder) / state.SERVER, parts)}
 
-    def restore(self, folder: str) -> None:
+    def damage(self, folder: str, files: Mapping[str, str]) -> str | None:
+        """Say what is wrong with a checkpoint; nothing if it is whole."""
+        return state.damage(Path(folder) / state.SERVER, files.get(state.SERVER))
+
+    def restore(self, folder: str, files: Mapping[str, str]) -> None:
         """Continue from :meth:`save`."""
-        parts = state.load(Path(folder) / "server.pt")
-        load_trainable(self.learner.model, parts["model"])
-        self.learner.load_optimizer_state(parts["optimizers"])
+        with state.continuing(Path(folder) / state.SERVER) as parts:
+            load_trainable(self.learner.model, parts["model"])
+            self.learner.load_optimizer_state(parts["optimizers"])
 
 
 def build(setup: Setup) -> Centralized:

@@ -119,17 +119,23 @@ class FedAvg:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return {"client": trained, "server": 0}
 
-    def save(self, folder: str) -> None:
-        """Write the model here, and every client's optimizers where it is."""
-        wait = self.clients.save(folder)
-        state.save(Path(folder) / "server.pt", trainable_state(self.model))
-        wait()
+    def save(self, folder: str) -> dict[str, str]:
+        """Write the model here, and every client's optimizers where it is; part -> SHA-256."""
+        path = Path(folder) / state.SERVER
+        return self.clients.save(folder, lambda: state.save(path, trainable_state(self.model)))
 
-    def restore(self, folder: str) -> None:
+    def damage(self, folder: str, files: Mapping[str, str]) -> str | None:
+        """Say what is wrong with a checkpoint, having asked every owner; nothing if it is whole."""
+        return self.clients.damage(folder, files)
+
+    def restore(self, folder: str, files: Mapping[str, str]) -> None:
         """Continue from :meth:`save`."""
-        wait = self.clients.restore(folder)
-        load_trainable(self.model, state.load(Path(folder) / "server.pt"))
-        wait()
+
+        def own() -> None:
+            with state.continuing(Path(folder) / state.SERVER) as weights:
+                load_trainable(self.model, weights)
+
+        self.clients.restore(folder, files, own)
 
 
 def draw(clients: int, fraction: float, seed: int, round_: int) -> list[int]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import statistics
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpsl_dist.actors.deployable import Deployable
-from mpsl_dist.config import Experiment
+from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.data import Splits
+from mpsl_dist.errors import DiskError, RemoteError, ResumeError, RunError
 from mpsl_dist.methods.progress import Progress
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.checkpoint import Manifest
-from mpsl_dist.records.run_directory import RunDirectory, RunError
+from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.process import StopRequest
 
@@ -49,11 +53,24 @@ class Method(Protocol):
         """Test, and return metric name -> fraction."""
         ...
 
-    def save(self, folder: str) -> None:
-        """Write all state into a folder, on every process its own."""
+    def save(self, folder: str) -> dict[str, str]:
+        """Write all state; returns the name of every file written -> its SHA-256.
+
+        Raises
+        ------
+        DiskError
+            If a file cannot be written here; of a client, a RemoteError that says so.
+        """
         ...
 
-    def restore(self, folder: str) -> None:
+    def damage(self, folder: str, files: Mapping[str, str]) -> str | None:
+        """Say what is wrong with the files that :meth:`save` wrote; None if they are whole.
+
+        No state is touched. ``files`` is what :meth:`save` returned, or empty where nobody kept it.
+        """
+        ...
+
+    def restore(self, folder: str, files: Mapping[str, str]) -> None:
         """Continue from :meth:`save`."""
         ...
 
@@ -77,6 +94,8 @@ class _Position:
     loss: float | None = None
     test: dict[str, float] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
+    #: The step of the last checkpoint.
+    saved: int | None = None
 
 
 def train(
@@ -121,17 +140,30 @@ def train(
 
 
 def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Position:
-    found = checkpoint.latest(run.checkpoints)
+    """Continue from the last checkpoint that every owner finds whole."""
+
+    def problem(folder: Path, manifest: Manifest) -> str | None:
+        return _mismatch(experiment, method, folder, manifest) or method.damage(
+            str(folder.absolute()), manifest.files
+        )
+
+    found = checkpoint.latest(run.checkpoints, problem, _warn)
     if found is None:
         run.forget_after(-1)
         return _Position()
     folder, manifest = found
-    if manifest.clients != experiment.clients:
-        raise RunError(f"{folder}: made with {manifest.clients} clients")
-    method.restore(str(folder))
+    done = manifest.epoch + bool(manifest.epoch_step)
+    if done > experiment.training.epochs:
+        raise ResumeError(
+            f"training.epochs: {experiment.training.epochs} is less than the {done} that the run "
+            f"has begun, by {folder}"
+        )
+    method.restore(str(folder.absolute()), manifest.files)
     method.traffic.load(manifest.traffic)
+    run.record(to_dict(experiment))
     run.forget_after(manifest.step)
     at = _Position(manifest.step, manifest.epoch, manifest.epoch_step, manifest.seconds)
+    at.saved = manifest.step
     for line in run.metrics():
         if line["split"] == "test":
             at.test = line["metric"]
@@ -140,6 +172,23 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
             at.step_seconds.append(line["seconds"])
     _log.info("resumed at step %d, epoch %d, from %s", at.step, at.epoch, folder)
     return at
+
+
+def _mismatch(
+    experiment: Experiment, method: Method, folder: Path, manifest: Manifest
+) -> str | None:
+    if manifest.clients != experiment.clients:
+        return f"{folder}: made with {manifest.clients} clients"
+    steps = len(method.plan)
+    whole = manifest.epoch * steps + manifest.epoch_step
+    if manifest.epoch_step >= steps or manifest.step != whole:
+        return f"{folder}: made with epochs of another length than {steps} steps"
+    return None
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+    _log.warning("%s", text)
 
 
 def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
@@ -194,17 +243,35 @@ def _due_after(experiment: Experiment, at: _Position) -> bool:
 
 
 def _save(experiment: Experiment, method: Method, run: RunDirectory, at: _Position) -> None:
-    folder = checkpoint.folder_of(run.checkpoints, at.step)
-    method.save(str(folder.absolute()))
-    manifest = Manifest(
-        at.step,
-        at.epoch,
-        at.epoch_step,
-        experiment.clients,
-        at.seconds,
-        method.traffic.by_kind(),
-    )
-    checkpoint.complete(run.checkpoints, manifest, experiment.checkpoint.keep)
+    """Write a checkpoint, unless the last one is of this step.
+
+    Raises
+    ------
+    DiskError
+        If an owner's disk does not take it; the checkpoints before it stay as they are.
+    """
+    if at.saved == at.step:
+        return
+    try:
+        folder = checkpoint.begin(run.checkpoints, at.step)
+        files = method.save(str(folder.absolute()))
+        manifest = Manifest(
+            at.step,
+            at.epoch,
+            at.epoch_step,
+            experiment.clients,
+            at.seconds,
+            method.traffic.by_kind(),
+            files,
+        )
+        checkpoint.complete(run.checkpoints, manifest, experiment.checkpoint.keep)
+    except (DiskError, RemoteError) as error:
+        checkpoint.abandon(run.checkpoints, at.step)
+        # A client's error arrives as a text that begins with its type.
+        if isinstance(error, RemoteError) and f"{DiskError.__name__}: " in str(error):
+            raise DiskError(str(error)) from error
+        raise
+    at.saved = at.step
     _log.info("checkpoint at step %d", at.step)
 
 

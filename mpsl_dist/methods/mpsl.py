@@ -9,6 +9,7 @@ steps its own optimizer.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -24,9 +25,11 @@ from mpsl_dist.data.partition import shares
 from mpsl_dist.errors import NonFiniteError
 from mpsl_dist.methods import hosting, testing
 from mpsl_dist.methods.hosting import Setup
-from mpsl_dist.methods.link import SplitLink, Step
+from mpsl_dist.methods.link import absent_from
 from mpsl_dist.methods.objective import objective_of
+from mpsl_dist.methods.split_link import SplitLink, Step
 from mpsl_dist.methods.sync import is_due, sync_of
+from mpsl_dist.models.average import average
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.answers import ClientsLost
@@ -160,17 +163,23 @@ class Mpsl:
             for owner, part in parts.items()
         }
 
-    def save(self, folder: str) -> None:
-        """Have every owner write its part of a checkpoint."""
-        wait = self.clients.save(folder)
-        self.server.save(folder)
-        wait()
+    def save(self, folder: str) -> dict[str, str]:
+        """Have every owner write its part of a checkpoint; return part -> SHA-256."""
+        return self.clients.save(folder, lambda: self.server.save(folder))
 
-    def restore(self, folder: str) -> None:
+    def damage(self, folder: str, files: Mapping[str, str]) -> str | None:
+        """Say what is wrong with a checkpoint, having asked every owner; nothing if it is whole."""
+        return self.clients.damage(folder, files)
+
+    def restore(self, folder: str, files: Mapping[str, str]) -> None:
         """Have every owner continue from :meth:`save`."""
-        wait = self.clients.restore(folder)
-        self.server.restore(folder)
-        wait()
+        self.clients.restore(folder, files, lambda: self.server.restore(folder))
+        absent = [n for n in self.sizes if absent_from(files, n)]
+        if absent:  # lost when the checkpoint was made: they begin with the others' average
+            there = [n for n in self.sizes if n not in absent]
+            weights = self.clients.tokenizer_weights(there, "resume", "sync_up")
+            mean = average(list(weights.values()), [self.sizes[n] for n in weights])
+            self.clients.set_tokenizer_weights(mean, "resume", absent)
 
 
 def build(setup: Setup, method: type[Mpsl] = Mpsl) -> Mpsl:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpsl_dist.config import Experiment
 from mpsl_dist.errors import NonFiniteError
-from mpsl_dist.methods.link import Step
+from mpsl_dist.methods.split_link import Step
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.runtime.answers import name_clients
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsl_dist.config import Experiment
-from mpsl_dist.methods.link import SplitLink, Step, Wait
+from mpsl_dist.methods.link import Wait
+from mpsl_dist.methods.split_link import SplitLink, Step
 from mpsl_dist.models.average import average
 
 #: Bytes by kind and client.

@@ -12,7 +12,7 @@ from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
-from mpsl_dist.methods.link import SplitLink
+from mpsl_dist.methods.split_link import SplitLink
 from mpsl_dist.methods.sync import Sync
 from mpsl_dist.models.average import average, load_trainable
 from mpsl_dist.models.tasks import Task

@@ -11,14 +11,15 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
-from mpsl_dist.errors import RunError
+from mpsl_dist.errors import DiskError, RunError
 from mpsl_dist.reading import read_json, read_json_lines, read_yaml
+from mpsl_dist.records import lock
 from mpsl_dist.typed import flatten
 
 #: Keys that may differ when a run is resumed: none of them changes what is computed.
@@ -29,9 +30,12 @@ FREE_KEYS = (
     "data.loaders",
     "data.root",
     "device",
+    "faults",
+    "federated.round_timeout",
     "output",
     "runtime",
     "training.test_batch_size",
+    "weights.root",
 )
 
 
@@ -52,6 +56,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: IO[str] | None = None
 
     def check(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
         """Return whether there is a run here already, and refuse what would harm it.
@@ -69,15 +74,18 @@ class RunDirectory:
         ------
         RunError
             If it exists and neither ``resume`` nor ``overwrite`` was asked for; if it is to be
-            resumed with another configuration or is damaged; or if it is no run at all.
+            resumed with another configuration or is damaged; if another process has it; or if it
+            is no run at all.
         """
         try:
-            exists = self.path.exists() and any(self.path.iterdir())
+            exists = self.path.exists() and any(p.name != lock.LOCK for p in self.path.iterdir())
         except OSError as error:
             reason = error.strerror or error
             raise RunError(f"{self.path}: {reason}; choose another output= or name=") from error
         if exists and not (self.path / "config.yaml").is_file():
             raise RunError(f"{self.path} exists and is no run directory; choose another name=")
+        if self._lock is None:
+            lock.refuse_if_taken(self.path)
         if resume and not exists:
             raise RunError(f"{self.path} holds no run to resume")
         if exists and resume:
@@ -93,28 +101,57 @@ class RunDirectory:
     def open(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         """Create the directory, or enter it to resume, after :meth:`check`.
 
+        It is this process's own until the process ends, or this object does. A directory that is
+        resumed keeps its ``config.yaml`` until :meth:`record`.
+
         Raises
         ------
         RunError
             As :meth:`check` does, or if the directory cannot be written.
         """
-        exists = self.check(config, resume, overwrite)
+        self.check(config, resume, overwrite)
         try:
-            if exists and not resume:
-                shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+            if self._lock is None:
+                self._lock = lock.take(self.path)
+            # Another run may have come and gone before this one took the directory.
+            exists = self.check(config, resume, overwrite)
+            if exists and not resume:
+                self._clear()
+            if not resume:
+                self.record(config)
         except OSError as error:
             reason = error.strerror or error
             raise RunError(
                 f"{self.path} cannot be written: {reason}; choose another output="
             ) from error
 
+    def _clear(self) -> None:
+        """Remove all but the lock, whose name must stay this file's."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != lock.LOCK:
+                path.unlink()
+
+    def record(self, config: Mapping[str, Any]) -> None:
+        """Write ``config.yaml``: the resolved experiment that the run goes on with.
+
+        Raises
+        ------
+        DiskError
+            If it cannot be written.
+        """
+        text = yaml.safe_dump(dict(config), sort_keys=False)
+        with _disk(self.path / "config.yaml") as path:
+            write_atomic(path, text)
+
     def _check_same(self, config: Mapping[str, Any]) -> None:
         before, now = flatten(self.config()), flatten(config)
         differing = [
-            f"{key}: the run has {before.get(key)!r}, now {now.get(key)!r}"
+            f"{key}: the run has {before.get(key)!r}, now {now.get(key)!r}{why}"
             for key in differing_keys(before, now)
+            if (why := _why_not(key, now)) is not None
         ]
         if differing:
             raise RunError(f"{self.path} cannot be resumed as asked:\n" + "\n".join(differing))
@@ -153,7 +190,10 @@ class RunDirectory:
 
     def append_metrics(self, **values: Any) -> None:
         """Add one line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (
+            _disk(self.path / "metrics.jsonl") as path,
+            path.open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -192,11 +232,39 @@ class RunDirectory:
             The last step to keep; -1 keeps none.
         """
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
-        write_atomic(self.path / "metrics.jsonl", "".join(kept))
+        with _disk(self.path / "metrics.jsonl") as path:
+            write_atomic(path, "".join(kept))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write ``<name>.json``."""
-        write_atomic(self.path / f"{name}.json", json.dumps(value, indent=2) + "\n")
+        with _disk(self.path / f"{name}.json") as path:
+            write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[Path]:
+    """Raise a DiskError that names the file for what its disk raises."""
+    try:
+        yield path
+    except OSError as error:
+        raise DiskError.of(path, error) from error
+
+
+def _why_not(key: str, config: Mapping[str, Any]) -> str | None:
+    """Return why a key cannot change on resume, empty where it needs no word; None if it can.
+
+    A run of another length trains the same steps as far as both go, unless one of them depends on
+    which step is the last.
+    """
+    if key != "training.epochs":
+        return ""
+    for owner in ("server", "client"):
+        if config.get(f"training.{owner}.schedule") == "cosine":
+            return f"; the cosine schedule of training.{owner} spans the whole run"
+    every = config.get("tokenizer_sync.every", 1)
+    if config.get("tokenizer_sync.mode", "none") != "none" and every > 1:
+        return f"; tokenizers that meet every {every} steps also met after the run's last step"
+    return None
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -271,6 +339,14 @@ def _git_commit() -> str | None:
     return result.stdout.strip()
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a disk that may fill: a line is lost then, without a word on standard error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def log_to(path: Path) -> logging.Logger:
     """Send the package's log to a file, and nowhere else, and return its logger.
 
@@ -283,7 +359,7 @@ def log_to(path: Path) -> logging.Logger:
     logger = logging.getLogger("mpsl_dist")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.handlers = [handler]
     return logger

@@ -21,11 +21,14 @@ class Lost:
         The traceback there, where there is one.
     user_error : bool
         Whether the cause is the user's to mend.
+    kind : str
+        Name of the exception's class there; empty where nothing came back.
     """
 
     message: str
     details: str = ""
     user_error: bool = False
+    kind: str = ""
 
 
 class ClientsLost(RemoteError):

@@ -142,7 +142,7 @@ class Fleet:
                 for client, answer in answers.items():
                     if isinstance(answer, Failure):
                         said = f"{self._at(worker)}, {phase}: client {client}: {answer.message}"
-                        lost[client] = Lost(said, answer.details, answer.user_error)
+                        lost[client] = Lost(said, answer.details, answer.user_error, answer.kind)
                     else:
                         found[client] = answer
             return Answers(dict(sorted(found.items())), dict(sorted(lost.items())))

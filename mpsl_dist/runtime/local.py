@@ -94,7 +94,7 @@ class LocalFleet:
         outcomes = self.host.serve(message, arguments, gradients)
         found = {n: x for n, x in outcomes.items() if not isinstance(x, Failure)}
         lost = {
-            n: Lost(f"{message}, {where}: client {n}: {x.message}", x.details, x.user_error)
+            n: Lost(f"{message}, {where}: client {n}: {x.message}", x.details, x.user_error, x.kind)
             for n, x in outcomes.items()
             if isinstance(x, Failure)
         }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,70 @@ def test_interrupted_and_killed_runs_resume_bit_identical(torchrun, config, tmp_
     status, output = train(torchrun, config, "name=parts", "--resume").finish()
     assert status == 0, output
     assert_same_run(runs / "parts", runs / "whole")
+
+
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(torchrun, config, tmp_path) -> None:
+    status, output = train(torchrun, config).finish()
+    assert status == 0, output
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(run, tmp_path / "whole")
+    last, before = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    part = last / "client-0002.pt"
+    part.write_bytes(part.read_bytes()[:-100])
+    status, output = train(torchrun, config, "--resume").finish()
+    assert status == 0, output
+    (warning,) = re.findall(r"warning: .*", output)
+    assert str(part) in warning and f"continuing from {before}" in warning, warning
+    assert_same_run(run, tmp_path / "whole")
+
+    summary = (run / "summary.json").read_text()
+    for part in (run / "checkpoints").glob("*/client-0001.pt"):
+        part.write_bytes(b"")
+    status, output = train(torchrun, config, "--resume").finish()
+    assert status != 0 and "no checkpoint is left to continue from" in output, output
+    assert output.count("client-0001.pt: damaged") == 2
+    assert (run / "summary.json").read_text() == summary
+
+
+FULL = """
+import runpy, sys
+from contextlib import suppress
+from mpsl_dist.actors.client import Client
+save = Client.save
+def full(self, folder):
+    if self.number == 3 and folder.endswith("step-00000008"):
+        with suppress(OSError), open(BALLAST, "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    return save(self, folder)
+Client.save = full
+sys.argv = ["mpsl_dist", *sys.argv[1:]]
+runpy.run_module("mpsl_dist", run_name="__main__")
+"""
+
+
+def test_a_clients_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    torchrun, config, tmp_path
+) -> None:
+    disk, script = tmp_path / "disk", tmp_path / "full.py"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    script.write_text(FULL.replace("BALLAST", repr(str(disk / "ballast"))))
+    try:
+        world = torchrun(WORLD, str(script), "train", str(config), f"output={disk}")
+        status, output = world.finish()
+        expected = (
+            r"error: .*client 3: DiskError: .*No space left.*client-0003\.pt cannot be written"
+        )
+        assert status != 0 and len(re.findall(expected, output)) == 1, output
+        assert "Traceback" not in output.partition("torch.distributed.elastic")[0], output
+        run = disk / "run"
+        assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
+        assert not list(run.rglob("*.partial"))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_workers_end_when_the_server_is_killed(torchrun, config, tmp_path) -> None:

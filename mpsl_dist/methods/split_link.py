@@ -1,0 +1,186 @@
+"""Messages to clients that hold tokenizers, and those of one training step.
+
+What a client does on a message stands in :mod:`mpsl_dist.actors.client`.
+
+Shape legend: ``b`` a client's mini-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpsl_dist.errors import NonFiniteError
+from mpsl_dist.methods.link import Autograd, Link, Wait
+from mpsl_dist.runtime.answers import name_clients
+
+#: Smashed activations by client: early fusion one tensor each, late fusion one per modality.
+Smashed = dict[int, list[Tensor]]
+
+
+class SplitLink(Link):
+    """Messages to clients that hold tokenizers (:class:`mpsl_dist.actors.client.Client`)."""
+
+    def begin_training(self, steps_per_epoch: int, epochs: int) -> None:
+        """Tell the clients what their schedules span."""
+        self.start("begin_training", self.everyone(steps_per_epoch, epochs))()
+
+    def begin_epoch(self, epoch: int, counts: Mapping[int, list[int]], first_step: int) -> None:
+        """Tell every client how many samples it gives to each step of the epoch."""
+        parts = {n: (epoch, counts[n], first_step) for n in self.present}
+        self.start("begin_epoch", parts, f"epoch {epoch}")()
+
+    @contextmanager
+    def step(self, epoch_step: int, number: int, clients: Sequence[int]) -> Iterator[Step]:
+        """Open a training step with these clients; leaving it frees its gradients everywhere.
+
+        Parameters
+        ----------
+        epoch_step, number : int
+            The step within the epoch and within the run, from 0.
+        """
+        with self.fleet.autograd() as autograd:
+            yield Step(self, autograd, epoch_step, number, clients)
+
+    def take_gradients(self, where: str) -> dict[int, Tensor | None]:
+        """Fetch every client's accumulated gradient vector; None of one that was in no step."""
+        return self.start("take_gradients", self.everyone(), where, up="sync_up")()
+
+    def step_on_sum(self, step: int, vector: Tensor, where: str) -> None:
+        """Have every client step its optimizer on a sum of gradients at the run's ``step``."""
+        self.start("step_on_sum", self.everyone(step, vector), where, down="sync_down")()
+
+    def tokenizer_weights(
+        self, clients: Sequence[int], where: str, kind: str
+    ) -> dict[int, dict[str, Tensor]]:
+        """Fetch these clients' trained tokenizer parameters, counted as traffic of this kind."""
+        asked: dict[int, tuple[Any, ...]] = dict.fromkeys(clients, ())
+        return self.start("tokenizer_weights", asked, where, up=kind)()
+
+    def set_tokenizer_weights(
+        self, weights: Mapping[str, Tensor], where: str, clients: Sequence[int] | None = None
+    ) -> None:
+        """Replace the trained tokenizer parameters of these clients, by default of everybody."""
+        told = dict.fromkeys(self.present if clients is None else clients, (weights,))
+        self.start("set_tokenizer_weights", told, where, down="sync_down")()
+
+    def begin_test(
+        self, weights: Mapping[str, Tensor] | None, counts: Mapping[int, list[int]]
+    ) -> None:
+        """Have clients lay out their test batches.
+
+        Parameters
+        ----------
+        weights : mapping of str to Tensor, optional
+            The trained tokenizer parameters to test with, instead of every client's own.
+        counts : mapping of int to list of int
+            Client -> samples of each of its batches.
+        """
+        told = {n: (weights, counts[n]) for n in counts}
+        self.start("begin_test", told, "evaluation", down="test_weights_down")()
+
+    def tokenize_test(self, batch: int, clients: Sequence[int]) -> Smashed:
+        """Have clients tokenize a batch of their test samples."""
+        asked = dict.fromkeys(clients, (batch,))
+        return self.start("tokenize_test", asked, "evaluation", up="test_activations")()
+
+    def score(self, batch: int, predictions: Mapping[int, Tensor]) -> dict[int, int]:
+        """Have clients count the right predictions of a batch of their test samples."""
+        asked = {n: (batch, predictions[n]) for n in predictions}
+        return self.start("score", asked, "evaluation", down="test_predictions")()
+
+
+class Step:
+    """One training step's messages, around one backward; see :meth:`SplitLink.step`."""
+
+    def __init__(
+        self,
+        link: SplitLink,
+        autograd: Autograd,
+        epoch_step: int,
+        number: int,
+        clients: Sequence[int],
+    ) -> None:
+        self.link = link
+        self.autograd = autograd
+        self.epoch_step = epoch_step
+        self.number = number
+        self.clients = list(clients)
+        self.where = f"step {number}"
+        self._tainted: set[int] = set()
+
+    def tokenize(self) -> Smashed:
+        """Have every client tokenize its mini-batch (Eq. 1)."""
+        asked = self._each(self.epoch_step)
+        smashed = self._start("tokenize", asked, up="activations", needed=True)()
+        self.link.traffic.watch_gradients("cut_layer_gradients", smashed)
+        return smashed
+
+    def loss(self, predictions: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Have every client compare its slice of the predictions with its labels (Eq. 2).
+
+        Returns
+        -------
+        dict of int to Tensor
+            Each client's mean loss, a scalar.
+        """
+        asked = {n: (self.epoch_step, predictions[n]) for n in predictions}
+        losses = self._start("loss", asked, down="predictions", up="losses", needed=True)()
+        received = {n: [slice_b] for n, slice_b in predictions.items()}
+        for client, slice_b in predictions.items():
+            if slice_b.requires_grad:
+                slice_b.register_hook(partial(self._look_at_gradient, client))
+        self.link.traffic.watch_gradients("prediction_gradients", received)
+        self.link.traffic.watch_gradients("loss_gradients", {n: [x] for n, x in losses.items()})
+        return losses
+
+    def pairs(self) -> dict[int, Tensor]:
+        """Ask which pairs of every client's mini-batch share a picture."""
+        return self._start("pairs", self._each(self.epoch_step), up="pairs", needed=True)()
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the one backward through every process that took part.
+
+        Raises
+        ------
+        ClientsLost
+            If a worker was lost.
+        NonFiniteError
+            If a client's gradient is no finite number.
+        """
+        self.autograd.backward(loss, self.where)
+        if self._tainted:
+            clients = sorted(self._tainted)
+            raise NonFiniteError(clients, f"{self.where}: the gradient of {name_clients(clients)}")
+
+    def gradients(self) -> dict[Tensor, Tensor]:
+        """Return the server's gradients, by parameter."""
+        return self.autograd.gradients()
+
+    def step_clients(self) -> Wait:
+        """Have every client step its optimizer on its own gradients."""
+        return self._start("step", self._each(self.number), autograd=self.autograd)
+
+    def accumulate(self) -> Wait:
+        """Have every client keep its own gradients until they are taken."""
+        return self._start("accumulate", self._each(), autograd=self.autograd)
+
+    def take_gradients(self) -> Wait:
+        """Fetch every client's accumulated gradient vector, this step's gradients with it."""
+        everyone = self.link.everyone()
+        return self._start("take_gradients", everyone, autograd=self.autograd, up="sync_up")
+
+    def _look_at_gradient(self, client: int, gradient: Tensor) -> None:
+        if not bool(torch.isfinite(gradient).all()):
+            self._tainted.add(client)
+
+    def _each(self, *arguments: Any) -> dict[int, tuple[Any, ...]]:
+        return dict.fromkeys(self.clients, arguments)
+
+    def _start(self, message: str, arguments: Mapping[int, Sequence[Any]], **options: Any) -> Wait:
+        return self.link.start(message, arguments, self.where, **options)
