@@ -19,6 +19,7 @@ from mpsl_dist.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from mpsl_dist.config import Experiment
     from mpsl_dist.records.run_directory import RunDirectory
+    from mpsl_dist.runtime.environment import Environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{options.command} takes no key.path=value: {word}")
         options.overrides.append(word)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
+    # What every rank gives to Python: a script of the user's is started again as it was.
+    again = ["-m", "mpsl_dist", *options.words] if arguments else sys.orig_argv[1:]
+    options.again = again
     try:
         command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
         command |= {"data": _data, "partition": _partition}
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpsl_dist", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train an experiment (under torchrun or Slurm)")
+    train = commands.add_parser("train", help="train an experiment: starts its processes")
     _add_experiment(train)
     train.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     train.add_argument("--overwrite", action="store_true", help="replace an existing run")
@@ -113,13 +117,54 @@ def _train(options: argparse.Namespace) -> int:
     experiment = config.load(options.config, options.overrides)
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
+    from mpsl_dist.config.methods import processes_of
+    from mpsl_dist.runtime import environment, launch
+
+    launched = environment.resolve(os.environ)
+    if launched is None and processes_of(experiment) > 1:
+        return _launch(options, experiment, processes_of(experiment))
+    if launched and launched.folder:
+        launch.follow(launched, experiment.faults.exit_timeout)
     from mpsl_dist.methods import processes
 
-    if processes.is_worker():
-        processes.serve_as_worker(experiment, processes.place_in_world(experiment, options.words))
-        return 0
+    if launched and launched.rank > 0:
+        return _serve(experiment, processes.place_in_world(experiment, options.words))
     world, splits = _check_everything(options, experiment)
     return _train_as_server(options, experiment, world, splits)
+
+
+def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> int:
+    """Start server and workers on this machine; refuse what can be refused before."""
+    from mpsl_dist import config
+    from mpsl_dist.records.run_directory import RunDirectory
+    from mpsl_dist.runtime import launch, network
+
+    chosen = experiment.runtime.interface or os.environ.get("TP_SOCKET_IFNAME")
+    if chosen:
+        network.existing_interface(chosen, "runtime.interface or TP_SOCKET_IFNAME")
+    try:
+        launch.check_room(ranks)
+        directory = RunDirectory(experiment.run_directory)
+        directory.check(config.to_dict(experiment), options.resume, options.overwrite)
+    except UserError:
+        _check_everything(options, experiment)  # raises, and tells what else is wrong
+        raise
+    return launch.run(ranks, options.again, experiment.faults.exit_timeout, chosen)
+
+
+def _serve(experiment: Experiment, launched: Environment) -> int:
+    """Host clients; a failure of this worker alone is the launching process's to tell."""
+    from mpsl_dist.methods import processes
+    from mpsl_dist.runtime import launch
+
+    try:
+        processes.serve_as_worker(experiment, launched)
+    except Exception as error:
+        if not launched.folder:
+            raise
+        launch.leave_word(launched, error)
+        _leave(1)
+    return 0
 
 
 def _check_everything(options: argparse.Namespace, experiment: Experiment) -> tuple[Any, Any]:
@@ -154,7 +199,8 @@ def _train_as_server(
 
     run = processes.open_run(experiment, options.resume, options.overwrite)
     stop = StopRequest()
-    stop.listen()
+    if not (world and world.folder):  # there, a stop before the first step ends it at once
+        stop.listen()
     try:
         summary = processes.train_as_server(experiment, world, splits, run, stop)
     except Exception as error:

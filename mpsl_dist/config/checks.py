@@ -129,6 +129,7 @@ def _out_of_range(experiment: Experiment) -> list[str]:
         "federated.round_timeout": federated.round_timeout,
         "runtime.rpc_timeout": runtime.rpc_timeout,
         "runtime.start_timeout": runtime.start_timeout,
+        "faults.exit_timeout": experiment.faults.exit_timeout,
     }
     from_zero, below_one = {}, {}
     for owner in ("server", "client"):

@@ -234,6 +234,15 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Faults:
+    """What happens when something fails."""
+
+    #: Seconds from a stop signal, or the launcher's death, until every process of a run that was
+    #: started by one command is gone: time to end the step and write a checkpoint.
+    exit_timeout: float = 30.0
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything that a run depends on."""
 
@@ -266,6 +275,7 @@ class Experiment:
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     runtime: Runtime = field(default_factory=Runtime)
+    faults: Faults = field(default_factory=Faults)
 
     @property
     def workers(self) -> int:

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "data.loaders",
     "data.root",
     "device",
+    "faults",
     "output",
     "runtime",
     "training.test_batch_size",

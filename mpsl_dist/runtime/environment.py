@@ -29,14 +29,18 @@ SLURM_SPECIAL_STEP = 0xFFFFFFF0
 SLURM_PORTS = range(15000, 25000)
 
 
+#: Set by :mod:`mpsl_dist.runtime.launch`: the private folder where the processes of a run meet.
+LAUNCH_FOLDER = "MPSL_DIST_LAUNCH_FOLDER"
+
+
 @dataclass(frozen=True)
 class Environment:
     """This process's place in the run, as its launcher tells it.
 
     Attributes
     ----------
-    launcher : {'torchrun', 'slurm', 'none'}
-        Who started the processes.
+    launcher : {'mpsl_dist', 'torchrun', 'slurm', 'none'}
+        Who started the processes; ``mpsl_dist`` is the run's own command.
     rank, world : int
         This process among all, from 0; how many there are.
     local_rank, local_world : int
@@ -47,12 +51,14 @@ class Environment:
         Where the processes meet.
     init_method : str
         The same as torch takes it: ``env://`` under torchrun, whose agent may host the store;
-        ``tcp://address:port`` under Slurm, where rank 0 hosts it.
+        ``tcp://address:port`` under Slurm, where rank 0 hosts it; a file by our own command.
     socket_interface : str or None
         ``TP_SOCKET_IFNAME``, where the user set it.
+    folder : str or None
+        The private folder of a launch by our own command.
     """
 
-    launcher: Literal["torchrun", "slurm", "none"]
+    launcher: Literal["mpsl_dist", "torchrun", "slurm", "none"]
     rank: int
     world: int
     local_rank: int
@@ -63,6 +69,7 @@ class Environment:
     port: int
     init_method: str
     socket_interface: str | None = None
+    folder: str | None = None
 
     @property
     def one_host(self) -> bool:
@@ -146,8 +153,9 @@ def _from_torchrun(variables: Mapping[str, str]) -> Environment:
     _require_below(("GROUP_RANK", node), ("GROUP_WORLD_SIZE", nodes))
     if local_world > world:
         raise LaunchError(f"LOCAL_WORLD_SIZE={local_world} exceeds WORLD_SIZE={world}")
+    folder = variables.get(LAUNCH_FOLDER)
     return Environment(
-        launcher="torchrun",
+        launcher="mpsl_dist" if folder else "torchrun",
         rank=rank,
         world=world,
         local_rank=local_rank,
@@ -156,8 +164,9 @@ def _from_torchrun(variables: Mapping[str, str]) -> Environment:
         nodes=nodes,
         address=variables["MASTER_ADDR"],
         port=_port(variables),
-        init_method="env://",
+        init_method=f"file://{folder}/world" if folder else "env://",
         socket_interface=variables.get("TP_SOCKET_IFNAME") or None,
+        folder=folder,
     )
 
 

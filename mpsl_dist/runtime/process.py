@@ -31,10 +31,17 @@ class StopRequest:
     def listen(self) -> None:
         """Take the signals from now on."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self.note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal, as its handler."""
         self.signal = signal.Signals(number).name
+
+
+def leave_stopping_to_server() -> None:
+    """Ignore the stop signals: the server decides when the world ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[], None]:
@@ -53,8 +60,6 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
     callable
         Ends the watch; when it returns, no ping is under way.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the server decides when the world ends
     over = threading.Event()
 
     def watch() -> None:
