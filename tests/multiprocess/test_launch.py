@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import toys
 import yaml
-from conftest import Launch, World, until
+from conftest import ROOT, Launch, World, until
 from test_runs import FAULTY, steps_done
 from test_traffic import ADDRESSES, cable  # noqa: F401
 
@@ -291,3 +291,23 @@ def test_not_even_one_that_hangs(training: Start) -> None:
     os.kill(world.process.pid, signal.SIGKILL)
     world.process.wait(10)
     until(lambda: len(world.members()) <= 1, 5, "processes outlive their launcher")
+
+
+def documented_torchrun() -> list[str]:
+    """The words of the line for one host in ``docs/clusters.md``, after torchrun's name."""
+    page = (ROOT / "docs" / "clusters.md").read_text("utf-8").replace("\\\n", "")
+    (line,) = re.findall(r"^ +TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun (.*)$", page, re.M)
+    words = line.split()
+    assert words[-4:] == ["-m", "mpsl_dist", "train", "CONFIG"]
+    return words[:-4]
+
+
+def test_the_line_for_torchrun_listens_on_loopback_alone(
+    launch: Launch, start: Start, tmp_path: Path
+) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", *documented_torchrun(), COMMAND]
+    words = ["train", str(tmp_path / "toy.yaml"), "training.epochs=100000"]
+    world = launch([*line, *words], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    until(lambda: steps_done(tmp_path / "runs" / "toy") >= 3, 200, "three steps")
+    found = listening(world)
+    assert found and {address for address, _ in found} <= {"127.0.0.1", "::1"}, found
