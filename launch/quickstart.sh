@@ -5,8 +5,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 install_project
 cd "$root"
-# torchrun would set this to 1 itself, with a warning; the run sets its own threads.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Rendezvous and RPC carry no password: whoever reaches their ports can run code. Loopback only.
-exec "$venv/bin/torchrun" --standalone --local-addr 127.0.0.1 --nproc-per-node 3 \
-    -m mpsl_dist train configs/quickstart.yaml "$@"
+exec "$venv/bin/python" -m mpsl_dist train configs/quickstart.yaml "$@"

@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{options.command} takes no key.path=value: {word}")
         options.overrides.append(word)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
+    # What every rank gives to Python: a script of the user's is started again as it was.
+    again = ["-m", "mpsl_dist", *options.words] if arguments else sys.orig_argv[1:]
+    options.again = again
     try:
         command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
         command |= {"data": _data, "partition": _partition}
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpsl_dist", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train an experiment (under torchrun or Slurm)")
+    train = commands.add_parser("train", help="train an experiment: starts its processes")
     _add_experiment(train)
     train.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     train.add_argument("--overwrite", action="store_true", help="replace an existing run")
@@ -116,21 +119,58 @@ def _train(options: argparse.Namespace) -> int:
     experiment = config.load(options.config, options.overrides)
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
-    from mpsl_dist.config.methods import goes_on
-    from mpsl_dist.runtime import environment, supervisor
+    from mpsl_dist.config.methods import goes_on, processes_of
+    from mpsl_dist.runtime import environment, launch, supervisor
 
     launched = environment.resolve(os.environ)
-    worker = launched is not None and launched.rank > 0
-    if worker and goes_on(experiment) and not supervisor.is_child():
+    if launched is None and processes_of(experiment) > 1:
+        return _launch(options, experiment, processes_of(experiment))
+    patience, supervised = experiment.faults.exit_timeout, supervisor.is_child()
+    if launched and launched.folder and not supervised:
+        launch.follow(launched, patience)
+    if launched and launched.rank > 0 and goes_on(experiment) and not supervised:
         # Before torch is imported: the rank itself stays small.
-        return supervisor.supervise(experiment.faults.exit_timeout)
+        return supervisor.supervise(patience, ends_on_signal=bool(launched.folder))
     from mpsl_dist.methods import processes
 
-    if worker:
-        processes.serve_as_worker(experiment, processes.place_in_world(experiment, options.words))
-        return 0
+    if launched and launched.rank > 0:
+        return _serve(experiment, processes.place_in_world(experiment, options.words))
     launched, holdings = _check_everything(options, experiment)
     return _train_as_server(options, experiment, launched, holdings)
+
+
+def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> int:
+    """Start server and workers on this machine; refuse what can be refused before."""
+    from mpsl_dist import config
+    from mpsl_dist.records.run_directory import RunDirectory
+    from mpsl_dist.runtime import launch, network
+
+    chosen = experiment.runtime.interface or os.environ.get("TP_SOCKET_IFNAME")
+    if chosen:
+        network.existing_interface(chosen, "runtime.interface or TP_SOCKET_IFNAME")
+    try:
+        launch.check_room(ranks)
+        directory = RunDirectory(experiment.run_directory)
+        directory.check(config.to_dict(experiment), options.resume, options.overwrite)
+    except UserError:
+        _check_everything(options, experiment)  # raises, and tells what else is wrong
+        raise
+    return launch.run(ranks, options.again, experiment.faults.exit_timeout, chosen)
+
+
+def _serve(experiment: Experiment, launched: Environment) -> int:
+    """Host clients; a failure of this worker alone is the launching process's to tell."""
+    from mpsl_dist.methods import processes
+    from mpsl_dist.runtime import launch
+
+    try:
+        processes.serve_as_worker(experiment, launched)
+    except Exception as error:
+        if not launched.folder:
+            raise
+        launch.leave_word(launched, error)
+        _leave(1)
+    return 0
 
 
 def _check_everything(
@@ -166,8 +206,11 @@ def _train_as_server(
     from mpsl_dist.runtime.process import StopRequest
 
     run = processes.open_run(experiment, options.resume, options.overwrite)
-    stop = StopRequest(experiment.faults.exit_timeout)
-    stop.listen()
+    # Our own command's launching process has the deadline; there a stop before the first step ends
+    # the run at once.
+    stop = StopRequest(None if launched.folder else experiment.faults.exit_timeout)
+    if not launched.folder:
+        stop.listen()
     try:
         summary = processes.train_as_server(experiment, launched, holdings, run, stop)
     except Exception as error:

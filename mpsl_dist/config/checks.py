@@ -97,6 +97,7 @@ def _too_small(experiment: Experiment) -> list[str]:
             "data.image_size": data.image_size,
             "data.audio_frames": data.audio_frames,
             "checkpoint.keep": experiment.checkpoint.keep,
+            "faults.min_clients": experiment.faults.min_clients,
             "runtime.server_threads": runtime.server_threads,
             "runtime.worker_threads": runtime.worker_threads,
         },
@@ -183,6 +184,8 @@ def _out_of_range(experiment: Experiment) -> list[str]:
         "federated.round_timeout": federated.round_timeout,
         "runtime.rpc_timeout": runtime.rpc_timeout,
         "runtime.start_timeout": runtime.start_timeout,
+        "faults.exit_timeout": experiment.faults.exit_timeout,
+        "faults.client_timeout": experiment.faults.client_timeout,
     }
     from_zero, below_one = {}, {}
     for owner in ("server", "client"):

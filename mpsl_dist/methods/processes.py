@@ -18,7 +18,7 @@ from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
-from mpsl_dist.runtime import environment, process, supervisor, world
+from mpsl_dist.runtime import environment, launch, process, supervisor, world
 from mpsl_dist.runtime.environment import Environment
 
 _log = logging.getLogger("mpsl_dist")
@@ -36,19 +36,18 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
     Raises
     ------
     ConfigError
-        If there is no launcher, or it started another number of processes.
+        If the launcher started another number of processes.
     LaunchError
-        If the launcher's variables contradict each other.
+        If there is no launcher and so many processes do not fit this machine, or its variables
+        contradict each other.
     """
     needed = processes_of(experiment)
-    found = environment.resolve(os.environ) or (environment.alone() if needed == 1 else None)
+    found = environment.resolve(os.environ)
+    if found is None:
+        launch.check_room(needed)
+        return environment.alone()
     start = "python" if needed == 1 else f"torchrun --standalone --nproc-per-node {needed}"
     line = f"{start} -m mpsl_dist {shlex.join(words)}"
-    if found is None:
-        raise ConfigError(
-            f"method={experiment.method} needs {needed} processes, one server and "
-            f"{experiment.workers} workers, started together:\n  {line}"
-        )
     if needed == 1 and found.world > 1:
         raise ConfigError(
             f"method={experiment.method} is one process, {found.launcher} started "
@@ -68,6 +67,8 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     if supervisor.is_child():
         supervisor.beat()
     patience = min(60.0, experiment.runtime.rpc_timeout)
+    if not launched.folder:  # our own command stops the server, and ends workers
+        process.leave_stopping_to_server()
     end_watch = process.watch_server(lambda: world.ping(0, patience))
     together = world.await_end()
     # A ping that outlived RPC would take the server's orderly end for its death, or abort Python's.
@@ -88,6 +89,8 @@ def train_as_server(
     if launched.world > 1:
         join(experiment, launched)
     method = connect(experiment, launched, holdings)
+    if launched.folder:
+        stop.listen()
     device = describe(device_of(experiment))
     devices, placement = {world.SERVER: device}, {}
     if launched.world > 1:

@@ -29,14 +29,21 @@ SLURM_SPECIAL_STEP = 0xFFFFFFF0
 SLURM_PORTS = range(15000, 25000)
 
 
+#: Set by :mod:`mpsl_dist.runtime.launch`: the private folder where the processes of a run meet.
+LAUNCH_FOLDER = "MPSL_DIST_LAUNCH_FOLDER"
+
+#: Scheme of :mod:`mpsl_dist.runtime.meeting`.
+LOOPBACK = "loopback"
+
+
 @dataclass(frozen=True)
 class Environment:
     """This process's rank in the run, and where the ranks meet, as the launcher tells it.
 
     Attributes
     ----------
-    launcher : {'torchrun', 'slurm', 'none'}
-        Who started the processes.
+    launcher : {'mpsl_dist', 'torchrun', 'slurm', 'none'}
+        Who started the processes; ``mpsl_dist`` is the run's own command.
     rank, world : int
         This process among all, from 0; how many there are.
     local_rank, local_world : int
@@ -47,12 +54,15 @@ class Environment:
         Where the processes meet.
     init_method : str
         The same as torch takes it: ``env://`` under torchrun, whose agent may host the store;
-        ``tcp://address:port`` under Slurm, where rank 0 hosts it.
+        ``tcp://address:port`` under Slurm, where rank 0 hosts it; ``loopback://`` where rank 0
+        hosts it for this host alone; a file by our own command.
     socket_interface : str or None
         ``TP_SOCKET_IFNAME``, where the user set it.
+    folder : str or None
+        The private folder of a launch by our own command.
     """
 
-    launcher: Literal["torchrun", "slurm", "none"]
+    launcher: Literal["mpsl_dist", "torchrun", "slurm", "none"]
     rank: int
     world: int
     local_rank: int
@@ -63,6 +73,7 @@ class Environment:
     port: int
     init_method: str
     socket_interface: str | None = None
+    folder: str | None = None
 
     @property
     def one_host(self) -> bool:
@@ -146,8 +157,12 @@ def _from_torchrun(variables: Mapping[str, str]) -> Environment:
     _require_below(("GROUP_RANK", node), ("GROUP_WORLD_SIZE", nodes))
     if local_world > world:
         raise LaunchError(f"LOCAL_WORLD_SIZE={local_world} exceeds WORLD_SIZE={world}")
+    folder, port = variables.get(LAUNCH_FOLDER), _port(variables)
+    init_method = f"file://{folder}/world" if folder else "env://"
+    if not folder and nodes == 1 and variables.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
+        init_method = f"{LOOPBACK}://127.0.0.1:{port}"
     return Environment(
-        launcher="torchrun",
+        launcher="mpsl_dist" if folder else "torchrun",
         rank=rank,
         world=world,
         local_rank=local_rank,
@@ -155,9 +170,10 @@ def _from_torchrun(variables: Mapping[str, str]) -> Environment:
         node=node,
         nodes=nodes,
         address=variables["MASTER_ADDR"],
-        port=_port(variables),
-        init_method="env://",
+        port=port,
+        init_method=init_method,
         socket_interface=variables.get("TP_SOCKET_IFNAME") or None,
+        folder=folder,
     )
 
 
@@ -205,6 +221,9 @@ def _from_step(known: Mapping[str, str], world: int) -> Environment:
     address = known.get("MASTER_ADDR") or hosts[0]
     job, step = _number(known, "SLURM_JOB_ID"), _number(known, "SLURM_STEP_ID")
     port = _port(known) if known.get("MASTER_PORT") else slurm_port(job, step)
+    init_method = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+    if len(hosts) == 1 and not known.get("MASTER_ADDR"):
+        init_method = f"{LOOPBACK}://127.0.0.1:{port}"
     return Environment(
         launcher="slurm",
         rank=rank,
@@ -215,7 +234,7 @@ def _from_step(known: Mapping[str, str], world: int) -> Environment:
         nodes=len(hosts),
         address=address,
         port=port,
-        init_method=f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}",
+        init_method=init_method,
         socket_interface=known.get("TP_SOCKET_IFNAME") or None,
     )
 

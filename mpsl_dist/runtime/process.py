@@ -42,7 +42,7 @@ class StopRequest:
     def listen(self) -> None:
         """Take the signals from now on."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self.note)
         if self.patience is not None:
             # A handler waits for the main thread, which may itself wait for a client that hangs.
             reading, writing = os.pipe()
@@ -51,7 +51,8 @@ class StopRequest:
             arguments = (reading, self.patience)
             threading.Thread(target=_end_in_time, args=arguments, daemon=True).start()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal, as its handler."""
         self.signal = signal.Signals(number).name
 
 
@@ -66,6 +67,12 @@ def _end_in_time(reading: int, patience: float) -> None:
         file=sys.stderr,
     )
     leave(1)
+
+
+def leave_stopping_to_server() -> None:
+    """Ignore the stop signals: the server decides when the world ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[], None]:
@@ -84,8 +91,6 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
     callable
         Ends the watch; when it returns, no ping is under way.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the server decides when the world ends
     over = threading.Event()
 
     def watch() -> None:

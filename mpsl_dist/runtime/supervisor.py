@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from mpsl_dist.runtime.process import SERVER_GONE, STOP_SIGNALS
+from mpsl_dist.runtime.process import SERVER_GONE, leave_stopping_to_server
 
 #: In the child's environment: where it beats, and its parent's process id.
 _MARK = "MPSL_DIST_SUPERVISED"
@@ -29,21 +29,23 @@ def is_child() -> bool:
     return _MARK in os.environ
 
 
-def supervise(patience: float) -> int:
+def supervise(patience: float, ends_on_signal: bool) -> int:
     """Run this process's own command in a child, and wait for its end.
 
     Parameters
     ----------
     patience : float
         Seconds without a beat after which a child that has joined the run is killed.
+    ends_on_signal : bool
+        Whether a stop signal ends this rank at once; else it is the server's to heed.
 
     Returns
     -------
     int
         The exit status of this rank: 0 too where the child was lost in the middle of the run.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the server decides when the run ends
+    if not ends_on_signal:
+        leave_stopping_to_server()
     reading, writing = os.pipe()
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],

@@ -16,6 +16,9 @@ import yaml
 from conftest import ROOT, until
 from safetensors.torch import load_file
 
+from mpsl_dist import config as configs
+from mpsl_dist.config.methods import processes_of
+
 WORLD = 3
 CONFIG = {
     "name": "run",
@@ -264,4 +267,6 @@ def test_a_wrong_number_of_processes_names_the_right_line(torchrun, config) -> N
 
 def test_the_quickstart_config_is_the_one_that_the_script_starts() -> None:
     script = (ROOT / "launch" / "quickstart.sh").read_text()
-    assert "--nproc-per-node 3" in script and "configs/quickstart.yaml" in script
+    assert "-m mpsl_dist train configs/quickstart.yaml" in script
+    quickstart = configs.load(ROOT / "configs" / "quickstart.yaml")
+    assert processes_of(quickstart) == 3

@@ -62,8 +62,11 @@ def test_all_problems_are_listed_at_once(quickstart: str, capsys) -> None:
 
 
 def test_launch_data_and_run_directory_problems_come_together(
-    quickstart: str, tmp_path: Path, capsys
+    quickstart: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    for name, value in {**alone, "MASTER_ADDR": "localhost", "MASTER_PORT": 29400}.items():
+        monkeypatch.setenv(name, str(value))
     words = ["clients=9000", "training.batch_size=9000", "model.image_patch=3"]
     run = tmp_path / "runs" / "run"
     run.mkdir(parents=True)
@@ -76,6 +79,17 @@ def test_launch_data_and_run_directory_problems_come_together(
     assert "model.image_patch: 3 does not divide the 8x8 pictures" in error
     assert "exists; continue it with --resume, replace it with --overwrite" in error
     assert (run / "metrics.jsonl").read_text() == "precious"
+
+
+def test_processes_that_no_machine_holds_are_refused_before_any_is_started(
+    quickstart: str, tmp_path: Path, capsys
+) -> None:
+    words = ["clients=1000000", "training.batch_size=1000000", f"output={tmp_path}"]
+    assert main(["train", quickstart, *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "error: 500001 processes do not fit the " in captured.err
+    assert "clients_per_worker" in captured.err and "1000000 clients with" in captured.err
 
 
 @pytest.mark.parametrize(

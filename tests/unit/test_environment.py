@@ -49,6 +49,8 @@ AGENT = {
     "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
+ONE_HOST = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "4", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+SRUN_ON_ONE = {"SLURM_STEP_NODELIST": "gpu07", "SLURM_STEP_TASKS_PER_NODE": "4"}
 BATCH = {
     "SLURM_JOB_ID": "417",
     "SLURM_PROCID": "0",
@@ -123,6 +125,41 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
             (2, 4, 0, 2, 1, 2),
             "tcp://[fd00::7]:7777",
             id="IPv6",
+        ),
+        pytest.param(
+            {**ONE_HOST, "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            "torchrun",
+            (1, 4, 1, 4, 0, 1),
+            "env://",
+            id="torchrun on one host",
+        ),
+        pytest.param(
+            {**ONE_HOST, "TORCHELASTIC_USE_AGENT_STORE": "False"},
+            "torchrun",
+            (1, 4, 1, 4, 0, 1),
+            "loopback://127.0.0.1:29400",
+            id="torchrun on one host without its store",
+        ),
+        pytest.param(
+            {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "False"},
+            "torchrun",
+            (5, 8, 1, 4, 1, 2),
+            "env://",
+            id="torchrun without its store",
+        ),
+        pytest.param(
+            {**ONE_HOST, "MPSL_DIST_LAUNCH_FOLDER": "/tmp/x"},
+            "mpsl_dist",
+            (1, 4, 1, 4, 0, 1),
+            "file:///tmp/x/world",
+            id="the one command",
+        ),
+        pytest.param(
+            {**SRUN, "SLURM_NODEID": "0", **SRUN_ON_ONE},
+            "slurm",
+            (2, 4, 0, 4, 0, 1),
+            "loopback://127.0.0.1:",
+            id="srun on one host",
         ),
     ],
 )
