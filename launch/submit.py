@@ -19,6 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # works from a checkout that is not installed
+sys.path.append("")  # plugins beside the experiment, as ``python -m`` finds them
 
 import follow  # noqa: E402
 import sweep  # noqa: E402

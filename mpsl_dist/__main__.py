@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mpsl_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from mpsl_dist.actors.holdings import Holdings
     from mpsl_dist.config import Experiment
     from mpsl_dist.records.run_directory import RunDirectory
     from mpsl_dist.runtime.environment import Environment
@@ -104,9 +105,9 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
 def _user_error(message: str) -> int:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         # Rank 0 meets the same error. Ending first would make a launcher end rank 0 before it can
-        # say so; the launcher, or the alarm, ends this process.
-        signal.alarm(60)
-        signal.pause()
+        # say so; then the launcher ends this process. Where rank 0 meets no error (this host lacks
+        # a plugin or a file), it waits for this process.
+        time.sleep(60)
     print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
     return 2
 
@@ -117,20 +118,26 @@ def _train(options: argparse.Namespace) -> int:
     experiment = config.load(options.config, options.overrides)
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
-    from mpsl_dist.config.methods import processes_of
-    from mpsl_dist.runtime import environment, launch
+    from mpsl_dist.config.methods import goes_on, processes_of
+    from mpsl_dist.runtime import environment, launch, supervisor
 
-    launched = environment.resolve(os.environ)
+    launched, patience = environment.resolve(os.environ), experiment.faults.exit_timeout
     if launched is None and processes_of(experiment) > 1:
         return _launch(options, experiment, processes_of(experiment))
-    if launched and launched.folder:
-        launch.follow(launched, experiment.faults.exit_timeout)
+    if supervisor.is_child():
+        supervisor.follow_parent()
+    elif launched and launched.folder:
+        launch.follow(launched, patience)
+    worker = launched is not None and launched.rank > 0
+    if worker and goes_on(experiment) and not supervisor.is_child():
+        # Before torch is imported: the rank itself stays small.
+        return supervisor.supervise(patience, ends_on_signal=bool(launched.folder))
     from mpsl_dist.methods import processes
 
-    if launched and launched.rank > 0:
+    if worker:
         return _serve(experiment, processes.place_in_world(experiment, options.words))
-    world, splits = _check_everything(options, experiment)
-    return _train_as_server(options, experiment, world, splits)
+    launched, holdings = _check_everything(options, experiment)
+    return _train_as_server(options, experiment, launched, holdings)
 
 
 def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> int:
@@ -167,7 +174,9 @@ def _serve(experiment: Experiment, launched: Environment) -> int:
     return 0
 
 
-def _check_everything(options: argparse.Namespace, experiment: Experiment) -> tuple[Any, Any]:
+def _check_everything(
+    options: argparse.Namespace, experiment: Experiment
+) -> tuple[Environment, Holdings]:
     """Do everything that can refuse the run, and report all refusals at once."""
     from mpsl_dist import config
     from mpsl_dist.methods import processes
@@ -186,23 +195,24 @@ def _check_everything(options: argparse.Namespace, experiment: Experiment) -> tu
             refusals.append(str(error))
     if refusals:
         raise ConfigError("\n".join(refusals))
-    world, splits, _ = results
-    return world, splits
+    launched, holdings, _ = results
+    return launched, holdings
 
 
 def _train_as_server(
-    options: argparse.Namespace, experiment: Experiment, world: Any, splits: Any
+    options: argparse.Namespace, experiment: Experiment, launched: Environment, holdings: Holdings
 ) -> int:
     from mpsl_dist.analysis.plots import learning_curve
     from mpsl_dist.methods import processes
     from mpsl_dist.runtime.process import StopRequest
 
     run = processes.open_run(experiment, options.resume, options.overwrite)
-    stop = StopRequest()
-    if not (world and world.folder):  # there, a stop before the first step ends it at once
+    by_command = launched.folder is not None  # a stop before the first step ends it at once
+    stop = StopRequest(None if by_command else experiment.faults.exit_timeout)
+    if not by_command:
         stop.listen()
     try:
-        summary = processes.train_as_server(experiment, world, splits, run, stop)
+        summary = processes.train_as_server(experiment, launched, holdings, run, stop)
     except Exception as error:
         status = 2 if getattr(error, "user_error", isinstance(error, UserError)) else 1
         try:

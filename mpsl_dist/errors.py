@@ -6,7 +6,9 @@ and exits with status 2. Everything else is a failure of the run, and exits with
 
 from __future__ import annotations
 
+import math
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -36,6 +38,25 @@ class LaunchError(UserError):
 
 class DivergedError(ArithmeticError):
     """A loss that is no finite number, found before it changed any parameter."""
+
+
+class NonFiniteError(DivergedError):
+    """A loss or gradient of some clients that is no finite number; nothing has moved.
+
+    Parameters
+    ----------
+    clients : sequence of int
+        Whose it is; empty if it is of the global batch.
+    whose : str
+        The same in words, as "step 17: the loss of client 3".
+    """
+
+    def __init__(self, clients: Sequence[int], whose: str, value: float = math.nan) -> None:
+        super().__init__(
+            f"{whose} is {value}; no parameter was changed by this step. "
+            "Lower training.server.lr and training.client.lr"
+        )
+        self.clients = tuple(clients)
 
 
 class RemoteError(RuntimeError):

@@ -2,7 +2,7 @@
 
 Datasets, tokenizers, heads and methods are looked up by name in three places, in this order:
 
-1. our own table (:mod:`mpsl_dist.data.catalog`, ``models.tokenizers``, ``models.heads``,
+1. our own table (:mod:`mpsl_dist.data.catalog`, ``actors.assembly``, ``models.heads``,
    ``config.methods``);
 2. the modules that the experiment lists under ``plugins``: each may define a mapping ``datasets``,
    ``tokenizers``, ``heads`` or ``methods`` from names to entries;
@@ -16,7 +16,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from mpsl_dist import typed
@@ -47,18 +48,43 @@ def find(
     ConfigError
         If nothing has this name, a module cannot be imported, or one takes a name of ours.
     """
+    added = _of_modules(kind, own, modules)  # first: a broken one is named, whatever is chosen
     if name in own:
         return own[name]
-    added = _of_modules(kind, own, modules)
     if name in added:
-        return added[name]
+        return _checked(added[name], own, f"plugins: {kind}: '{name}'")
     points = {point.name: point for point in _entry_points(kind)}
     if name in points:
-        return _load(points[name])
-    known = sorted({*own, *added, *points})
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(known)}"
-    raise ConfigError(f"{key}: unknown {kind[:-1]} '{name}'; {hint}")
+        return _checked(_load(points[name]), own, f"entry point {points[name].group}: '{name}'")
+    raise ConfigError(
+        f"{key}: unknown {kind[:-1]} '{name}'; {_hint(name, {*own, *added, *points})}"
+    )
+
+
+def names(kind: Kind, own: Iterable[str], modules: Sequence[str]) -> list[str]:
+    """Return every name that :func:`find` knows, our own first.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`find`.
+    """
+    ours = dict.fromkeys(own)
+    added = sorted(_of_modules(kind, ours, modules))
+    return list(dict.fromkeys([*ours, *added, *sorted(p.name for p in _entry_points(kind))]))
+
+
+def refuse_taken(kind: Kind, name: str, own: Mapping[str, Any], key: str) -> None:
+    """Refuse a name of ours that an installed package declares too, by a ConfigError.
+
+    Ours would be taken without a word.
+    """
+    taken = [point for point in _entry_points(kind) if point.name == name and name in own]
+    if taken:
+        raise ConfigError(
+            f"{key}: '{name}' is ours, and an entry point {taken[0].group} ({taken[0].value}) has "
+            "the same name; rename that one"
+        )
 
 
 def resolve(target: Any) -> Any:
@@ -66,11 +92,21 @@ def resolve(target: Any) -> Any:
 
     Tables name their functions this way, as entry points do, so that looking one up imports
     nothing that is not used.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such module or attribute.
     """
     if not isinstance(target, str):
         return target
-    module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    module, colon, attribute = target.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"plugins: '{target}' is no place; write package.module:name")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ConfigError(f"plugins: {target} cannot be had: {_reason(error)}") from error
 
 
 def options(cls: type | None, values: Mapping[str, Any], key: str) -> Any:
@@ -86,31 +122,64 @@ def options(cls: type | None, values: Mapping[str, Any], key: str) -> Any:
     Raises
     ------
     ConfigError
-        With every unknown key and every value of a wrong type.
+        With every unknown key, every key that is missing and every value of a wrong type; or with
+        what the dataclass itself refuses by a ValueError in its ``__post_init__``.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{key}: expected keys and values, found {values!r}")
     if cls is None:
         if values:
             raise ConfigError("\n".join(f"{key}.{name}: no such option here" for name in values))
         return None
     errors: list[str] = []
-    built = typed.build(cls, values, f"{key}.", errors)
+    try:
+        built = typed.build(cls, values, f"{key}.", errors)
+    except (TypeError, NameError) as error:  # no dataclass, or a field of a type that YAML has not
+        raise ConfigError(f"{key}: {cls!r} cannot hold options: {_reason(error)}") from error
+    if built is not None:
+        errors += [
+            f"{key}.{name}: must be a finite number, found {value}"
+            for name, value in typed.flatten(built).items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
     if errors:
         raise ConfigError("\n".join(errors))
     return built
 
 
+def _hint(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(sorted(known))}"
+
+
+def _checked(entry: Any, own: Mapping[str, Any], whose: str) -> Any:
+    """Return the entry if it is of the kind that our own table holds."""
+    wanted = type(next(iter(own.values())))
+    if not isinstance(entry, wanted):
+        raise ConfigError(f"{whose} must be a {wanted.__name__}, found {entry!r}")
+    return entry
+
+
 def _of_modules(kind: Kind, own: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     added: dict[str, Any] = {}
+    errors = []
     for module in modules:
         try:
             entries = getattr(importlib.import_module(module), kind, {})
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"plugins: {module} cannot be imported: {reason}") from error
+            missing = isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name))
+            advice = "; every host must have it, installed or on PYTHONPATH" if missing else ""
+            errors.append(f"plugins: {module} cannot be imported: {_reason(error)}{advice}")
+            continue
+        if not isinstance(entries, Mapping):
+            errors.append(f"plugins: {module}: {kind} must be a mapping, found {entries!r}")
+            continue
         taken = sorted(entries.keys() & {*own, *added})
         if taken:
-            raise ConfigError(f"plugins: {module}: {kind} has names in use: {', '.join(taken)}")
+            errors.append(f"plugins: {module}: {kind} has names in use: {', '.join(taken)}")
         added |= entries
+    if errors:
+        raise ConfigError("\n".join(errors))
     return added
 
 
@@ -122,5 +191,8 @@ def _load(point: importlib.metadata.EntryPoint) -> Any:
     try:
         return point.load()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"entry point {point.group}: {point.value}: {reason}") from error
+        raise ConfigError(f"entry point {point.group}: {point.value}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

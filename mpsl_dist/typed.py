@@ -21,12 +21,22 @@ def build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) 
     prefix : str
         Stands before every key in a message, as ``"training."``.
     errors : list of str
-        Receives a line for every unknown key (naming the nearest valid one) and every value of a
-        wrong type; such fields keep their defaults.
+        Receives a line for every unknown key (naming the nearest valid one), every value of a
+        wrong type, every missing field without a default, and a ValueError of the dataclass.
+
+    Returns
+    -------
+    object or None
+        The dataclass, fields of wrong types at their defaults; None if it cannot be made.
+
+    Raises
+    ------
+    TypeError
+        If a field has a type that is none of these.
     """
     hints = typing.get_type_hints(cls)
     names = [entry.name for entry in dataclasses.fields(cls)]
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
         if key not in names:
@@ -37,7 +47,8 @@ def build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) 
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if isinstance(value, Mapping):
-                arguments[key] = build(hint, value, f"{path}.", errors)
+                section = build(hint, value, f"{path}.", errors)
+                arguments |= {} if section is None else {key: section}
             else:
                 errors.append(f"{path}: expected keys and values, found {value!r}")
         else:
@@ -45,7 +56,24 @@ def build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) 
                 arguments[key] = _convert(hint, value)
             except ValueError:
                 errors.append(f"{path}: expected {_describe(hint)}, found {value!r}")
-    return cls(**arguments)
+    missing = [name for name in _required(cls) if name not in arguments]
+    errors += [f"{prefix}{name}: missing" for name in missing if name not in values]
+    if missing:
+        return None
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        errors.append(f"{prefix.rstrip('.')}: {error}")
+        return None
+
+
+def _required(cls: type) -> list[str]:
+    nothing = dataclasses.MISSING
+    return [
+        entry.name
+        for entry in dataclasses.fields(cls)
+        if entry.default is nothing and entry.default_factory is nothing
+    ]
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -71,9 +99,14 @@ def _convert(hint: Any, value: Any) -> Any:
             return value
         raise ValueError
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        return float(value)  # YAML reads 1e-4 as a string
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except OverflowError as error:  # a whole number of more than 308 digits
+            raise ValueError from error
     if hint is type(None):
         hint = types.NoneType
+    if hint not in (int, float, str, bool, types.NoneType):
+        raise TypeError(f"a value cannot be of the type {hint}")
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise ValueError

@@ -12,7 +12,7 @@ from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
-from mpsl_dist.config import Experiment
+from mpsl_dist.config import Experiment, Faults
 from mpsl_dist.methods.hosting import build_clients
 from mpsl_dist.methods.link import RoundLink, SplitLink
 from mpsl_dist.methods.mpsl import Mpsl
@@ -50,8 +50,8 @@ class LocalRounds(RoundLink):
 class LocalSplit(SplitLink):
     """A link to split learning's clients of this process."""
 
-    def __init__(self, clients: Sequence[Any]) -> None:
-        super().__init__(WatchedFleet(Host(clients)), Traffic(len(clients)))
+    def __init__(self, clients: Sequence[Any], faults: Faults | None = None) -> None:
+        super().__init__(WatchedFleet(Host(clients)), Traffic(len(clients)), faults)
         self.references, self.calls = self.fleet.host.clients, self.fleet.calls
 
 
@@ -62,5 +62,5 @@ def in_one_process(chosen: Experiment, kind: type[Mpsl] = Mpsl) -> Mpsl:
     tokenizers = build_tokenizers(chosen, holdings.splits)
     model = build_server_model(chosen, holdings.splits, tokenizers.lengths)
     server = Server(model, Stepper(model.parameters(), chosen.training.server))
-    clients = LocalSplit(build_clients(chosen, range(chosen.clients), holdings))
+    clients = LocalSplit(build_clients(chosen, range(chosen.clients), holdings), chosen.faults)
     return kind(chosen, holdings.splits, server, clients, tokenizers)

@@ -6,6 +6,7 @@ the RPC or the distributed autograd.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ from mpsl_dist.config import Experiment
 from mpsl_dist.data.partition import deal_pictures, epoch_order, partition, shares
 
 
-def train(experiment: Experiment, steps: int) -> dict[str, Any]:
+def train(
+    experiment: Experiment, steps: int, absent: Callable[[int, int], bool] = lambda n, step: False
+) -> dict[str, Any]:
     """Train some steps; give losses, cut-layer gradients and all parameters.
+
+    ``absent(client, step)``: whether a client takes no part in a step.
 
     On one thread, as the toys' server and clients: sums then run in the same order.
     """
@@ -40,11 +45,11 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
     dtype = next(server.parameters()).dtype
     told: dict[str, Any] = {"losses": [], "cut_gradients": []}
     for step in range(steps):
-        epoch, place = divmod(step, len(plan))
+        epoch, epoch_step = divmod(step, len(plan))
         batches = {}
         for n, part in enumerate(parts):
-            start, count = plan[:place, n].sum(), plan[place, n]
-            if count:
+            start, count = plan[:epoch_step, n].sum(), plan[epoch_step, n]
+            if count and not absent(n, step):
                 order = part[epoch_order(len(part), seed, n, epoch)]
                 batches[n] = splits.train.fetch(order[start : start + count].tolist())
         cut = {}

@@ -1,0 +1,1 @@
+"""Who owns what: clients, server, and the models and data that each of them holds."""

@@ -1,9 +1,9 @@
-"""Builds models from an experiment. The same seed gives the same initial weights everywhere."""
+"""Models from an experiment; equal seeds lead to equal initial weights in every process."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from mpsl_dist.actors.choices import (
     dtype_of,
     fusion_of,
     head_of,
+    head_options,
     width_of,
 )
-from mpsl_dist.config import Experiment
+from mpsl_dist.config import ConfigError, Experiment, Weights
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.decode.text import VOCABULARY
@@ -53,6 +54,11 @@ def build_tokenizers(
     ----------
     shared_text : nn.Embedding or ClipText, optional
         A frozen text table or tower that exists already.
+
+    Raises
+    ------
+    UserError
+        If the patches do not fit the data, an option is wrong, or weights cannot be loaded.
     """
     model, width = experiment.model, width_of(experiment)
     check_patches(experiment, splits)
@@ -96,26 +102,42 @@ def _text(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
 TOKENIZERS: dict[str, TokenizerFacts] = {
     "image": TokenizerFacts(_image),
     "audio": TokenizerFacts(_audio),
-    "text": TokenizerFacts(_text),
+    "text": TokenizerFacts(_text, integers=True),
 }
 
 
 def _build_tokenizer(
     experiment: Experiment, modality: str, shape: tuple[int, ...], shared_text: Text | None
 ) -> nn.Module:
-    key = f"model.tokenizers.{modality}"
-    facts = plugins.find("tokenizers", modality, TOKENIZERS, experiment.plugins, key)
-    values = experiment.model.tokenizers.get(modality, {})
-    options: Any = plugins.options(facts.options, values, key)
+    facts, options = tokenizer_facts(experiment, modality), tokenizer_options(experiment, modality)
     if modality in TOKENIZERS:
         options = _Own(experiment, shared_text)
-    return plugins.resolve(facts.build)(shape, width_of(experiment), options)
+    built = plugins.resolve(facts.build)(shape, width_of(experiment), options)
+    if not isinstance(getattr(built, "length", None), int):
+        raise ConfigError(
+            f"model.tokenizers.{modality}: {type(built).__name__} needs a whole number 'length', "
+            "how many tokens it makes of an input"
+        )
+    return built
+
+
+def tokenizer_facts(experiment: Experiment, modality: str) -> TokenizerFacts:
+    """Return the facts of a modality's tokenizer, ours or a plugin's."""
+    key = f"model.tokenizers.{modality}"
+    return plugins.find("tokenizers", modality, TOKENIZERS, experiment.plugins, key)
+
+
+def tokenizer_options(experiment: Experiment, modality: str) -> Any:
+    """Return a tokenizer's own options, checked, by a ConfigError."""
+    values = experiment.model.tokenizers.get(modality, {})
+    facts = tokenizer_facts(experiment, modality)
+    return plugins.options(facts.options, values, f"model.tokenizers.{modality}")
 
 
 def build_shared_text(experiment: Experiment, splits: Splits) -> Text | None:
-    """Build the frozen text table or tower that all clients of a process share; None without text.
+    """Build the frozen text table or tower that all clients of a process share.
 
-    A trained table is no one's to share: every client builds its own.
+    None without text, and where the table is trained: then every client builds its own.
     """
     if "text" not in splits.shapes or experiment.model.train_token_table:
         return None
@@ -167,7 +189,12 @@ def build_server_model(experiment: Experiment, splits: Splits, lengths: list[int
     Parameters
     ----------
     lengths : list of int
-        Tokens per modality.
+        Tokens per modality, in fusion order.
+
+    Raises
+    ------
+    UserError
+        If there is no such head, an option is wrong, or weights cannot be loaded.
     """
     model, dimensions = experiment.model, dimensions_of(experiment)
     adapted = facts_of(experiment).adapted
@@ -192,12 +219,8 @@ def build_server_model(experiment: Experiment, splits: Splits, lengths: list[int
 
 
 def _build_head(experiment: Experiment, splits: Splits) -> nn.Module:
-    model = experiment.model
-    kind, facts = head_of(experiment, splits)
-    values = model.head.options
-    if kind == "embeddings":
-        values = {"normalize": model.normalize, "temperature": model.temperature} | values
-    options = plugins.options(facts.options, values, "model.head.options")
+    _, facts = head_of(experiment, splits)
+    options = head_options(experiment, facts)
     return plugins.resolve(facts.build)(width_of(experiment), len(splits.classes), options)
 
 
@@ -207,3 +230,14 @@ def _load_encoder(experiment: Experiment, encoder: nn.Sequential) -> None:
         size = experiment.model.encoder.size
         name, state = weight_sources.fetch("encoder", source, size, root, "")
         _log.info("%s", weights.load_encoder(encoder, state, name))
+
+
+# -- both, without weights ---------------------------------------------------------------------
+
+
+def build_on_meta(experiment: Experiment, splits: Splits) -> tuple[Tokenizers, ServerModel]:
+    """Build every part on the meta device; takes no memory, whatever their size."""
+    on_meta = replace(experiment, device="meta", weights=Weights())
+    with torch.device("meta"):
+        tokenizers = build_tokenizers(on_meta, splits)
+        return tokenizers, build_server_model(on_meta, splits, tokenizers.lengths)

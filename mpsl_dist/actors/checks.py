@@ -1,4 +1,4 @@
-"""What a configuration asks of its data that cannot be done."""
+"""Refusals: what a configuration asks of its data that cannot be done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from mpsl_dist.errors import ConfigError
 
 
 def check_task(experiment: Experiment, splits: Splits) -> None:
-    """Refuse options that do not fit the task, by a ConfigError."""
+    """Refuse options that do not fit the data's task.
+
+    Raises
+    ------
+    ConfigError
+        With every such option, one a line.
+    """
     task, errors = task_of(splits), []
     kind, head = head_of(experiment, splits)
     if head.task != ("retrieval" if splits.retrieval else "classification"):
@@ -31,7 +37,13 @@ def check_task(experiment: Experiment, splits: Splits) -> None:
 
 
 def check_patches(experiment: Experiment, splits: Splits) -> None:
-    """Refuse patches that do not fit the data, by a ConfigError."""
+    """Refuse patches that do not fit the data's images or spectrograms.
+
+    Raises
+    ------
+    ConfigError
+        With every such option, one a line.
+    """
     name, model = experiment.data.name, experiment.model
     errors = []
     if "image" in splits.shapes:

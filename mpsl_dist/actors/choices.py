@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mpsl_dist import plugins
@@ -55,6 +57,36 @@ def fusion_of(experiment: Experiment, splits: Splits) -> str:
 
 
 def head_of(experiment: Experiment, splits: Splits) -> tuple[str, HeadFacts]:
-    """Return the head's name and facts: the task's own unless ``model.head.kind`` names one."""
+    """Return the head's name and facts: the task's own unless ``model.head.kind`` names one.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such head.
+    """
     kind = experiment.model.head.kind or task_of(splits).head
-    return kind, plugins.find("heads", kind, HEADS, experiment.plugins, "model.head.kind")
+    return kind, head_named(experiment, kind)
+
+
+def head_named(experiment: Experiment, kind: str) -> HeadFacts:
+    """Return the facts of a head, ours or a plugin's, by name."""
+    return plugins.find("heads", kind, HEADS, experiment.plugins, "model.head.kind")
+
+
+def head_options(experiment: Experiment, facts: HeadFacts) -> Any:
+    """Return a head's own options, checked, by a ConfigError."""
+    model = experiment.model
+    values = {name: getattr(model, name) for name in facts.reads} | model.head.options
+    return plugins.options(facts.options, values, "model.head.options")
+
+
+def unread_by_head(experiment: Experiment, splits: Splits) -> list[str]:
+    """Return the keys for heads that are set to other than their defaults, and that none reads."""
+    _, facts = head_of(experiment, splits)
+    every = {name for own in HEADS.values() for name in own.reads}
+    model, default = experiment.model, type(experiment.model)()
+    return [
+        f"model.{name}"
+        for name in sorted(every - set(facts.reads))
+        if getattr(model, name) != getattr(default, name)
+    ]

@@ -20,6 +20,9 @@ and, by distributed autograd in the backward, the gradient of its loss with resp
 predictions. In classification that gradient reads every label (softmax minus one-hot: the one
 negative entry is the label), in this protocol as in the paper's. Raw inputs and labels themselves
 are never returned.
+
+Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width, ``k`` classes. A gradient vector has
+one number per trained tokenizer parameter.
 """
 
 from __future__ import annotations
@@ -45,20 +48,20 @@ class Reference(Protocol):
     """A handle on an object that lives here: an RRef on a worker."""
 
     def local_value(self) -> Any:
-        """Give the object."""
+        """Return the object."""
         ...
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a client tells of its data: two numbers."""
+    """What a client tells of its data: how many training and test samples it has."""
 
     samples: int
     test_samples: int
 
 
 class Client:
-    """One client.
+    """One client of split learning.
 
     Parameters
     ----------
@@ -101,26 +104,39 @@ class Client:
     # -- what a client sends ---------------------------------------------------------------
 
     def describe(self) -> Description:
-        """Say how many samples it holds."""
+        """Return how many samples it holds."""
         return Description(len(self.data), len(self.test_data))
 
     def tokenize(self, step: int) -> list[Tensor]:
-        """Tokenize the mini-batch of this step of the epoch (Eq. 1).
+        """Tokenize the mini-batch of this step of the epoch, from 0 (Eq. 1).
 
         Returns
         -------
         list of Tensor
-            The smashed activations, on CPU: early fusion one (b, l, d), late fusion one per
-            modality.
+            The smashed activations, on CPU: early fusion one (b, l, d), late fusion one
+            (b, l_m, d) per modality.
         """
         return self._smash(self.tokenizers.local_value(), self.data.batch(step))
 
     def loss(self, step: int, predictions: Tensor) -> Tensor:
-        """Compare predictions with its own labels (Eq. 2): the mean over its mini-batch."""
+        """Compare predictions with its own labels (Eq. 2).
+
+        Parameters
+        ----------
+        step : int
+            The step of the epoch that the predictions are of.
+        predictions : Tensor
+            (b, k) logits, or (b, 2, d) embeddings in retrieval.
+
+        Returns
+        -------
+        Tensor
+            The mean loss over its mini-batch, a scalar, on CPU.
+        """
         return self.task.loss(predictions.to(self.device), self.data.batch(step).labels).cpu()
 
     def pairs(self, step: int) -> Tensor:
-        """Say which pairs of the mini-batch share a picture (``contrastive: global`` alone).
+        """Return which pairs of the mini-batch share a picture (``contrastive: global`` alone).
 
         Returns
         -------
@@ -131,23 +147,31 @@ class Client:
         return self.data.batch(step).labels.unique(return_inverse=True)[1]
 
     def tokenize_test(self, step: int) -> list[Tensor]:
-        """Tokenize a batch of its test samples with the tokenizers of :meth:`begin_test`."""
+        """Tokenize its test batch ``step`` with the tokenizers of :meth:`begin_test`."""
         assert self._visiting is not None
         with torch.no_grad():
             return self._smash(self._visiting, self.test_data.batch(step))
 
     def score(self, step: int, predictions_bk: Tensor) -> int:
-        """Count right predictions of a batch of its test samples."""
+        """Return how many predictions (b, k) of its test batch ``step`` are right."""
         return self.task.score(predictions_bk, self.test_data.batch(step).labels)
 
     def tokenizer_weights(self) -> dict[str, Tensor]:
-        """Give its trained tokenizer parameters, for an average."""
+        """Return its trained tokenizer parameters by name, on CPU, for an average."""
         return trainable_state(self.tokenizers.local_value())
 
     def take_gradients(self, gradients: Mapping[Tensor, Tensor] | None = None) -> Tensor | None:
-        """Return its gradients accumulated with this step's, one vector; start again from zero.
+        """Return its accumulated gradients as one vector, and start again from zero.
 
-        None if it took part in no step since the last time.
+        Parameters
+        ----------
+        gradients : mapping of Tensor to Tensor, optional
+            Of a last step, by parameter: added before.
+
+        Returns
+        -------
+        Tensor or None
+            On CPU; None if it took part in no step since the last time.
         """
         self.accumulate(gradients or {})
         vector, self._accumulated = self._accumulated, None
@@ -156,19 +180,19 @@ class Client:
     # -- what a client is told -------------------------------------------------------------
 
     def begin_training(self, steps_per_epoch: int, epochs: int) -> None:
-        """Learn what its schedule spans."""
+        """Learn how many steps and epochs its learning rate's schedule spans."""
         self.stepper.plan(steps_per_epoch, epochs)
 
     def begin_epoch(self, epoch: int, counts: Sequence[int], first_step: int) -> None:
-        """Lay out its part of every step of the epoch."""
+        """Lay out its part of every step of the epoch, see :meth:`LocalData.begin_epoch`."""
         self.data.begin_epoch(epoch, counts, first_step)
 
     def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Step its own optimizer on the gradients that the cut layer brought."""
+        """Step its own optimizer at the run's step ``step``, on gradients by parameter."""
         self.stepper.step(gradients, step)
 
     def accumulate(self, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Keep the gradients of a step until they are taken."""
+        """Add the gradients of a step, by parameter, to those kept until they are taken."""
         own = [p for p in self.stepper.parameters if p in gradients]
         if not own:
             return
@@ -178,7 +202,7 @@ class Client:
         self._accumulated = vector if self._accumulated is None else self._accumulated + vector
 
     def step_on_sum(self, step: int, vector: Tensor) -> None:
-        """Step its optimizer on the sum of all clients' gradients."""
+        """Step its optimizer at the run's step ``step``, on the sum of all clients' gradients."""
         parts = vector.to(self.device).split([p.numel() for p in self.stepper.parameters])
         self.stepper.step(
             {p: part.view_as(p) for p, part in zip(self.stepper.parameters, parts, strict=True)},
@@ -190,7 +214,15 @@ class Client:
         load_trainable(self.tokenizers.local_value(), weights)
 
     def begin_test(self, weights: Mapping[str, Tensor] | None, counts: Sequence[int]) -> None:
-        """Lay out its test batches, with averaged tokenizers, or its own where None."""
+        """Lay out its test batches.
+
+        Parameters
+        ----------
+        weights : mapping of str to Tensor, optional
+            The trained tokenizer parameters to test with, instead of its own.
+        counts : sequence of int
+            Samples of every batch.
+        """
         self._visiting = self.tokenizers.local_value()
         if weights is not None:
             self._visiting = copy_of(self._visiting)
@@ -240,5 +272,5 @@ class Local:
     value: nn.Module
 
     def local_value(self) -> nn.Module:
-        """Give the object."""
+        """Return the object."""
         return self.value

@@ -44,7 +44,7 @@ class Deployable(nn.Module):
         self.task = task
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Give logits (b, classes), or embeddings (b, 2, d), for inputs as in a ``Batch``."""
+        """Return logits (b, classes), or embeddings (b, 2, d), for inputs as in a ``Batch``."""
         return self.server_model(fuse(self.tokenizers(inputs), self.server_model.fusion))
 
     def to_own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class Deployable(nn.Module):
         return self.task.metrics(self._predict(dataset, range(len(dataset.labels)), batch_size))
 
     def right(self, dataset: Dataset, positions: Sequence[int], batch_size: int) -> int:
-        """Return how many of these samples are predicted right."""
+        """Return how many of the samples at these positions of a split are predicted right."""
         tested = self._predict(dataset, positions, batch_size)
         return sum(self.task.score(predictions, labels_b) for predictions, labels_b in tested)
 
@@ -74,7 +74,7 @@ class Deployable(nn.Module):
             yield predictions, batch.labels
 
     def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
-        """Write ``model.safetensors`` and ``config.json``."""
+        """Write ``model.safetensors`` and ``config.json`` into a folder; create it if need be."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         partial = folder / "model.safetensors.partial"
@@ -89,7 +89,13 @@ class Deployable(nn.Module):
 
 
 def build(experiment: Experiment, splits: Splits) -> Deployable:
-    """Build the whole model here, with the initial weights that its owners would begin with."""
+    """Build the whole model here, with the initial weights that its owners would begin with.
+
+    Raises
+    ------
+    UserError
+        As the builders of :mod:`mpsl_dist.actors.assembly`.
+    """
     tokenizers = build_tokenizers(experiment, splits)
     model = build_server_model(experiment, splits, tokenizers.lengths)
     return Deployable(tokenizers, model, task_of(splits)).to(device_of(experiment))

@@ -50,7 +50,7 @@ class Update:
 
 
 class FederatedClient:
-    """One client.
+    """One client of federated learning.
 
     Parameters
     ----------
@@ -92,11 +92,11 @@ class FederatedClient:
     # -- what a client sends ---------------------------------------------------------------
 
     def describe(self) -> Description:
-        """Say how many samples it holds."""
+        """Return how many samples it holds."""
         return Description(len(self.data), len(self.test_data))
 
     def train_round(self, round_: int, weights: Mapping[str, Tensor]) -> Update:
-        """Train the server's model on its own data; gives what came out.
+        """Train the server's model on its own data, and return what came out.
 
         Parameters
         ----------
@@ -104,6 +104,11 @@ class FederatedClient:
             From 0.
         weights : mapping of str to Tensor
             Every trainable parameter.
+
+        Raises
+        ------
+        DivergedError
+            If a loss is no finite number.
         """
         load_trainable(self.model, weights)
         if not self.keep_optimizer:
@@ -112,15 +117,15 @@ class FederatedClient:
         total = 0.0
         for local_epoch in range(self.local_epochs):
             self.data.begin_epoch(round_ * self.local_epochs + local_epoch, self.counts)
-            for place, count in enumerate(self.counts):
+            for epoch_step, count in enumerate(self.counts):
                 if count:
-                    step = self._step_of_the_run(round_, local_epoch, place)
-                    total += count * self.learner.train(self.data.batch(place), step)
+                    step = self._step_of_the_run(round_, local_epoch, epoch_step)
+                    total += count * self.learner.train(self.data.batch(epoch_step), step)
         samples = len(self.data)
         return Update(trainable_state(self.model), samples, total / (samples * self.local_epochs))
 
     def test(self, weights: Mapping[str, Tensor], batch_size: int) -> int:
-        """Count right predictions of the server's model on its own test samples."""
+        """Return how many of its test samples the server's model predicts right."""
         load_trainable(self.model, weights)
         held = self.test_data
         return self.model.right(held.dataset, held.indices.tolist(), batch_size)
@@ -136,6 +141,8 @@ class FederatedClient:
             Samples of every mini-batch of a local epoch; zeros are left out.
         steps_per_round : int
             A round moves the learning rate by as much as so many steps of MPSL.
+        rounds : int
+            Of the whole run.
         """
         self.counts = list(counts)
         self.span = (steps_per_round, rounds)
@@ -163,6 +170,6 @@ class FederatedClient:
     def _file(self, folder: str) -> Path:
         return Path(folder) / f"client-{self.number:04d}.pt"
 
-    def _step_of_the_run(self, round_: int, local_epoch: int, place: int) -> int:
+    def _step_of_the_run(self, round_: int, local_epoch: int, epoch_step: int) -> int:
         steps, batches = self.span[0], len(self.counts) * self.local_epochs
-        return round_ * steps + (local_epoch * len(self.counts) + place) * steps // batches
+        return round_ * steps + (local_epoch * len(self.counts) + epoch_step) * steps // batches

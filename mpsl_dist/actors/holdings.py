@@ -32,7 +32,7 @@ def load_data(experiment: Experiment) -> Splits:
 
 
 def data_options(experiment: Experiment) -> dict[str, Any]:
-    """Return what the experiment asks of its dataset; None is the dataset's own."""
+    """Return what the experiment asks of its dataset, as :func:`mpsl_dist.data.load` takes it."""
     names = ("image_size", "audio_frames", "modalities", "on_error", "cache")
     common = {name: getattr(experiment.data, name) for name in names}
     return common | {"plugins": experiment.plugins, "own_options": experiment.data.options}
@@ -45,9 +45,9 @@ class Holdings:
     Attributes
     ----------
     dealt : Dealt
-        Training samples.
+        Training samples, and the rule that they were dealt by.
     tests : tuple of array
-        Test samples; all empty where the server has them.
+        (samples,) positions in the test split by client; all empty where the server has them.
     """
 
     experiment: Experiment
@@ -78,7 +78,7 @@ class Holdings:
 
     @classmethod
     def load(cls, experiment: Experiment) -> Holdings:
-        """Load the experiment's data and deal it."""
+        """Load the experiment's data and deal it; raises as :func:`load_data` and :meth:`deal`."""
         return cls.deal(experiment, load_data(experiment))
 
     @property

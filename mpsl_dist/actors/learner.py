@@ -42,22 +42,22 @@ class Learner:
         self.parameters = [p for s in self.steppers.values() for p in s.parameters]
 
     def plan(self, steps_per_epoch: int, epochs: int) -> None:
-        """Say what the schedules span; before the first step."""
+        """Set what the schedules span; before the first step."""
         for stepper in self.steppers.values():
             stepper.plan(steps_per_epoch, epochs)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Give the mean loss over these samples (Eq. 2), a scalar."""
+        """Return the mean loss over these samples (Eq. 2), a scalar."""
         return self.task.loss(self.model(self.model.to_own(batch.inputs)), batch.labels)
 
     def gradients(self, loss: Tensor) -> dict[Tensor, Tensor]:
-        """Differentiate a loss; parameters that had no part in it are left out."""
+        """Return a loss's gradients by parameter, without parameters that had no part in it."""
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         pairs = zip(self.parameters, found, strict=True)
         return {parameter: gradient for parameter, gradient in pairs if gradient is not None}
 
     def train(self, batch: Batch, step: int) -> float:
-        """Train one step at the rate of the run's step ``step``; gives the loss.
+        """Train one step at the rate of the run's step ``step``, and return the loss before it.
 
         Raises
         ------
@@ -76,7 +76,7 @@ class Learner:
         return loss.item()
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Give both optimizers' state."""
+        """Return both optimizers' state."""
         return {name: stepper.state() for name, stepper in self.steppers.items()}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:

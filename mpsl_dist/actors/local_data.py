@@ -23,6 +23,10 @@ class LocalData:
         The split; only ``indices`` of it are ever read.
     indices : array
         (samples,) positions in ``dataset``.
+    seed, client : int
+        The experiment's seed and the client's number.
+    loaders : int
+        Processes that load samples ahead; 0 loads in this one.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class LocalData:
         epoch : int
             From 0.
         counts : sequence of int
-            Samples that this client gives to every step of the epoch.
+            Samples that this client contributes to each step of the epoch.
         first_step : int
             The step of the epoch to begin at, when resuming.
         """
@@ -61,7 +65,7 @@ class LocalData:
         self._current = None
 
     def batch(self, step: int) -> Batch:
-        """Give the mini-batch of this step of the epoch; asking again gives the same one."""
+        """Return the mini-batch of this step of the epoch; the same one if asked again."""
         while self._current is None or self._current[0] != step:
             assert self._steps and self._steps[0] <= step, f"step {step} is past or empty"
             self._current = (self._steps.pop(0), next(self._batches))

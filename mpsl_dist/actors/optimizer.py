@@ -13,7 +13,7 @@ from mpsl_dist.config import Optimizer as Settings
 
 
 def rate_factor(settings: Settings, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Give the learning rate of ``step`` (from 0) as a multiple of ``settings.lr``."""
+    """Return the learning rate of the run's ``step`` (from 0) as a multiple of ``settings.lr``."""
     warmup = settings.warmup_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -42,11 +42,11 @@ class Stepper:
         self.optimizer = _build(self.parameters, settings) if self.parameters else None
 
     def plan(self, steps_per_epoch: int, epochs: int) -> None:
-        """Say what the schedule spans; before the first step."""
+        """Set what the schedule spans; before the first step."""
         self.span = (steps_per_epoch, epochs)
 
     def step(self, gradients: Mapping[Tensor, Tensor], step: int) -> None:
-        """Step once; parameters without a gradient stay as they are."""
+        """Step once at the rate of the run's step ``step``; what has no gradient stays as it is."""
         if self.optimizer is None:
             return
         rate = self.settings.lr * rate_factor(self.settings, step, *self.span)
@@ -58,7 +58,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """Give what a checkpoint must hold."""
+        """Return what a checkpoint must hold."""
         return self.optimizer.state_dict() if self.optimizer else {}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""The server: it owns the encoder W_b and the head W_t, and sees smashed activations only."""
+"""The server: it owns the encoder W_b and the head W_t, and sees smashed activations only.
+
+Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width, ``k`` classes.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ class Server:
         Returns
         -------
         dict of int to Tensor
-            Every client's own slice of the predictions, (b_n, classes), on CPU.
+            Every client's own slice of the predictions, on CPU: (b_n, k) logits, or (b_n, 2, d)
+            embeddings in retrieval.
 
         Notes
         -----
@@ -58,7 +62,7 @@ class Server:
         return dict(zip(smashed, slices, strict=True))
 
     def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Step the server's own optimizer."""
+        """Step the server's own optimizer at the run's step ``step``, on gradients by parameter."""
         self.stepper.step(gradients, step)
 
     def save(self, folder: str) -> None:

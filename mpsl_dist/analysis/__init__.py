@@ -1,0 +1,1 @@
+"""What runs cost and what they came to, for people: tables, figures and comparisons."""

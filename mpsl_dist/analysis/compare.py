@@ -91,7 +91,7 @@ def _mean(values: Sequence[dict[str, float]], key: str) -> float:
 
 
 def client_gflop(config: dict[str, Any]) -> float | None:
-    """Return a client's forward GFLOP per input.
+    """Return a client's forward GFLOP per sample, without a frozen text tower's.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def client_gflop(config: dict[str, Any]) -> float | None:
     Returns
     -------
     float or None
-        None where the experiment or its data cannot be had any more.
+        None where clients compute nothing, or the experiment or its data cannot be had any more.
     """
     from mpsl_dist.analysis.cost import cost_of
 
@@ -157,7 +157,7 @@ def _short(value: Any) -> str:
 
 
 def markdown(groups: Sequence[Group]) -> str:
-    """Return the page: a method × dataset table, then a table of every other figure."""
+    """Return the markdown page: a method × dataset table, then a table of every other figure."""
     lines = [group_.figures for group_ in groups]
     tasks = list(dict.fromkeys(_task(line) for line in lines))
     methods = list(dict.fromkeys(line["method"] for line in lines))
@@ -252,7 +252,7 @@ def write(groups: Sequence[Group], out: Path) -> list[Path]:
 
 
 def _draw(groups: Sequence[Group], path: Path) -> None:
-    """Draw, for every task, the learning curves and the bars of Fig. 2."""
+    """Draw, for every task, the learning curves and the bars of the paper's figure 2."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys((g.dataset, g.clients) for g in groups))
@@ -292,12 +292,12 @@ def _draw_curve(axis: Any, one: Group, colour: str) -> None:
 
 
 def _draw_bars(axis: Any, groups: Sequence[Group], colours: dict[str, str]) -> None:
-    for place, one in enumerate(groups):
+    for row, one in enumerate(groups):
         figures = one.figures
         rounds = figures["rounds_to_95_percent_of_peak"]
-        axis.barh(place, rounds, color=colours[one.label])
+        axis.barh(row, rounds, color=colours[one.label])
         axis.annotate(
-            f" {rounds:.1f} (ends at {100 * figures['mean']:.1f} %)", (rounds, place), va="center"
+            f" {rounds:.1f} (ends at {100 * figures['mean']:.1f} %)", (rounds, row), va="center"
         )
     axis.set(title="rounds to 95 % of peak", yticks=[])
     axis.xaxis.get_major_locator().set_params(integer=True)

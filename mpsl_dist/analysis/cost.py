@@ -32,8 +32,18 @@ class Row:
     ----------
     section : str
         ``parameters``, ``flops``, ``bytes_per_sample``, ``bytes_per_epoch`` or ``memory``.
+    method : str
+        A key of :data:`mpsl_dist.config.methods.METHODS`.
+    owner : "client" or "server"
     part : str
         What of the owner, ``total`` for all of it.
+    quantity : str
+        Which count of the part: ``all`` or ``trainable`` parameters; ``forward``, ``training`` or
+        ``paper`` FLOPs; bytes ``up`` or ``down``; ``peak`` memory.
+    value : float
+        In ``unit``.
+    unit : str
+        ``parameters``, ``FLOP per sample`` or ``bytes``.
     """
 
     section: str
@@ -54,7 +64,13 @@ class Cost:
     rows: tuple[Row, ...]
 
     def value(self, section: str, method: str, owner: str, part: str, quantity: str) -> float:
-        """Give one figure."""
+        """Return one figure.
+
+        Raises
+        ------
+        KeyError
+            If there is no such row.
+        """
         key = (section, method, owner, part, quantity)
         for row in self.rows:
             if (row.section, row.method, row.owner, row.part, row.quantity) == key:
@@ -62,7 +78,7 @@ class Cost:
         raise KeyError(key)
 
     def save(self, path: Path) -> None:
-        """Write all rows as .json or .csv."""
+        """Write all rows as .json or .csv, by the path's ending; create folders on the way."""
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [asdict(row) for row in self.rows]
         if path.suffix == ".csv":
@@ -76,13 +92,19 @@ class Cost:
 
 
 def check_out(path: Path | None) -> None:
-    """Refuse a kind of file that :meth:`Cost.save` does not write."""
+    """Refuse a kind of file that :meth:`Cost.save` does not write.
+
+    Raises
+    ------
+    ConfigError
+        If the path ends in neither .json nor .csv.
+    """
     if path is not None and path.suffix not in (".json", ".csv"):
         raise ConfigError(f"--out: {path} must end in .json or .csv")
 
 
 def about(experiment: Experiment, inputs: Inputs) -> dict[str, object]:
-    """Say what the figures are of."""
+    """Return what the figures are of: dataset, shapes, encoder, clients, batch, by name."""
     encoder, batch = experiment.model.encoder, experiment.training.batch_size
     return {
         "dataset": experiment.data.name,
@@ -100,7 +122,14 @@ def about(experiment: Experiment, inputs: Inputs) -> dict[str, object]:
 
 
 def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
-    """Compute every method's figures for an experiment; its own ``method`` does not matter."""
+    """Return every method's figures for an experiment; its own ``method`` does not matter.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    inputs : Inputs, optional
+        The dataset's shapes and sizes, by default :func:`inputs_of` the experiment.
+    """
     inputs = inputs or inputs_of(experiment)
     # All methods train one and the same model, but for those that freeze its encoder and add
     # adapters.
@@ -137,7 +166,7 @@ class Measured:
         self._kept: dict[tuple[str, int], int] = {}
 
     def kept(self, part: str, batch: int) -> int:
-        """Give the bytes that a part keeps for the backward of a batch."""
+        """Return the bytes that a part keeps for the backward of ``batch`` samples."""
         if (part, batch) not in self._kept:
             count = flops.kept_by_client if part == "client" else flops.kept_by_server
             self._kept[part, batch] = count(self.parts, batch)
@@ -145,7 +174,7 @@ class Measured:
 
 
 def owner_of(method: str, part: str) -> str:
-    """Say who runs the client's or the server's part of the model under a method."""
+    """Return who runs the ``client`` or ``server`` part of the model under a method."""
     facts = METHODS[method]
     return facts.tokenizers if part == "client" else facts.server_model
 
@@ -166,8 +195,8 @@ def _parameters(method: str, parts: ModelParts) -> Iterator[Row]:
         part, name = key.split("/")
         owner = owner_of(method, part)
         sums = totals.setdefault(owner, [0, 0])
-        for place, (quantity, value) in enumerate(zip(("all", "trainable"), numbers, strict=True)):
-            sums[place] += value
+        for index, (quantity, value) in enumerate(zip(("all", "trainable"), numbers, strict=True)):
+            sums[index] += value
             yield Row("parameters", method, owner, name, quantity, value, "parameters")
     for owner, sums in totals.items():
         for quantity, value in zip(("all", "trainable"), sums, strict=True):
@@ -193,7 +222,7 @@ def _flops(method: str, client: dict[str, Flops], server: dict[str, Flops]) -> I
 
 
 def _picture_rows(method: str, parts: ModelParts) -> Iterator[Row]:
-    """Give totals in the paper's unit of retrieval: a picture with all its captions."""
+    """Yield totals in the paper's unit of retrieval: a picture with all its captions."""
     client = flops.count_client(parts, CAPTIONS)
     for row in _flops(method, client, flops.count_server(parts, CAPTIONS)):
         if row.part.startswith("total"):
@@ -258,14 +287,14 @@ def _memory(method: str, parts: ModelParts, of: Measured) -> Iterator[Row]:
 
 
 def _averaging(parts: ModelParts, model: int) -> dict[str, int]:
-    """Give what lies at the server of a federated method: its model, and all updates at once."""
+    """Return a federated server's memory in bytes: its model, and all updates at once."""
     trained = sum(traffic_model.trained_bytes(parts, part) for part in ("client", "server"))
     drawn = max(1, round(parts.experiment.federated.fraction * parts.experiment.clients))
     return {"parameters": model, "updates": drawn * trained}
 
 
 def _held(parts: ModelParts, part: str, settings: OptimizerSettings) -> dict[str, int]:
-    """Give what lies in memory whatever the batch."""
+    """Return the bytes that lie in memory whatever the batch."""
     module = parts.tokenizers if part == "client" else parts.server_model
     trained = traffic_model.trained_bytes(parts, part)
     moments = 2 if settings.name != "sgd" else int(settings.momentum > 0)
@@ -277,7 +306,7 @@ def _held(parts: ModelParts, part: str, settings: OptimizerSettings) -> dict[str
 
 
 def share(cost: Cost, with_tower: bool = False) -> float:
-    """Give how many times the encoder's forward FLOPs are a client's, under MPSL."""
+    """Return the ratio of the encoder's forward FLOPs to a client's, under MPSL."""
     rows = [r for r in cost.rows if (r.section, r.method) == ("flops", "mpsl")]
     encoder = sum(r.value for r in rows if r.part[:7] == "encode " and r.quantity == "forward")
     total = WITH_TOWER if with_tower else "total"

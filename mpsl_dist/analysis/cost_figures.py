@@ -24,6 +24,8 @@ class Point:
 
     Attributes
     ----------
+    size : str
+        A key of :data:`mpsl_dist.models.server_model.SIZES`.
     sent : dict of str to float
         Method -> bytes per client and epoch, both ways.
     client, tower, encoder : int
@@ -38,7 +40,7 @@ class Point:
 
 
 def draw(experiment: Experiment, folder: Path) -> list[Path]:
-    """Draw both figures into a folder; gives their paths."""
+    """Draw both figures into a folder, created if need be, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     points = [_point(experiment, size) for size in SIZES]
     traffic, share = folder / "cost_traffic.png", folder / "cost_share.png"
@@ -48,7 +50,7 @@ def draw(experiment: Experiment, folder: Path) -> list[Path]:
 
 
 def resized(experiment: Experiment, size: str) -> Experiment:
-    """Give the experiment with another encoder, the latter half of its blocks trained."""
+    """Return the experiment with an encoder of this size, the latter half of its blocks trained."""
     model, shapes = experiment.model, inputs_of(experiment).shapes
     patch = _PATCH[size] if shapes.get("image", (3, 1))[1] % 112 == 0 else model.image_patch
     encoder = Encoder(size, trainable_blocks=SIZES[size][1] // 2)
@@ -81,12 +83,12 @@ def _draw_traffic(experiment: Experiment, inputs: Inputs, points: list[Point], p
         values = [point.sent[method] / 2**20 for point in points]
         label, colour = _NAMES[method], _COLOURS[method]
         axes.plot([p.size for p in points], values, marker="o", color=colour, label=label)
-        for place, value in enumerate(values):
-            above = method == "mpsl" and value >= points[place].sent["fedavg"] / 2**20
-            above = above or (method != "mpsl" and value >= points[place].sent["mpsl"] / 2**20)
+        for index, value in enumerate(values):
+            above = method == "mpsl" and value >= points[index].sent["fedavg"] / 2**20
+            above = above or (method != "mpsl" and value >= points[index].sent["mpsl"] / 2**20)
             axes.annotate(
                 f"{value:,.0f}",
-                (place, value),
+                (index, value),
                 (0, 7 if above else -14),
                 textcoords="offset points",
                 ha="center",
@@ -115,9 +117,9 @@ def _draw_share(experiment: Experiment, points: list[Point], path: Path) -> None
     width = 0.8 / len(bars)
     colours = {"tower": "#9cc3e0", "client": _COLOURS["mpsl"], "encoder": "0.55"}
     for number, (label, name) in enumerate(bars.items()):
-        places = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(points))]
+        centres = [index + (number - (len(bars) - 1) / 2) * width for index in range(len(points))]
         values = [getattr(point, name) / 1e9 for point in points]
-        drawn = axes.bar(places, values, width, label=label, color=colours[name])
+        drawn = axes.bar(centres, values, width, label=label, color=colours[name])
         if name != "encoder":
             parts = [_fraction(getattr(point, name) / point.encoder) for point in points]
             axes.bar_label(drawn, parts, fontsize=7, padding=1)

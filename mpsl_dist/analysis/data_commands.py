@@ -70,7 +70,18 @@ def _built_in(experiment: Experiment) -> bool:
 
 
 def download_data(experiment: Experiment) -> int:
-    """Download the experiment's dataset into ``data.root``; return the exit status."""
+    """Download the experiment's dataset into ``data.root``.
+
+    Returns
+    -------
+    int
+        The exit status, 0.
+
+    Raises
+    ------
+    UserError
+        If no folder is named, or the dataset cannot be downloaded.
+    """
     data = experiment.data
     if _built_in(experiment):
         print(f"{data.name} is built in: nothing to download")
@@ -78,7 +89,7 @@ def download_data(experiment: Experiment) -> int:
     if data.root is None:
         raise ConfigError("data.root: name the folder to download into")
     with Transfers() as transfers:
-        done = download(data.name, data.root, transfers.tell)
+        done = download(data.name, data.root, transfers.tell, experiment.plugins)
     print("\n".join(done))
     return 0
 
@@ -111,7 +122,7 @@ class Transfers:
         self.bar.stop()
 
     def tell(self, name: str, have: int, total: int | None) -> None:
-        """Show that ``have`` bytes of ``total`` are there."""
+        """Show that ``have`` bytes of ``total`` (None: unknown) of the file ``name`` are there."""
         if name not in self.tasks:
             self.tasks[name] = self.bar.add_task(name)
         self.bar.update(self.tasks[name], completed=have, total=total)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpsl_dist.actors import assembly, choices
 from mpsl_dist.analysis.cost_inputs import Inputs
-from mpsl_dist.config import Experiment, Weights
+from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.models.clip_text import ClipText
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task
@@ -51,7 +51,7 @@ class Flops:
         )
 
     def times(self, count: int) -> Flops:
-        """Give the operations of ``count`` such passes."""
+        """Return the operations of ``count`` such passes."""
         return Flops(self.forward * count, self.training * count, self.paper * count)
 
 
@@ -74,7 +74,7 @@ class ModelParts:
 
     @property
     def width(self) -> int:
-        """Give the encoder's width d."""
+        """The encoder's width d."""
         return choices.width_of(self.experiment)
 
     @property
@@ -84,7 +84,7 @@ class ModelParts:
 
     @property
     def bytes_per_number(self) -> int:
-        """Size of a parameter or activation."""
+        """Bytes of one number of a parameter or activation."""
         return self.dtype.itemsize
 
     @property
@@ -99,27 +99,28 @@ class ModelParts:
 
 
 def build(experiment: Experiment, inputs: Inputs) -> ModelParts:
-    """Build a method's parts on the meta device; takes no memory, whatever their size."""
-    on_meta = replace(experiment, device="meta", weights=Weights())
-    with torch.device("meta"):
-        tokenizers = assembly.build_tokenizers(on_meta, inputs.splits())
-        model = assembly.build_server_model(on_meta, inputs.splits(), tokenizers.lengths)
-    return ModelParts(experiment, inputs, tokenizers, model)
+    """Build a method's parts on the meta device, where they take no memory."""
+    try:
+        parts = assembly.build_on_meta(experiment, inputs.splits())
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        raise ConfigError(f"cost: a part reads numbers while it is built: {error}") from error
+    return ModelParts(experiment, inputs, *parts)
 
 
 def meta_inputs(parts: ModelParts, batch: int) -> dict[str, Tensor]:
-    """Give inputs without content, by modality."""
-    dtype = choices.dtype_of(parts.experiment)
-    return {
-        name: torch.empty(
-            (batch, *shape), device="meta", dtype=torch.long if name == "text" else dtype
-        )
-        for name, shape in parts.inputs.shapes.items()
-    }
+    """Return inputs without content of ``batch`` samples, by modality, on the meta device."""
+    found = {}
+    for name, shape in parts.inputs.shapes.items():
+        integers = assembly.tokenizer_facts(parts.experiment, name).integers
+        dtype = torch.long if integers else parts.dtype
+        found[name] = torch.empty((batch, *shape), device="meta", dtype=dtype)
+    return found
 
 
 def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
-    """Give a modality's tokens (b, l, d) as :class:`Tokenizers` would."""
+    """Return a modality's tokens (b, l, d) as :class:`Tokenizers` would."""
     tokenizer, x = parts.tokenizers.by_modality[name], meta_inputs(parts, batch)[name]
     # A tower's own pass keeps what it saw, by content; here there is none.
     tokens_bld = tokenizer.encode(x).unsqueeze(1) if isinstance(tokenizer, ClipText) else None
@@ -127,7 +128,7 @@ def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
 
 
 def count_client(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
-    """Count a client's operations per sample, by modality; the frozen text tower apart.
+    """Return a client's operations per sample, by modality; the frozen text tower apart.
 
     Parameters
     ----------
@@ -150,7 +151,7 @@ def count_client(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
 
 
 def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
-    """Count the server's operations per sample: by pass of the encoder, and the head.
+    """Return the server's operations per sample: by pass of the encoder, and the head.
 
     Early fusion has one pass, ``joint``; late fusion and retrieval one per modality. FedCLIP's
     adapters count with the head. ``captions`` as in :func:`count_client`.
@@ -165,11 +166,20 @@ def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
         smashed = [_tokens(parts, length) for length in lengths.values()]
         with _without_encoder(model):
             counted["head"] = count(model, lambda: model(smashed))
+    elif (head := count(model.head, lambda: model.head(_features(parts)))).forward:
+        counted["head"] = head  # our own computes nothing but dot products
     return counted
 
 
+def _features(parts: ModelParts) -> Tensor:
+    """Return what a head takes of one sample."""
+    modalities = (len(parts.inputs.shapes),) if parts.server_model.apart else ()
+    shape = (1, *modalities, parts.width)
+    return torch.empty(shape, device="meta", dtype=parts.dtype, requires_grad=True)
+
+
 def count_encoder(encoder: nn.Sequential, tokens_bld: Tensor) -> Flops:
-    """Count a pass of the encoder; blocks differ only in whether they are trained."""
+    """Return the operations of a pass; blocks differ only in whether they are trained."""
     known: dict[tuple[bool, bool], Flops] = {}
     total, asked = Flops(), tokens_bld.requires_grad
     for block in encoder:
@@ -192,7 +202,7 @@ def _without_encoder(model: ServerModel) -> Iterator[None]:
 
 
 def _passes(parts: ModelParts) -> dict[str, int]:
-    """Give the tokens of the encoder's passes for a sample."""
+    """Return the encoder's passes for a sample: name -> tokens."""
     names, lengths = list(parts.inputs.shapes), parts.tokenizers.lengths
     if parts.server_model.fusion == "early":
         return {"joint": sum(lengths)}
@@ -205,14 +215,14 @@ def _tokens(parts: ModelParts, length: int) -> Tensor:
 
 
 def count(module: nn.Module, run: Callable[[], Tensor]) -> Flops:
-    """Count one run of (parts of) a module.
+    """Return the operations of one run of (parts of) a module.
 
     Parameters
     ----------
     module : nn.Module
         Where to look for layers.
     run : callable
-        Runs it once on a batch of one; gives a tensor.
+        Runs it once on a batch of one, and returns the resulting tensor.
     """
     # The fused attention kernels of the CPU are unknown to torch's counter: the plain one is not.
     with sdpa_kernel([SDPBackend.MATH]):
@@ -237,7 +247,7 @@ def _paper_counter(module: nn.Module) -> Iterator[list[int]]:
             counted.append(5 * output.numel())
         elif isinstance(layer, nn.Linear):
             counted.append(output.numel() * layer.in_features)
-        elif isinstance(layer, nn.Conv2d):
+        elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             counted.append(output.numel() * layer.weight[0].numel())
 
     handles = [layer.register_forward_hook(note) for layer in module.modules()]
@@ -249,7 +259,7 @@ def _paper_counter(module: nn.Module) -> Iterator[list[int]]:
 
 
 def kept_by_client(parts: ModelParts, batch: int) -> int:
-    """Give the bytes that a client's autograd keeps between forward and backward."""
+    """Return the bytes that a client's autograd keeps for the backward of ``batch`` samples."""
     return kept_bytes(
         parts.tokenizers,
         lambda: fuse(
@@ -260,9 +270,8 @@ def kept_by_client(parts: ModelParts, batch: int) -> int:
 
 
 def kept_by_server(parts: ModelParts, batch: int) -> int:
-    """Give the bytes that the server's autograd keeps between forward and backward."""
+    """Return the bytes that the server's autograd keeps for the backward of ``batch`` samples."""
     trained = any(p.requires_grad for p in parts.tokenizers.parameters())
-
     lengths = list(_passes(parts).values())
 
     def run() -> Tensor:
@@ -278,7 +287,7 @@ def kept_by_server(parts: ModelParts, batch: int) -> int:
 def kept_bytes(
     module: nn.Module, run: Callable[[], object], sequences: Collection[int] = ()
 ) -> int:
-    """Count what autograd saves in a run, parameters aside.
+    """Return the bytes that autograd saves in a run, parameters aside.
 
     Attention's l x l matrices, l one of ``sequences``, are left out: the fused kernels, which a
     run uses on CPU and GPU, do not keep them.
@@ -301,7 +310,7 @@ def kept_bytes(
 
 
 def parameters(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Count (all, trainable) parameters by name; one shared by two modules counts for the first."""
+    """Return (all, trainable) parameters by module; one shared by two counts for the first."""
     seen: set[int] = set()
     counted = {}
     for name, module in modules.items():

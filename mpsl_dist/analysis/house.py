@@ -71,12 +71,12 @@ class Box:
 
     @property
     def middle(self) -> float:
-        """Return the x of its middle."""
+        """The x of its middle."""
         return self.left + self.width / 2
 
     @property
     def bottom(self) -> float:
-        """Return the y of its lower edge."""
+        """The y of its lower edge."""
         return self.top + self.height
 
 
@@ -214,14 +214,14 @@ def _past(layer: Sequence[Box], wished: dict[Edge, float], width: float) -> dict
     found: dict[Edge, float] = {}
     for (low, high), inside in shared.items():
         step = min(_LANE / 2, (high - low) / len(inside))
-        places = [min(max(wished[edge], low), high) for edge in inside]
-        for at in range(1, len(places)):
-            places[at] = max(places[at], places[at - 1] + step)
+        xs = [min(max(wished[edge], low), high) for edge in inside]
+        for at in range(1, len(xs)):
+            xs[at] = max(xs[at], xs[at - 1] + step)
         over = high
-        for at in reversed(range(len(places))):
-            places[at] = min(places[at], over)
-            over = places[at] - step
-        found |= dict(zip(inside, places, strict=True))
+        for at in reversed(range(len(xs))):
+            xs[at] = min(xs[at], over)
+            over = xs[at] - step
+        found |= dict(zip(inside, xs, strict=True))
     return found
 
 
@@ -289,7 +289,7 @@ def _draw_box(axes: Axes, room: str, box: Box, lines: int, colour: str) -> None:
 
 
 def _draw_importers(axes: Axes, room: str, box: Box, edges: dict[Edge, int]) -> None:
-    """Say in words who imports a file of the ground: arrows from everywhere would hide the rest."""
+    """Write who imports a file of the ground: arrows from everywhere would hide the rest."""
     named = [f"{a}\xa0{count}" for (a, b), count in sorted(edges.items()) if b == room]
     said = textwrap.wrap(f"imported by {', '.join(named) or 'nothing'}", int(box.width / 7))
     for line, text in enumerate(said):

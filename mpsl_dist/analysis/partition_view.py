@@ -37,10 +37,11 @@ class PartitionTable:
     counts : array
         (clients, classes) training samples; in retrieval (clients, 2) pictures and captions.
     columns : tuple of str
-        The classes' names.
+        The names of the columns of ``counts``.
     clients : tuple of str
+        The clients' names, or their numbers.
     rule : str
-        How it came about.
+        How the samples were dealt, in words.
     retrieval : bool
     """
 
@@ -57,7 +58,13 @@ class PartitionTable:
 
 
 def holdings(experiment: Experiment) -> PartitionTable:
-    """Load the data and deal it as a run would."""
+    """Return who holds what, after loading and dealing the data as a run would.
+
+    Raises
+    ------
+    UserError
+        If the data cannot be loaded or dealt.
+    """
     splits = load_data(experiment)
     dealt = Holdings.deal(experiment, splits).dealt
     labels = splits.train.labels.numpy()
@@ -76,7 +83,21 @@ def holdings(experiment: Experiment) -> PartitionTable:
 
 
 def show(experiment: Experiment, out: Path, console: Console | None = None) -> None:
-    """Print the table and draw the picture."""
+    """Print the table, and draw the picture into a file.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    out : Path
+        Ends in one of :data:`FORMATS`; folders on the way are created.
+    console : Console, optional
+        Where the table is printed; by default standard output.
+
+    Raises
+    ------
+    UserError
+        If ``out`` ends otherwise, or the data cannot be loaded or dealt.
+    """
     if out.suffix not in FORMATS:
         raise ConfigError(f"--out: {out} must end in {', '.join(FORMATS)}")
     # The user's own names are no markup: "[x]" is a name.
@@ -104,7 +125,7 @@ def show(experiment: Experiment, out: Path, console: Console | None = None) -> N
 
 
 def table(found: PartitionTable, console: Console) -> Table:
-    """Lay out clients × classes; where that is too wide, a summary of each client."""
+    """Return a table of clients × classes; where that is too wide, a summary of each client."""
     if found.retrieval or len(found.columns) <= _COLUMNS:
         whole = _table_of_classes(found)
         if console.measure(whole).maximum <= console.width:
@@ -143,13 +164,13 @@ def _summary(found: PartitionTable, counts: NDArray[np.int64]) -> list[str]:
 
 
 def entropy(counts: NDArray[np.int64]) -> float:
-    """Give the entropy of a client's classes in bits: 0 for one class, log2(k) for k equal ones."""
+    """Return the entropy of counts (classes,) in bits: 0 for one class, log2(k) for k equal."""
     shares = counts[counts > 0] / counts.sum()
     return float((shares * np.log2(1 / shares)).sum())
 
 
 def picture(found: PartitionTable, name: str) -> Figure:
-    """Draw clients × classes, the darker the more samples, beside each client's samples."""
+    """Return a drawing of clients × classes, the darker the more samples, beside the totals."""
     from matplotlib.figure import Figure
 
     rows, columns = found.counts.shape
@@ -185,8 +206,8 @@ def _draw_grid(figure: Figure, grid: Axes, found: PartitionTable) -> None:
     figure.colorbar(colours, ax=grid, label="samples (white: none)", location="left")
     _name_clients(grid, found)
     if len(found.columns) <= _NAMED:
-        places = range(len(found.columns))
-        grid.set_xticks(places, found.columns, rotation=60, ha="right", parse_math=False)
+        ticks = range(len(found.columns))
+        grid.set_xticks(ticks, found.columns, rotation=60, ha="right", parse_math=False)
     else:
         grid.set_xlabel(f"{len(found.columns)} classes, in label order")
 

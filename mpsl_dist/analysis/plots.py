@@ -8,7 +8,10 @@ from mpsl_dist.records.run_directory import RunDirectory
 
 
 def learning_curve(run: RunDirectory) -> None:
-    """Draw training loss and test metrics over the steps: ``learning_curve.png``."""
+    """Draw training loss and test metrics over the steps into the run's ``learning_curve.png``.
+
+    A run without a step leaves none.
+    """
     from matplotlib.figure import Figure
 
     lines = run.metrics()

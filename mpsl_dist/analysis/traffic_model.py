@@ -24,12 +24,12 @@ Bytes = dict[str, NDArray[np.int64]]
 
 
 def direction(kind: str) -> str:
-    """Give "up" (client to server) or "down"."""
+    """Return the direction of a kind of traffic: ``up`` (client to server) or ``down``."""
     return KINDS[kind][0]
 
 
 def equal_plan(experiment: Experiment, samples: int) -> NDArray[np.int64]:
-    """Plan an epoch, (steps, clients), as if all clients held equally many of the samples.
+    """Return an epoch's plan, (steps, clients), as if all clients held equally many samples.
 
     What a client sends on average does not depend on who holds what, but for the losses' 4 bytes
     a step.
@@ -40,7 +40,7 @@ def equal_plan(experiment: Experiment, samples: int) -> NDArray[np.int64]:
 
 
 def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
-    """Give the bytes that one sample causes in a step of split learning, by kind.
+    """Return the bytes that one sample causes in a step of split learning, by kind.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def predicted_numbers(parts: ModelParts) -> int:
 
 
 def trained_tokens(parts: ModelParts) -> dict[str, bool]:
-    """Say of every modality whether a gradient comes back for its tokens."""
+    """Return of every modality whether a gradient comes back for its tokens."""
     own = {name: flops.embed(parts, name, 1).requires_grad for name in parts.inputs.shapes}
     if parts.server_model.fusion == "early":
         return dict.fromkeys(own, any(own.values()))
@@ -81,7 +81,7 @@ def trained_tokens(parts: ModelParts) -> dict[str, bool]:
 
 
 def training(parts: ModelParts, plan: NDArray[np.int64], epochs: int) -> Bytes:
-    """Give the bytes of ``epochs`` epochs of training.
+    """Return the bytes of ``epochs`` epochs of training.
 
     Parameters
     ----------
@@ -112,14 +112,14 @@ def _rounds(parts: ModelParts, clients: int, rounds: int) -> Bytes:
 
 
 def trained_bytes(parts: ModelParts, owner: str) -> int:
-    """Give the bytes of an owner's trained parameters."""
+    """Return the bytes of the trained parameters of an owner, ``client`` or ``server``."""
     module = parts.tokenizers if owner == "client" else parts.server_model
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trained * parts.bytes_per_number
 
 
 def testing(parts: ModelParts, held: NDArray[np.int64]) -> Bytes:
-    """Give the bytes of one test.
+    """Return the bytes of one test.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def testing(parts: ModelParts, held: NDArray[np.int64]) -> Bytes:
 
 
 def exporting(parts: ModelParts, clients: int) -> Bytes:
-    """Give the bytes that bring the last tokenizers together for the model to deploy."""
+    """Return the bytes that bring the last tokenizers together for the model to deploy."""
     facts = facts_of(parts.experiment)
     if facts.one_process or not facts.split:
         return {}

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mpsl_dist import plugins
 from mpsl_dist.config.methods import facts_of
-from mpsl_dist.config.schema import WEIGHT_FILES, WEIGHT_SOURCES, Experiment
+from mpsl_dist.config.schema import MODALITIES, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
 from mpsl_dist.errors import ConfigError
 
 #: Seconds of a year: a longer timeout overflows the clocks that it is given to.
@@ -41,12 +42,31 @@ def problems(experiment: Experiment) -> list[str]:
     try:
         if facts_of(experiment).adapted:
             found += _adapter_problems(experiment)
+        found += _modality_problems(experiment)
     except ConfigError as error:
-        found.append(str(error))
+        found += str(error).splitlines()
     chosen = experiment.data.modalities
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         found.append("data.modalities: name at least one, each once, or leave it null")
     return found + _encoder_problems(experiment) + _weight_problems(experiment)
+
+
+def _modality_problems(experiment: Experiment) -> list[str]:
+    """Refuse modalities that nothing makes tokens of."""
+    lists = {
+        "data.modalities": (experiment.data.modalities, "null"),
+        "adapters.include": (experiment.adapters.include, "'unified'"),
+    }
+    given = {key: value for key, (value, _) in lists.items() if isinstance(value, list)}
+    if all(set(value) <= set(MODALITIES) for value in given.values()):
+        return []
+    known = plugins.names("tokenizers", MODALITIES, experiment.plugins)
+    valid = " or ".join(map(repr, known))
+    return [
+        f"{key}: expected a list of {valid} or {lists[key][1]}, found {value!r}"
+        for key, value in given.items()
+        if not set(value) <= set(known)
+    ]
 
 
 def _too_small(experiment: Experiment) -> list[str]:

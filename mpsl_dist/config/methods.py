@@ -32,6 +32,8 @@ class MethodFacts:
         Whether the encoder is frozen and surrounded by adapters.
     backwards : "one" or "per client"
         How many backward passes the server runs in a step.
+    tolerant : bool
+        Whether it goes on without clients that are lost (``faults``).
     options : type, optional
         A frozen dataclass: what ``method_options`` may say.
     """
@@ -43,6 +45,7 @@ class MethodFacts:
     one_process: bool = False
     adapted: bool = False
     backwards: Literal["one", "per client"] = "one"
+    tolerant: bool = False
     options: type | None = None
 
     def owner(self, part: str) -> Owner:
@@ -61,6 +64,7 @@ OPTIONAL = (
     "clients_per_worker",
     "contrastive",
     "data.test_at",
+    "faults",
     "federated",
     "runtime.channels",
     "runtime.interface",
@@ -80,18 +84,20 @@ _REMOTE = (
     "runtime.worker_threads",
 )
 _SPLIT = (*_REMOTE, "contrastive", "tokenizer_sync", "training.evaluate_own")
+_ROUNDS = (*_REMOTE, "faults", "federated")
 
 METHODS: dict[str, MethodFacts] = {
-    "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=_SPLIT),
+    "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=(*_SPLIT, "faults"), tolerant=True),
     "psl": MethodFacts("mpsl_dist.methods.psl:build", reads=_SPLIT, backwards="per client"),
     "fedavg": MethodFacts(
-        "mpsl_dist.methods.fedavg:build", server_model="client", reads=(*_REMOTE, "federated")
+        "mpsl_dist.methods.fedavg:build", server_model="client", reads=_ROUNDS, tolerant=True
     ),
     "fedclip": MethodFacts(
         "mpsl_dist.methods.fedavg:build",
         server_model="client",
-        reads=(*_REMOTE, "federated", "adapters"),
+        reads=(*_ROUNDS, "adapters"),
         adapted=True,
+        tolerant=True,
     ),
     "centralized": MethodFacts(
         "mpsl_dist.methods.centralized:build", tokenizers="server", one_process=True
@@ -110,9 +116,21 @@ def facts_of(experiment: Experiment) -> MethodFacts:
     return plugins.find("methods", experiment.method, METHODS, experiment.plugins, "method")
 
 
+def options_of(experiment: Experiment) -> Any:
+    """Return the method's own options, checked, by a ConfigError; None where it has none."""
+    return plugins.options(
+        facts_of(experiment).options, experiment.method_options, "method_options"
+    )
+
+
 def processes_of(experiment: Experiment) -> int:
     """Return how many processes a run has: the server and its workers, or one."""
     return 1 if facts_of(experiment).one_process else experiment.workers + 1
+
+
+def goes_on(experiment: Experiment) -> bool:
+    """Return whether a run goes on without clients that are lost."""
+    return facts_of(experiment).tolerant and experiment.faults.on_loss == "continue"
 
 
 def unread(experiment: Experiment) -> list[str]:

@@ -31,8 +31,9 @@ class Data:
     partition: Partition = field(default_factory=Partition)
     #: Length of a text in CLIP byte-pair tokens, start and end included.
     text_length: int = 16
-    #: ``manifest`` only: what to read, in the order of fusion; null is all that its columns give.
-    modalities: list[Literal["image", "audio", "text"]] | None = None
+    #: ``manifest`` and plugins' datasets that have a choice: what to read, in the order of fusion;
+    #: null is all that there is.
+    modalities: list[str] | None = None
     #: Loader processes per client; 0 loads in the worker itself.
     loaders: int = 0
     #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's
@@ -104,6 +105,10 @@ class Model:
     #: has none). The released code has neither.
     normalize: bool = False
     temperature: float | None = None
+
+
+#: Our own modalities; plugins' tokenizers add further ones.
+MODALITIES = ("image", "audio", "text")
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ class Adapters:
     """The attention adapters of fedclip, on the pooled features of the frozen encoder."""
 
     #: An adapter for each of these modalities that the data has, or ``unified``: one for all.
-    include: list[Literal["image", "audio", "text"]] | Literal["unified"] = field(
+    include: list[str] | Literal["unified"] = field(
         default_factory=lambda: ["image", "audio", "text"]
     )
     #: ``scaled`` multiplies a feature by its softmax (the released form: about 1/width of its
@@ -217,6 +222,24 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Faults:
+    """What becomes of a run whose clients are lost: killed, failed, stopped or too slow."""
+
+    #: ``continue`` repeats the step without the lost; ``stop`` ends the run. ``psl`` always stops.
+    on_loss: Literal["stop", "continue"] = "continue"
+    #: With fewer clients than this the run stops.
+    min_clients: int = 1
+    #: Seconds until a client that does not answer counts as lost; null is ``runtime.rpc_timeout``.
+    client_timeout: float | None = None
+    #: A client whose loss or gradient is no finite number: ``stop`` ends the run,
+    #: ``skip_client`` repeats the step without it.
+    on_nonfinite: Literal["stop", "skip_client"] = "stop"
+    #: Seconds after which a worker without a sign of life is killed, and within which every process
+    #: is gone when the run has ended.
+    exit_timeout: float = 30.0
+
+
+@dataclass(frozen=True)
 class Runtime:
     """The connection between the processes."""
 
@@ -231,15 +254,6 @@ class Runtime:
     #: Compute threads of the server, and of each worker; null divides the host's cores.
     server_threads: int | None = None
     worker_threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What happens when something fails."""
-
-    #: Seconds from a stop signal, or the launcher's death, until every process of a run that was
-    #: started by one command is gone: time to end the step and write a checkpoint.
-    exit_timeout: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -274,8 +288,8 @@ class Experiment:
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    runtime: Runtime = field(default_factory=Runtime)
     faults: Faults = field(default_factory=Faults)
+    runtime: Runtime = field(default_factory=Runtime)
 
     @property
     def workers(self) -> int:

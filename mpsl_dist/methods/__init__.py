@@ -1,0 +1,1 @@
+"""How the actors train together: one module per method, and the loop that all of them share."""

@@ -26,14 +26,14 @@ from mpsl_dist.records.traffic import Traffic
 
 
 def pool(batches: Sequence[Batch]) -> Batch:
-    """Join mini-batches into one global batch."""
+    """Join mini-batches of the same modalities into one global batch, in their order."""
     names = batches[0].inputs
     inputs = {name: torch.cat([batch.inputs[name] for batch in batches]) for name in names}
     return Batch(inputs, torch.cat([batch.labels for batch in batches]))
 
 
 class Centralized:
-    """The method in one process.
+    """Centralized training, one process that has everything.
 
     Parameters
     ----------
@@ -50,6 +50,7 @@ class Centralized:
         self.learner = learner
         self.traffic = Traffic(experiment.clients)  # nothing ever crosses
         self.lost: set[int] = set()
+        self.repeated = 0
         self.held = [holdings.of(client)[0] for client in range(experiment.clients)]
         sizes = [len(data) for data in self.held]
         self.plan = shares(sizes, experiment.training.batch_size, experiment.client_share)
@@ -61,7 +62,13 @@ class Centralized:
             data.begin_epoch(epoch, self.plan[:, client].tolist(), first_step)
 
     def step(self, epoch_step: int, step: int) -> float:
-        """Train one step on the global batch; returns its mean loss, which is Eq. 4's L_S."""
+        """Train one step on the global batch, and return its mean loss, which is Eq. 4's L_S.
+
+        Raises
+        ------
+        DivergedError
+            If the loss is no finite number; no parameter has moved then.
+        """
         took_part = np.flatnonzero(self.plan[epoch_step])
         return self.learner.train(pool([self.held[n].batch(epoch_step) for n in took_part]), step)
 

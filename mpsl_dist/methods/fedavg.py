@@ -5,7 +5,7 @@ for some local epochs on its own data; the server replaces them by the clients' 
 their samples. A round is one step, and one epoch, of the training loop: with one local epoch every
 sample is met as often as in an epoch of MPSL.
 
-A client's mini-batches are those that it gives to MPSL's global batches (``client_share``), unless
+A client's mini-batches are those that it has in MPSL's global batches (``client_share``), unless
 ``federated.batch_size`` sets their size; its learning rate follows MPSL's steps in either case.
 
 FedCLIP (Lu et al. 2023), as the paper compares with it, is this around a frozen encoder: clients
@@ -38,7 +38,7 @@ from mpsl_dist.records.traffic import Traffic
 
 
 class FedAvg:
-    """The method.
+    """FedAvg or FedCLIP, as the server sees it.
 
     Parameters
     ----------
@@ -57,6 +57,7 @@ class FedAvg:
         self.splits = splits
         self.model = model
         self.clients = clients
+        self.repeated = 0
         held = clients.describe()
         self.sizes = {n: held[n].samples for n in held}
         self.test_sizes = {n: held[n].test_samples for n in held if held[n].test_samples}
@@ -86,11 +87,16 @@ class FedAvg:
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Nothing to lay out: clients do, when their round begins."""
 
-    def step(self, epoch_step: int, step: int) -> float:
-        """Train one round; returns the mean loss over all samples that were trained on."""
+    def step(self, epoch_step: int, step: int) -> float | None:
+        """Train one round; returns the mean loss over all samples that were trained on.
+
+        Updates of clients that are lost on the way are left out; None if there is none at all.
+        """
         fraction, seed = self.experiment.federated.fraction, self.experiment.seed
-        drawn = draw(len(self.sizes), fraction, seed, step)
+        drawn = [n for n in draw(len(self.sizes), fraction, seed, step) if n not in self.lost]
         updates = self.clients.train_round(step, trainable_state(self.model), drawn)
+        if not updates:
+            return None
         load_trainable(self.model, aggregate(updates))
         samples = sum(update.samples for update in updates.values())
         return sum(update.loss * update.samples / samples for update in updates.values())
@@ -100,8 +106,9 @@ class FedAvg:
         size = self.experiment.training.test_batch_size
         if self.experiment.data.test_at == "server":
             return self.model.test(self.splits.test, size)
-        right = self.clients.test(trainable_state(self.model), size, list(self.test_sizes))
-        return {"accuracy": sum(right.values()) / sum(self.test_sizes.values())}
+        holders = [n for n in self.test_sizes if n not in self.lost]
+        right = self.clients.test(trainable_state(self.model), size, holders)
+        return {"accuracy": sum(right.values()) / sum(self.test_sizes[n] for n in right)}
 
     def deployable(self) -> Deployable:
         """Return the server's model."""
@@ -136,7 +143,7 @@ def draw(clients: int, fraction: float, seed: int, round_: int) -> list[int]:
 
 
 def aggregate(updates: Mapping[int, Update]) -> dict[str, torch.Tensor]:
-    """Average the clients' trainable parameters, weighted by their samples."""
+    """Return the mean of the clients' trainable parameters, weighted by their samples."""
     return average(
         [update.weights for update in updates.values()],
         [update.samples for update in updates.values()],
@@ -149,7 +156,11 @@ def build_clients(
     holdings: Holdings,
     reference: Callable[[Any], Any] | None = None,
 ) -> list[FederatedClient]:
-    """Build these clients in this process, around one model that they take turns on."""
+    """Build these clients in this process, around one model that they take turns on.
+
+    The parameters are those of :data:`mpsl_dist.methods.hosting.BuildClients`; ``reference`` goes
+    unused.
+    """
     model = deployable.build(experiment, holdings.splits)
     rules = experiment.federated
     return [
@@ -170,5 +181,5 @@ def build(setup: Setup) -> FedAvg:
     experiment, splits = setup.experiment, setup.splits
     timeout = max(experiment.runtime.rpc_timeout, experiment.federated.round_timeout)
     fleet = open_fleet(setup, build_clients, timeout)
-    link = RoundLink(fleet, Traffic(experiment.clients))
+    link = RoundLink(fleet, Traffic(experiment.clients), experiment.faults)
     return FedAvg(experiment, splits, deployable.build(experiment, splits), link)

@@ -1,4 +1,4 @@
-"""Puts the actors where they live: clients on the workers, references to them here."""
+"""Where the actors live: the clients on the workers, references to them here on the server."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.records.run_directory import log_to
@@ -24,8 +25,8 @@ from mpsl_dist.runtime import environment, world
 from mpsl_dist.runtime.fleet import Fleet
 from mpsl_dist.runtime.placement import gpu_of, place
 
-#: Builds these clients in a process: (experiment, numbers, holdings, reference). ``reference``
-#: makes what a client refers to its tokenizers by: an RRef on a worker.
+#: ``build(experiment, numbers, holdings, reference)`` returns clients that live in the process that
+#: it runs in. ``reference(tokenizers)`` returns a client's handle on its tokenizers: an RRef.
 BuildClients = Callable[..., Sequence[Any]]
 
 
@@ -36,14 +37,18 @@ class Setup:
     Attributes
     ----------
     holdings : Holdings
-        Says how many samples each client has; nothing of them is read here.
+        Who has which samples; no training sample is read here but by centralized training.
     worker_threads : int
         Compute threads of every worker.
+    options : object
+        The method's own options: ``method_options`` as the dataclass of its
+        :class:`~mpsl_dist.config.methods.MethodFacts`, checked; None where it has none.
     """
 
     experiment: Experiment
     holdings: Holdings
     worker_threads: int
+    options: Any = None
 
     @property
     def splits(self) -> Splits:
@@ -52,7 +57,7 @@ class Setup:
 
 
 def on_own_gpu(experiment: Experiment) -> Experiment:
-    """Name this rank's GPU, where there are any.
+    """Return the experiment with this rank's own GPU as its device, where there are any.
 
     By number, because torch's current device is a thread's own and calls come on many threads.
     """
@@ -76,7 +81,7 @@ def build_clients(
     numbers : sequence of int
         Which of the experiment's clients.
     reference : callable
-        Makes what a client refers to its tokenizers by.
+        Returns a client's handle on its tokenizers.
     """
     splits, device = holdings.splits, device_of(experiment)
     shared_text = build_shared_text(experiment, splits)
@@ -94,7 +99,17 @@ def build_clients(
 def host_clients(
     experiment: Experiment, numbers: list[int], rank: int, threads: int, build: BuildClients
 ) -> Host:
-    """Build clients on a worker; runs there."""
+    """Build clients on a worker, where this runs.
+
+    Parameters
+    ----------
+    numbers : list of int
+        Which of the experiment's clients.
+    rank, threads : int
+        The worker's rank and its compute threads.
+    build : callable
+        As of :data:`BuildClients`.
+    """
     log_to(experiment.run_directory / f"rank{rank}.log")
     log = logging.getLogger("mpsl_dist")
     world.set_threads(threads)
@@ -107,20 +122,26 @@ def host_clients(
     return host
 
 
+def timeout_of(experiment: Experiment) -> float:
+    """Return the seconds until a call to a client counts as failed."""
+    patience = experiment.faults.client_timeout if facts_of(experiment).tolerant else None
+    return patience or experiment.runtime.rpc_timeout
+
+
 def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) -> Fleet:
-    """Have every worker build its clients; workers get about as many samples each.
+    """Have every worker build its clients; all workers get about equally many samples.
 
     Parameters
     ----------
     build : callable
         A module's function; it runs on the workers.
     timeout : float, optional
-        Seconds until a call counts as failed, if not ``runtime.rpc_timeout``.
+        Seconds until a call counts as failed, if not :func:`timeout_of`.
 
     Raises
     ------
     RemoteError
-        If a worker cannot.
+        If a worker fails or is lost.
     """
     experiment = setup.experiment
     placed = place(setup.holdings.sizes, experiment.workers)
@@ -130,4 +151,4 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
     }
     hosts = world.create(host_clients, arguments, experiment.runtime.start_timeout)
     hosted = {world.rank_name(rank): clients for rank, clients in enumerate(placed, 1)}
-    return Fleet(hosts, hosted, timeout or experiment.runtime.rpc_timeout)
+    return Fleet(hosts, hosted, timeout or timeout_of(experiment))

@@ -1,26 +1,36 @@
 """The server's typed view of its clients: every message, with its bytes counted as it is sent.
 
 What a client does on a message stands in :mod:`mpsl_dist.actors.client` and
-:mod:`mpsl_dist.actors.federated_client`. A client that gives no answer raises a
-:class:`~mpsl_dist.errors.RemoteError` that names the lost; what that means is for the method to
-decide.
+:mod:`mpsl_dist.actors.federated_client`. A client that fails, or does not answer in time,
+is lost. Messages of a step that has not moved anything yet raise
+:class:`~mpsl_dist.runtime.answers.ClientsLost`, so that the method can repeat it without the lost;
+every other message goes on without them, or ends the run, as ``faults`` has it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from mpsl_dist.actors.client import Description
 from mpsl_dist.actors.federated_client import Update
+from mpsl_dist.config import Faults
+from mpsl_dist.errors import NonFiniteError
 from mpsl_dist.records.traffic import Traffic, nbytes
-from mpsl_dist.runtime.answers import Answers
+from mpsl_dist.runtime.answers import Answers, ClientsLost, name_clients
+
+_log = logging.getLogger("mpsl_dist")
 
 #: Smashed activations by client: early fusion one tensor each, late fusion one per modality.
 Smashed = dict[int, list[Tensor]]
+#: Waits for the answers to a message and returns them by client.
 Wait = Callable[[], dict[int, Any]]
 
 
@@ -67,16 +77,45 @@ class Link:
     fleet : Transport
     traffic : Traffic
         Counts every tensor that a message carries.
+    faults : Faults, optional
+        What a lost client means; by default the end of the run.
     """
 
-    def __init__(self, fleet: Transport, traffic: Traffic) -> None:
+    def __init__(self, fleet: Transport, traffic: Traffic, faults: Faults | None = None) -> None:
         self.fleet = fleet
         self.traffic = traffic
-        #: Clients that ever gave no answer.
+        self.faults = faults or Faults(on_loss="stop")
+        #: Clients that are no longer there.
         self.lost: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.fleet.clients)
+
+    @property
+    def present(self) -> list[int]:
+        """Numbers of the clients that are there, ascending."""
+        return [client for client in self.fleet.clients if client not in self.lost]
+
+    def lose(self, error: ClientsLost) -> None:
+        """Go on without these clients.
+
+        Raises
+        ------
+        ClientsLost
+            If ``faults.on_loss`` is ``stop``, or too few clients would be left.
+        """
+        gone = {n: why for n, why in error.by_client.items() if n not in self.lost}
+        for client, why in gone.items():
+            _log.warning("client %d is lost: %s", client, why.message)
+        self.lost |= gone.keys()
+        if self.faults.on_loss == "stop":
+            raise error
+        if len(self.present) < self.faults.min_clients:
+            first = next(iter(error.by_client.values()))
+            few = f"{len(self.present)} clients are left, faults.min_clients is "
+            words = f"{first.message} ({few}{self.faults.min_clients})"
+            every = {n: replace(why, message=words) for n, why in error.by_client.items()}
+            raise ClientsLost(every) from error
 
     def start(
         self,
@@ -86,6 +125,7 @@ class Link:
         autograd: Autograd | None = None,
         down: str | None = None,
         up: str | None = None,
+        needed: bool = False,
     ) -> Wait:
         """Send a message; the function returned waits for the answers.
 
@@ -96,31 +136,35 @@ class Link:
         down, up : str, optional
             Kinds of traffic that the arguments' and the answers' tensors count as
             (:data:`mpsl_dist.records.traffic.KINDS`); None where the message carries no tensor.
+        needed : bool
+            Whether every answer is needed; otherwise those of lost clients are left out.
 
         Raises
         ------
-        RemoteError
-            When waited for, if a client was lost.
+        ClientsLost
+            When waited for: if a client was lost whose answer is needed, or its loss ends the run
+            (:meth:`lose`).
         """
         self._count(message, down, arguments)
         wait = self.fleet.start(message, arguments, where, autograd)
 
         def answers() -> dict[int, Any]:
             outcome = wait()
-            self.lost |= outcome.lost.keys()
-            found = outcome.all()
-            self._count(message, up, found)
-            return found
+            self._count(message, up, outcome.by_client)
+            if outcome.lost and not needed:
+                self.lose(ClientsLost(outcome.lost))
+                return dict(outcome.by_client)
+            return outcome.all()
 
         return answers
 
     def everyone(self, *arguments: Any) -> dict[int, tuple[Any, ...]]:
-        """Return the same arguments for every client."""
-        return dict.fromkeys(self.fleet.clients, arguments)
+        """Return the same arguments for every client that is there."""
+        return dict.fromkeys(self.present, arguments)
 
     def describe(self) -> dict[int, Description]:
         """Ask how many samples every client holds."""
-        return self.start("describe", self.everyone())()
+        return self.start("describe", self.everyone(), needed=True)()
 
     def save(self, folder: str) -> Wait:
         """Have every client write its part of a checkpoint, where it is."""
@@ -128,7 +172,7 @@ class Link:
 
     def restore(self, folder: str) -> Wait:
         """Have every client continue from :meth:`save`."""
-        return self.start("restore", self.everyone(folder), "resume")
+        return self.start("restore", self.everyone(folder), "resume", needed=True)
 
     def _count(self, message: str, kind: str | None, values: Mapping[int, Any]) -> None:
         if kind is not None:
@@ -141,12 +185,12 @@ class SplitLink(Link):
     """Messages to clients that hold tokenizers (:class:`mpsl_dist.actors.client.Client`)."""
 
     def begin_training(self, steps_per_epoch: int, epochs: int) -> None:
-        """Say what the clients' schedules span."""
+        """Tell the clients what their schedules span."""
         self.start("begin_training", self.everyone(steps_per_epoch, epochs))()
 
     def begin_epoch(self, epoch: int, counts: Mapping[int, list[int]], first_step: int) -> None:
         """Tell every client how many samples it gives to each step of the epoch."""
-        parts = {n: (epoch, counts[n], first_step) for n in counts}
+        parts = {n: (epoch, counts[n], first_step) for n in self.present}
         self.start("begin_epoch", parts, f"epoch {epoch}")()
 
     @contextmanager
@@ -162,17 +206,17 @@ class SplitLink(Link):
             yield Step(self, autograd, epoch_step, number, clients)
 
     def take_gradients(self, where: str) -> dict[int, Tensor | None]:
-        """Take what every client has accumulated; None of one that took part in no step."""
+        """Fetch every client's accumulated gradient vector; None of one that was in no step."""
         return self.start("take_gradients", self.everyone(), where, up="sync_up")()
 
     def step_on_sum(self, step: int, vector: Tensor, where: str) -> None:
-        """Have every client step its optimizer on a sum of gradients."""
+        """Have every client step its optimizer on a sum of gradients at the run's ``step``."""
         self.start("step_on_sum", self.everyone(step, vector), where, down="sync_down")()
 
     def tokenizer_weights(
         self, clients: Sequence[int], where: str, kind: str
     ) -> dict[int, dict[str, Tensor]]:
-        """Fetch trained tokenizer parameters; ``kind`` is the traffic's."""
+        """Fetch these clients' trained tokenizer parameters, counted as traffic of this kind."""
         asked: dict[int, tuple[Any, ...]] = dict.fromkeys(clients, ())
         return self.start("tokenizer_weights", asked, where, up=kind)()
 
@@ -184,7 +228,15 @@ class SplitLink(Link):
     def begin_test(
         self, weights: Mapping[str, Tensor] | None, counts: Mapping[int, list[int]]
     ) -> None:
-        """Have clients lay out their test batches, with these tokenizers or (None) their own."""
+        """Have clients lay out their test batches.
+
+        Parameters
+        ----------
+        weights : mapping of str to Tensor, optional
+            The trained tokenizer parameters to test with, instead of every client's own.
+        counts : mapping of int to list of int
+            Client -> samples of each of its batches.
+        """
         told = {n: (weights, counts[n]) for n in counts}
         self.start("begin_test", told, "evaluation", down="test_weights_down")()
 
@@ -194,13 +246,13 @@ class SplitLink(Link):
         return self.start("tokenize_test", asked, "evaluation", up="test_activations")()
 
     def score(self, batch: int, predictions: Mapping[int, Tensor]) -> dict[int, int]:
-        """Have clients count right predictions of that batch."""
+        """Have clients count the right predictions of a batch of their test samples."""
         asked = {n: (batch, predictions[n]) for n in predictions}
         return self.start("score", asked, "evaluation", down="test_predictions")()
 
 
 class Step:
-    """One training step's messages, around one backward."""
+    """One training step's messages, around one backward; see :meth:`SplitLink.step`."""
 
     def __init__(
         self,
@@ -216,29 +268,51 @@ class Step:
         self.number = number
         self.clients = list(clients)
         self.where = f"step {number}"
+        self._tainted: set[int] = set()
 
     def tokenize(self) -> Smashed:
         """Have every client tokenize its mini-batch (Eq. 1)."""
-        smashed = self._start("tokenize", self._each(self.epoch_step), up="activations")()
+        asked = self._each(self.epoch_step)
+        smashed = self._start("tokenize", asked, up="activations", needed=True)()
         self.link.traffic.watch_gradients("cut_layer_gradients", smashed)
         return smashed
 
     def loss(self, predictions: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Have every client compare its slice of the predictions with its labels (Eq. 2)."""
+        """Have every client compare its slice of the predictions with its labels (Eq. 2).
+
+        Returns
+        -------
+        dict of int to Tensor
+            Each client's mean loss, a scalar.
+        """
         asked = {n: (self.epoch_step, predictions[n]) for n in predictions}
-        losses = self._start("loss", asked, down="predictions", up="losses")()
+        losses = self._start("loss", asked, down="predictions", up="losses", needed=True)()
         received = {n: [slice_b] for n, slice_b in predictions.items()}
+        for client, slice_b in predictions.items():
+            if slice_b.requires_grad:
+                slice_b.register_hook(partial(self._look_at_gradient, client))
         self.link.traffic.watch_gradients("prediction_gradients", received)
         self.link.traffic.watch_gradients("loss_gradients", {n: [x] for n, x in losses.items()})
         return losses
 
     def pairs(self) -> dict[int, Tensor]:
         """Ask which pairs of every client's mini-batch share a picture."""
-        return self._start("pairs", self._each(self.epoch_step), up="pairs")()
+        return self._start("pairs", self._each(self.epoch_step), up="pairs", needed=True)()
 
     def backward(self, loss: Tensor) -> None:
-        """Run the one backward through every process that took part."""
+        """Run the one backward through every process that took part.
+
+        Raises
+        ------
+        ClientsLost
+            If a worker was lost.
+        NonFiniteError
+            If a client's gradient is no finite number.
+        """
         self.autograd.backward(loss, self.where)
+        if self._tainted:
+            clients = sorted(self._tainted)
+            raise NonFiniteError(clients, f"{self.where}: the gradient of {name_clients(clients)}")
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """Return the server's gradients, by parameter."""
@@ -253,9 +327,13 @@ class Step:
         return self._start("accumulate", self._each(), autograd=self.autograd)
 
     def take_gradients(self) -> Wait:
-        """Take what every client of the run has accumulated, this step's gradients with it."""
+        """Fetch every client's accumulated gradient vector, this step's gradients with it."""
         everyone = self.link.everyone()
         return self._start("take_gradients", everyone, autograd=self.autograd, up="sync_up")
+
+    def _look_at_gradient(self, client: int, gradient: Tensor) -> None:
+        if not bool(torch.isfinite(gradient).all()):
+            self._tainted.add(client)
 
     def _each(self, *arguments: Any) -> dict[int, tuple[Any, ...]]:
         return dict.fromkeys(self.clients, arguments)
@@ -270,7 +348,15 @@ class RoundLink(Link):
     """
 
     def begin_training(self, counts: Mapping[int, list[int]], steps: int, rounds: int) -> None:
-        """Tell clients their mini-batches, and what their schedules span."""
+        """Tell clients the sizes of their mini-batches, and what their schedules span.
+
+        Parameters
+        ----------
+        counts : mapping of int to list of int
+            Client -> samples of every mini-batch of a local epoch.
+        steps, rounds : int
+            As of :meth:`mpsl_dist.actors.federated_client.FederatedClient.begin_training`.
+        """
         self.start("begin_training", {n: (counts[n], steps, rounds) for n in counts})()
 
     def train_round(

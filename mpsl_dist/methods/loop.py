@@ -33,23 +33,24 @@ class Method(Protocol):
     #: (steps, clients): samples of every client in every step of an epoch.
     plan: NDArray[np.int64]
     traffic: Traffic
-    #: Clients that were lost on the way.
+    #: Clients that were lost on the way, and steps that were begun again without a client.
     lost: set[int]
+    repeated: int
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Lay out the epoch's mini-batches, from ``first_step`` on."""
         ...
 
-    def step(self, epoch_step: int, step: int) -> float:
-        """Train one step; returns the global loss."""
+    def step(self, epoch_step: int, step: int) -> float | None:
+        """Train one step; returns the global loss, None where no client was left to take part."""
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """Test; returns metric name -> fraction."""
+        """Test, and return metric name -> fraction."""
         ...
 
     def save(self, folder: str) -> None:
-        """Write all state."""
+        """Write all state into a folder, on every process its own."""
         ...
 
     def restore(self, folder: str) -> None:
@@ -61,13 +62,13 @@ class Method(Protocol):
         ...
 
     def trainable_parameters(self) -> dict[str, int]:
-        """Return how many numbers are trained at one ``client`` and at the ``server``."""
+        """Return how many parameters one ``client`` and the ``server`` train."""
         ...
 
 
 @dataclass
 class _Position:
-    """Where the run stands."""
+    """Where the run stands: steps and epochs done, seconds, the last loss and test."""
 
     step: int = 0
     epoch: int = 0
@@ -81,9 +82,14 @@ class _Position:
 def train(
     experiment: Experiment, splits: Splits, method: Method, run: RunDirectory, stop: StopRequest
 ) -> dict[str, Any]:
-    """Train to the end, or until asked to stop; returns what ``summary.json`` holds.
+    """Train to the end, or until asked to stop, and return what ``summary.json`` holds.
 
     A run directory with a complete checkpoint is continued from it, bit for bit.
+
+    Raises
+    ------
+    RunError
+        If a checkpoint or the metrics of the run directory do not fit this run.
     """
     at = _resume(experiment, method, run)
     started = time.perf_counter() - at.seconds
@@ -139,7 +145,8 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
 def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
     before = method.traffic.totals()
     started = time.perf_counter()
-    at.loss = method.step(at.epoch_step, at.step)
+    loss = method.step(at.epoch_step, at.step)
+    at.loss = at.loss if loss is None else loss
     seconds = time.perf_counter() - started
     at.step, at.epoch_step = at.step + 1, at.epoch_step + 1
     at.step_seconds.append(seconds)
@@ -147,8 +154,10 @@ def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progre
         step=at.step,
         epoch=at.epoch,
         split="train",
-        loss=at.loss,
+        loss=loss,
         metric={},
+        clients_lost=len(method.lost),
+        steps_repeated=method.repeated,
         seconds=round(seconds, 6),
         bytes=method.traffic.since(before),
     )
@@ -202,7 +211,7 @@ def _save(experiment: Experiment, method: Method, run: RunDirectory, at: _Positi
 def summarize(
     experiment: Experiment, splits: Splits, method: Method, at: _Position, status: str
 ) -> dict[str, Any]:
-    """Put together ``summary.json``."""
+    """Return what ``summary.json`` holds of a run that has ended with this status."""
     epochs = at.step / len(method.plan)
     per = experiment.clients * epochs if epochs else 1
     return {
@@ -231,6 +240,7 @@ def summarize(
             "step_median": statistics.median(at.step_seconds) if at.step_seconds else None,
         },
         "clients_lost": len(method.lost),
+        "steps_repeated": method.repeated,
         "status": status,
     }
 

@@ -8,6 +8,8 @@ steps its own optimizer.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
@@ -16,8 +18,10 @@ from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.partition import shares
+from mpsl_dist.errors import NonFiniteError
 from mpsl_dist.methods import hosting, testing
 from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.methods.link import SplitLink, Step
@@ -25,10 +29,13 @@ from mpsl_dist.methods.objective import objective_of
 from mpsl_dist.methods.sync import is_due, sync_of
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records.traffic import Traffic
+from mpsl_dist.runtime.answers import ClientsLost
+
+_log = logging.getLogger("mpsl_dist")
 
 
 class Mpsl:
-    """The method.
+    """MPSL, as the server sees it.
 
     Parameters
     ----------
@@ -57,6 +64,8 @@ class Mpsl:
         self.task = task_of(splits)
         self.objective = objective_of(experiment, self.task)
         self.sync = sync_of(experiment)
+        #: Steps that were begun again without a client.
+        self.repeated = 0
         held = clients.describe()
         self.sizes = {client: held[client].samples for client in held}
         self.test_sizes = {client: held[client].test_samples for client in held}
@@ -81,24 +90,44 @@ class Mpsl:
         counts = {n: self.plan[:, n].tolist() for n in self.sizes}
         self.clients.begin_epoch(epoch, counts, first_step)
 
-    def step(self, epoch_step: int, number: int) -> float:
-        """Train one step; returns the global loss.
+    def step(self, epoch_step: int, number: int) -> float | None:
+        """Train one step, and again without those that were lost or skipped on the way.
 
         Parameters
         ----------
         epoch_step, number : int
             This step within the epoch and within the run, from 0.
+
+        Returns
+        -------
+        float or None
+            The global loss; None if no client was left to take part.
         """
-        taking_part = np.flatnonzero(self.plan[epoch_step]).tolist()
+        planned, skipped = np.flatnonzero(self.plan[epoch_step]).tolist(), set()
+        while taking_part := [n for n in self.clients.present if n in planned and n not in skipped]:
+            try:
+                return self._attempt(epoch_step, number, taking_part)
+            except ClientsLost as error:
+                self.clients.lose(error)
+            except NonFiniteError as error:
+                if self.experiment.faults.on_nonfinite == "stop" or not error.clients:
+                    raise
+                _log.warning("%s; the step is repeated without", error)
+                skipped |= set(error.clients)
+            self.repeated += 1
+        return None
+
+    def _attempt(self, epoch_step: int, number: int, taking_part: list[int]) -> float:
+        """Train one step with these clients; until its last line nothing has moved."""
         with self.clients.step(epoch_step, number, taking_part) as step:
             smashed = step.tokenize()
             predictions = self.server.forward(smashed)
             loss = self.objective(step, predictions)
             step.backward(loss)
-            self._step_owners(step)
+            self.step_owners(step)
         return loss.item()
 
-    def _step_owners(self, step: Step) -> None:
+    def step_owners(self, step: Step) -> None:
         """Step the server's optimizer while the clients step theirs, as the sync has it."""
         due = is_due(self.sync, step.number, self.total_steps)
         wait = self.sync.begin(step, due)
@@ -108,23 +137,23 @@ class Mpsl:
             self.sync.meet(self.clients, answers, step.number, self.sizes)
 
     def evaluate(self) -> dict[str, float]:
-        """Test the server's model on the averaged tokenizers (section 3.3), and on each client's.
+        """Test the server's model with the averaged tokenizers (section 3.3), or each client's own.
 
         Returns
         -------
         dict of str to float
-            The task's metrics; where ``training.evaluate_own`` asks for them, also mean, minimum
-            and maximum over the clients, as ``accuracy_own_mean``.
+            The task's metrics; where ``training.evaluate_own`` asks for it, also mean, minimum
+            and maximum over the clients with their own tokenizers, as ``accuracy_own_mean``.
         """
         return testing.evaluate(self)
 
     def deployable(self) -> Deployable:
-        """Join the averaged tokenizers with the server's part."""
+        """Return the averaged tokenizers joined with the server's part (section 3.3)."""
         testing.fetch_average(self)
         return Deployable(self.tokenizers, self.server.model, self.task)
 
     def trainable_parameters(self) -> dict[str, int]:
-        """Return how many numbers are trained at one client and at the server."""
+        """Return how many parameters one client and the server train."""
         parts = {"client": self.tokenizers, "server": self.server.model}
         return {
             owner: sum(p.numel() for p in part.parameters() if p.requires_grad)
@@ -152,5 +181,6 @@ def build(setup: Setup, method: type[Mpsl] = Mpsl) -> Mpsl:
     model = build_server_model(experiment, splits, tokenizers.lengths)
     stepper = Stepper(model.parameters(), experiment.training.server)
     server = Server(model, stepper, device_of(experiment))
-    link = SplitLink(fleet, Traffic(experiment.clients))
+    faults = experiment.faults if facts_of(experiment).tolerant else None
+    link = SplitLink(fleet, Traffic(experiment.clients), faults)
     return method(experiment, splits, server, link, tokenizers.to(server.device))

@@ -1,23 +1,27 @@
-"""From predictions to the one loss that the backward starts from."""
+"""From predictions to the one loss that the backward starts from.
+
+Shape legend: ``b`` global batch, ``b_n`` a client's mini-batch, ``d`` width, ``k`` classes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mpsl_dist.config import Experiment
-from mpsl_dist.errors import DivergedError
+from mpsl_dist.errors import NonFiniteError
 from mpsl_dist.methods.link import Step
 from mpsl_dist.models.tasks import Task
+from mpsl_dist.runtime.answers import name_clients
 
 
 class Objective(Protocol):
-    """How the global loss comes about.
+    """How a global batch's predictions become the global loss.
 
     Attributes
     ----------
@@ -28,7 +32,20 @@ class Objective(Protocol):
     predictions_travel: bool
 
     def __call__(self, step: Step, predictions: Mapping[int, Tensor]) -> Tensor:
-        """Return the global loss, a scalar, finite."""
+        """Return the global loss, a scalar.
+
+        Parameters
+        ----------
+        step : Step
+            Asks the clients.
+        predictions : mapping of int to Tensor
+            Every client's slice: (b_n, k) logits, or (b_n, 2, d) embeddings in retrieval.
+
+        Raises
+        ------
+        DivergedError
+            If a loss is no finite number.
+        """
         ...
 
 
@@ -59,7 +76,9 @@ class GlobalContrast:
         """Return the contrastive loss over the global batch."""
         pictures_b = number_apart(step.pairs().values())
         loss = self.task.loss(torch.cat(list(predictions.values())), pictures_b)
-        require_finite({"of the global batch": loss}, step.number)
+        if not math.isfinite(loss.item()):
+            whose = f"step {step.number}: the loss of the global batch"
+            raise NonFiniteError((), whose, loss.item())
         return loss
 
 
@@ -77,7 +96,7 @@ def aggregate(losses: Mapping[int, Tensor], batch_sizes: Mapping[int, int]) -> T
 
 
 def number_apart(pairs: Iterable[Tensor]) -> Tensor:
-    """Join the clients' numbers of their pictures so that no two clients share one.
+    """Return the clients' picture numbers, joined and shifted so that no two clients share one.
 
     Parameters
     ----------
@@ -91,22 +110,20 @@ def number_apart(pairs: Iterable[Tensor]) -> Tensor:
     return torch.cat(joined)
 
 
-def require_finite(losses: Mapping[Any, Tensor], step: int) -> None:
+def require_finite(losses: Mapping[int, Tensor], step: int) -> None:
     """Stop before a loss that is no number reaches anybody's parameters.
 
     Parameters
     ----------
     losses : mapping
-        By client number, or by words that say whose it is.
+        By client.
 
     Raises
     ------
-    DivergedError
+    NonFiniteError
+        Naming every such client.
     """
-    for whose, loss in losses.items():
-        if not math.isfinite(loss.item()):
-            who = f"of client {whose}" if isinstance(whose, int) else whose
-            raise DivergedError(
-                f"step {step}: the loss {who} is {loss.item()}; no parameter was "
-                "changed by this step. Lower training.server.lr and training.client.lr"
-            )
+    wrong = {client: x.item() for client, x in losses.items() if not math.isfinite(x.item())}
+    if wrong:
+        clients, value = sorted(wrong), next(iter(wrong.values()))
+        raise NonFiniteError(clients, f"step {step}: the loss of {name_clients(clients)}", value)

@@ -9,29 +9,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpsl_dist import plugins
-from mpsl_dist.actors.checks import check_patches, check_task
-from mpsl_dist.actors.choices import describe, device_of
+from mpsl_dist.actors.choices import describe, device_of, head_of, unread_by_head
 from mpsl_dist.actors.holdings import Holdings, load_data
+from mpsl_dist.actors.part_checks import refusals_with_data, refusals_without_data
 from mpsl_dist.config import Experiment, to_dict
-from mpsl_dist.config.methods import facts_of, processes_of, unread
+from mpsl_dist.config.methods import facts_of, options_of, processes_of, unread
 from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.methods import loop
-from mpsl_dist.methods.hosting import Setup
+from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
-from mpsl_dist.runtime import environment, launch, process, world
+from mpsl_dist.runtime import environment, launch, process, supervisor, world
 from mpsl_dist.runtime.environment import Environment
 
 _log = logging.getLogger("mpsl_dist")
 
 
-def is_worker() -> bool:
-    """Say whether a launcher started this process as a rank above 0."""
-    found = environment.resolve(os.environ)
-    return found is not None and found.rank > 0
-
-
 def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
-    """Read the launcher's variables and check that the world fits the experiment.
+    """Return the launcher's environment, checked to fit the experiment.
 
     Parameters
     ----------
@@ -44,7 +38,8 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
     ConfigError
         If the launcher started another number of processes.
     LaunchError
-        If there is none, and so many processes do not fit this machine.
+        If its variables contradict each other, or there is none and so many processes do not fit
+        this machine.
     """
     needed = processes_of(experiment)
     found = environment.resolve(os.environ)
@@ -69,13 +64,17 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
 def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     """Host clients until the server ends the world."""
     join(experiment, launched)
+    if supervisor.is_child():
+        supervisor.beat()
     patience = min(60.0, experiment.runtime.rpc_timeout)
     if not launched.folder:  # our own command stops the server, and ends workers
         process.leave_stopping_to_server()
     end_watch = process.watch_server(lambda: world.ping(0, patience))
-    world.await_end()
+    together = world.await_end()
     # A ping that outlived RPC would take the server's orderly end for its death, or abort Python's.
     end_watch()
+    if not together:
+        process.leave(0)
     world.stop()
 
 
@@ -86,11 +85,12 @@ def train_as_server(
     run: RunDirectory,
     stop: process.StopRequest,
 ) -> dict[str, Any]:
-    """Train with the clients of all workers; returns the run's summary."""
+    """Train with the clients of all workers, and return what ``summary.json`` holds."""
     if launched.world > 1:
         join(experiment, launched)
     method = connect(experiment, launched, holdings)
-    stop.listen()
+    if launched.folder:
+        stop.listen()
     device = describe(device_of(experiment))
     devices, placement = {world.SERVER: device}, {}
     if launched.world > 1:
@@ -102,10 +102,14 @@ def train_as_server(
     ignored = unread(experiment)
     if ignored:
         _say(f"method={experiment.method} does not read {', '.join(ignored)}")
+    ignored = unread_by_head(experiment, holdings.splits)
+    if ignored:
+        kind, _ = head_of(experiment, holdings.splits)
+        _say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)
     if launched.world > 1:
-        world.dismiss(launched.world)
+        world.dismiss(launched.world, together=not method.lost)
     return summary
 
 
@@ -120,7 +124,7 @@ def connect(experiment: Experiment, launched: Environment, holdings: Holdings) -
     world.set_threads(server_threads)
     holdings.log()
     build = plugins.resolve(facts_of(experiment).build)
-    return build(Setup(experiment, holdings, worker_threads))
+    return build(Setup(experiment, holdings, worker_threads, options_of(experiment)))
 
 
 def checked_data(experiment: Experiment) -> Holdings:
@@ -128,32 +132,33 @@ def checked_data(experiment: Experiment) -> Holdings:
 
     Raises
     ------
+    UserError
+        If the data cannot be loaded.
     ConfigError
-        With every refusal, one a line.
+        With every refusal after that, one a line.
     """
-    splits, refusals = load_data(experiment), []
-    facts = facts_of(experiment)
-    holdings = None
+    refusals = refusals_without_data(experiment)
+    splits = holdings = None
     try:
+        splits = load_data(experiment)
         holdings = Holdings.deal(experiment, splits)
     except UserError as error:
-        refusals.append(str(error))
-    for check in (
-        lambda: check_patches(experiment, splits),
-        lambda: check_task(experiment, splits),
-        lambda: plugins.options(facts.options, experiment.method_options, "method_options"),
-    ):
-        try:
-            check()
-        except UserError as error:
-            refusals.append(str(error))
+        refusals += str(error).splitlines()
+    if splits is not None:
+        refusals += refusals_with_data(experiment, splits)
     if refusals or holdings is None:
-        raise ConfigError("\n".join(refusals))
+        raise ConfigError("\n".join(dict.fromkeys(refusals)))
     return holdings
 
 
 def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirectory:
-    """Create or enter the run directory; the server's task alone."""
+    """Create or enter the run directory, which is the server's task alone.
+
+    Raises
+    ------
+    RunError
+        If it stands in the way, or cannot be continued.
+    """
     run = RunDirectory(experiment.run_directory)
     run.open(to_dict(experiment), resume, overwrite)
     log_to(run.path / "rank0.log").info("server, rank 0, seed %d", experiment.seed)
@@ -161,11 +166,19 @@ def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirect
 
 
 def join(experiment: Experiment, launched: Environment) -> None:
-    """Enter the RPC world; returns when every rank is there."""
+    """Enter the RPC world, and return when every rank is there.
+
+    Raises
+    ------
+    RemoteError
+        If not all ranks meet in time.
+    LaunchError
+        If no network interface leads to the others.
+    """
     settings = experiment.runtime
     world.start(
         launched,
-        settings.rpc_timeout,
+        timeout_of(experiment),
         settings.start_timeout,
         launched.interface(settings.interface),
         settings.channels == "tcp",
@@ -173,7 +186,7 @@ def join(experiment: Experiment, launched: Environment) -> None:
 
 
 def _threads(experiment: Experiment, launched: Environment) -> tuple[int, int]:
-    """Divide the cores: the phases alternate, so the server may take all, workers their share."""
+    """Return the server's and a worker's threads; phases alternate, so the server has all cores."""
     mine = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(mine(0)) if mine else os.cpu_count() or 1
     settings = experiment.runtime

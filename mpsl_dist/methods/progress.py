@@ -18,6 +18,7 @@ class Progress:
     total, done : int
         Steps of the run, and those done before it was resumed.
     samples_per_step : float
+        Mean size of a global batch, for the samples/s.
     """
 
     #: Seconds between two lines where there is no terminal.
@@ -52,12 +53,13 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
-    def advance(self, loss: float) -> None:
-        """Count a step."""
+    def advance(self, loss: float | None) -> None:
+        """Count a step; its loss is None where nobody took part."""
         self.done += 1
         now = time.perf_counter()
         rate = (self.done - self.first) / max(now - self.started, 1e-9)
-        text = f"loss {loss:.4f} {self.metric} {rate * self.samples_per_step:.0f} samples/s"
+        shown = "unknown" if loss is None else f"{loss:.4f}"
+        text = f"loss {shown} {self.metric} {rate * self.samples_per_step:.0f} samples/s"
         self.bar.update(self.task, completed=self.done, description=text)
         if not self.console.is_terminal and now - self.spoke >= self.INTERVAL:
             self.spoke = now
@@ -65,7 +67,7 @@ class Progress:
             self.say(f"step {self.done}/{self.total} {text}, {left:.0f} s left")
 
     def tested(self, epoch: int, metric: Mapping[str, float]) -> None:
-        """Show an epoch's test result."""
+        """Show the test result of an epoch, from 0."""
         self.metric = "  ".join(f"{name} {value:.3f}" for name, value in metric.items())
         if self.console.is_terminal:
             self.say(f"epoch {epoch + 1}: {self.metric}")

@@ -26,7 +26,7 @@ class Psl(Mpsl):
     """As :class:`Mpsl`, but with one server forward and backward per client."""
 
     def step(self, epoch_step: int, number: int) -> float:
-        """Train one step; returns the global loss."""
+        """Train one step, and return the global loss L_S; see :meth:`Mpsl.step`."""
         sizes = {n: int(size) for n, size in enumerate(self.plan[epoch_step]) if size}
         total = sum(sizes.values())
         # Parameters wait until every client's loss is known to be finite.

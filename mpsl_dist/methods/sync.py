@@ -22,7 +22,7 @@ Bytes = dict[str, NDArray[np.int64]]
 
 
 class Sync(Protocol):
-    """A rule.
+    """A rule, one for every ``tokenizer_sync.mode``.
 
     Attributes
     ----------
@@ -36,11 +36,18 @@ class Sync(Protocol):
     identical: bool
 
     def begin(self, step: Step, due: bool) -> Wait:
-        """Have the clients that took part use their gradients; ``due``: they meet after this."""
+        """Have the clients that took part in a step use their gradients.
+
+        Parameters
+        ----------
+        step : Step
+        due : bool
+            Whether the tokenizers meet after this step; the answers are then for :meth:`meet`.
+        """
         ...
 
     def collect(self, link: SplitLink, where: str) -> dict[int, Any]:
-        """Return what :meth:`begin` returns when due, where it was not told so."""
+        """Fetch what :meth:`meet` needs, where every :meth:`begin` was told that nothing is due."""
         ...
 
     def meet(
@@ -51,7 +58,7 @@ class Sync(Protocol):
         Parameters
         ----------
         answers : mapping
-            What :meth:`begin` was answered when due.
+            What :meth:`begin` was answered when due, or :meth:`collect` returned.
         step : int
             Within the run.
         sizes : mapping of int to int
@@ -60,12 +67,12 @@ class Sync(Protocol):
         ...
 
     def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
-        """Return the bytes of a run.
+        """Return the bytes of a run, by kind and client.
 
         Parameters
         ----------
         takes_part : array
-            (steps, clients).
+            (steps, clients) bool: who contributes to which step of the run.
         weights : int
             Bytes of one client's trained tokenizers.
         """
@@ -120,15 +127,16 @@ class SumGradients:
         return step.take_gradients() if due else step.accumulate()
 
     def collect(self, link: SplitLink, where: str) -> dict[int, Any]:
-        """Take what every client has kept."""
+        """Fetch what every client has kept."""
         return link.take_gradients(where)
 
     def meet(
         self, link: SplitLink, answers: Mapping[int, Any], step: int, sizes: Mapping[int, int]
     ) -> None:
         """Have every client step on the sum."""
-        total = sum(vector for vector in answers.values() if vector is not None)
-        link.step_on_sum(step, total, f"step {step}")
+        vectors = [vector for vector in answers.values() if vector is not None]
+        if vectors:  # none where everybody who took part is lost
+            link.step_on_sum(step, sum(vectors), f"step {step}")
 
     def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
         """Return a vector up from whoever took part since the last time, one down to everybody."""
@@ -159,7 +167,7 @@ class AverageWeights:
     ) -> None:
         """Replace every client's weights by the average, weighted by samples."""
         where = f"step {step}"
-        weights = link.tokenizer_weights(list(sizes), where, "sync_up")
+        weights = link.tokenizer_weights(link.present, where, "sync_up")
         mean = average(list(weights.values()), [sizes[n] for n in weights])
         link.set_tokenizer_weights(mean, where)
 
@@ -181,7 +189,7 @@ def sync_of(experiment: Experiment) -> Sync:
 
 
 def is_due(sync: Sync, step: int, steps: int) -> bool:
-    """Return whether the tokenizers meet after ``step`` (from 0) of a run of ``steps``."""
+    """Return whether the tokenizers meet after step ``step`` (from 0) of a run of ``steps``."""
     return (step + 1) % sync.every == 0 or step + 1 == steps
 
 

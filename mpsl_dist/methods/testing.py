@@ -1,4 +1,4 @@
-"""Testing in the middle of training: outside any autograd context, the clients' weights kept."""
+"""Tests of split learning between its epochs; the clients' own tokenizers stay as they are."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ class SplitMethod(Protocol):
 
 
 def evaluate(method: SplitMethod) -> dict[str, float]:
-    """Test the averaged tokenizers and, if asked for, every client's own."""
+    """Test with the averaged tokenizers and, if asked for, every client's own.
+
+    Returns
+    -------
+    dict of str to float
+        As of :meth:`mpsl_dist.methods.mpsl.Mpsl.evaluate`.
+    """
     own = method.experiment.training.evaluate_own
     weights = _fetch(method, everyone=own)
     mean = _mean(method, weights)
@@ -69,8 +75,11 @@ def fetch_average(method: SplitMethod) -> None:
 def _fetch(method: SplitMethod, everyone: bool = False) -> dict[int, dict[str, Tensor]]:
     """Fetch the tokenizers; one client speaks for all where they are kept identical."""
     same = method.sync.identical and not everyone
-    asked = list(method.sizes)[: 1 if same else None]
-    return method.clients.tokenizer_weights(asked, "evaluation", "test_weights_up")
+    found: dict[int, dict[str, Tensor]] = {}
+    while not found:  # again where the one that was asked was lost; too few left end the run
+        asked = method.clients.present[: 1 if same else None]
+        found = method.clients.tokenizer_weights(asked, "evaluation", "test_weights_up")
+    return found
 
 
 def _mean(method: SplitMethod, weights: Mapping[int, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -86,23 +95,24 @@ def _at_server(method: SplitMethod, weights: Mapping[str, Tensor]) -> dict[str, 
 def _at_clients(
     method: SplitMethod, weights: Mapping[str, Tensor] | None
 ) -> dict[int, tuple[int, int]]:
-    """Return (right, samples) of every client that holds test samples."""
+    """Return (right predictions, samples) of every client that holds test samples."""
     each = max(1, method.experiment.training.test_batch_size // len(method.sizes))
     counts = {
         n: [min(each, size - start) for start in range(0, size, each)]
         for n, size in method.test_sizes.items()
-        if size
+        if size and n in method.clients.present
     }
     method.clients.begin_test(weights, counts)
     right = dict.fromkeys(counts, 0)
     for batch in range(max(len(c) for c in counts.values())):
-        asked = [n for n in counts if batch < len(counts[n])]
+        asked = [n for n in method.clients.present if batch < len(counts.get(n, ()))]
         smashed = method.clients.tokenize_test(batch, asked)
         with torch.no_grad():
             predictions = method.server.forward(smashed)
         for n, count in method.clients.score(batch, predictions).items():
             right[n] += count
-    return {n: (right[n], method.test_sizes[n]) for n in counts}
+    tested = [n for n in counts if n in method.clients.present]
+    return {n: (right[n], method.test_sizes[n]) for n in tested}
 
 
 def _overall(scores: Mapping[int, tuple[int, int]]) -> float:

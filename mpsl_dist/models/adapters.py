@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class AttentionAdapter(nn.Module):
-    """Weigh a pooled feature by Linear-Tanh-Linear-Softmax of itself.
+    """Weight a pooled feature by a(x) = Softmax(Linear(Tanh(Linear(x)))).
 
     Parameters
     ----------
@@ -30,9 +30,9 @@ class AttentionAdapter(nn.Module):
         self.form = form
 
     def forward(self, feature_bd: Tensor) -> Tensor:
-        """Give the weighed feature, (b, d)."""
-        weighed_bd = feature_bd * self.attention(feature_bd)
-        return weighed_bd if self.form == "scaled" else feature_bd + weighed_bd
+        """Return the weighted feature, (b, d), of a feature (b, d)."""
+        weighted_bd = feature_bd * self.attention(feature_bd)
+        return weighted_bd if self.form == "scaled" else feature_bd + weighted_bd
 
 
 class Adapters(nn.Module):
@@ -44,6 +44,8 @@ class Adapters(nn.Module):
         Of the dataset, in fusion order.
     include : sequence of str or "unified"
         Which of them are adapted; ``unified`` passes all through the same adapter.
+    width, form : int, str
+        As of :class:`AttentionAdapter`.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Adapters(nn.Module):
         self.applied = ["unified" if unified else name for name in modalities]
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Adapt every modality's pooled feature (b, d), in fusion order."""
+        """Return every modality's pooled feature (b, d), adapted if included, in fusion order."""
         return [
             self.by_name[name](feature_bd) if name in self.by_name else feature_bd
             for name, feature_bd in zip(self.applied, features, strict=True)

@@ -1,4 +1,4 @@
-"""FedAvg's weighted mean (McMahan et al. 2017)."""
+"""FedAvg's weighted mean (McMahan et al. 2017), and the parameters that it is taken of."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from torch import Tensor
 
 
 def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Average states key by key; ``weights`` need not sum to one.
+    """Return the weighted mean of states, key by key, in the types of the first.
 
     The sum runs in float64, so that equal float32 states average to themselves, bit for bit.
+
+    Parameters
+    ----------
+    states : sequence of mapping
+        At least one; all have the same keys and shapes.
+    weights : sequence of float
+        One per state; they need not sum to one.
     """
     total = float(sum(weights))
     assert states and total > 0 and len(states) == len(weights)
@@ -25,7 +32,7 @@ def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) ->
 
 
 def trainable_state(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy a module's trainable parameters to CPU: what an average needs, and nothing frozen."""
+    """Return copies of a module's trainable parameters on CPU, by name, without the frozen ones."""
     return {
         name: parameter.detach().cpu().clone()
         for name, parameter in module.named_parameters()
@@ -35,7 +42,13 @@ def trainable_state(module: torch.nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_trainable(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set a module's trainable parameters to ``state``, which must name exactly those."""
+    """Set a module's trainable parameters to ``state``.
+
+    Raises
+    ------
+    ValueError
+        If ``state`` names other parameters than the trainable ones.
+    """
     own = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if own.keys() != state.keys():
         raise ValueError(f"parameters differ: {sorted(own.keys() ^ state.keys())}")

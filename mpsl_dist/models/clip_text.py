@@ -1,7 +1,7 @@
-"""CLIP's frozen text tower as a tokenizer: a whole text becomes one token.
+"""CLIP's frozen text tower (Radford et al. 2021) as a tokenizer: a text becomes one token.
 
-Shape legend: ``b`` batch, ``l`` length in byte-pair tokens, ``d`` the encoder's width, ``e`` the
-tower's projected width.
+Shape legend: ``b`` batch, ``l`` length in byte-pair tokens, ``d`` the encoder's width, ``w`` the
+tower's width, ``e`` its projected width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONTEXT = 77
 
 
 def default_tower(width: int) -> str:
-    """Give the released code's tower for an encoder of this width, as open_clip names it."""
+    """Return open_clip's name of the tower that the released code has for an encoder's width."""
     return "ViT-L-14-quickgelu" if width >= 1024 else "ViT-B-16-quickgelu"
 
 
@@ -86,8 +86,8 @@ class ClipText(nn.Module):
         if embedded > dimension:
             generator = torch.Generator().manual_seed(embedded)
             narrow = torch.randn(embedded, dimension, generator=generator, device="cpu")
-            place = tower.positional_embedding.device
-            self.register_buffer("narrow_ed", narrow.to(place) * dimension**-0.5)
+            device = tower.positional_embedding.device
+            self.register_buffer("narrow_ed", narrow.to(device) * dimension**-0.5)
         else:
             self.narrow_ed = None
         self._known: dict[tuple[int, ...], Tensor] = {}
@@ -105,10 +105,20 @@ class ClipText(nn.Module):
 
     @torch.no_grad()
     def encode(self, tokens_bl: Tensor) -> Tensor:
-        """Give embeddings (b, d) of texts of at most 77 tokens, by running the tower.
+        """Run the tower on texts of at most :data:`CONTEXT` tokens.
 
         The tower is causal and pools at the end-of-text token, so the padding after it changes
         nothing, and shorter rows cost less.
+
+        Parameters
+        ----------
+        tokens_bl : Tensor
+            (b, l) int64.
+
+        Returns
+        -------
+        Tensor
+            (b, d) embeddings.
         """
         tower, length = self.tower, tokens_bl.shape[1]
         mask_ll = tower.attn_mask[:length, :length]
@@ -121,7 +131,7 @@ class ClipText(nn.Module):
         return functional.pad(pooled_be, (0, self.dimension - pooled_be.shape[1]))
 
     def forward(self, tokens_bl: Tensor) -> Tensor:
-        """Give one token per text, (b, 1, d)."""
+        """Return one token per text, (b, 1, d), of byte-pair tokens (b, l), int64."""
         texts = [tuple(row) for row in tokens_bl.tolist()]
         for row, text in enumerate(texts):
             if text not in self._known:

@@ -20,7 +20,7 @@ class HeadFacts:
 
     Attributes
     ----------
-    build : callable, or its place as "package.module:name"
+    build : callable, or its name as "package.module:attribute"
         ``build(width, classes, options)`` returns a module from features to predictions. Features
         are (b, d), the mean over the modalities; or, where ``apart``, (b, m, d).
     task : str
@@ -29,12 +29,15 @@ class HeadFacts:
         Whether it receives every modality's features by themselves.
     options : type, optional
         A frozen dataclass: what ``model.head.options`` may say.
+    reads : tuple of str
+        Keys of ``model`` that set options of the same name, where ``model.head.options`` does not.
     """
 
     build: str | Callable[..., nn.Module]
     task: str
     apart: bool = False
     options: type | None = None
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ class EmbeddingOptions:
 class PairEmbedding(nn.Module):
     """Embeddings of pictures and captions whose plain dot product is the logit.
 
-    No projection, as in the released code.
+    There is no projection, as in the released code.
 
     Parameters
     ----------
     normalize : bool
-        Embeddings of unit length (before the temperature).
+        Scale embeddings to unit length (before the temperature).
     temperature : float or None
         First value of a trained temperature; None has none. Pictures are scaled by 1/temperature,
         so that a plain dot product with a caption is the logit, wherever it is formed.
@@ -92,5 +95,11 @@ def embeddings(width: int, classes: int, options: EmbeddingOptions) -> PairEmbed
 
 HEADS: dict[str, HeadFacts] = {
     "linear": HeadFacts(linear, "classification"),
-    "embeddings": HeadFacts(embeddings, "retrieval", apart=True, options=EmbeddingOptions),
+    "embeddings": HeadFacts(
+        embeddings,
+        "retrieval",
+        apart=True,
+        options=EmbeddingOptions,
+        reads=("normalize", "temperature"),
+    ),
 }

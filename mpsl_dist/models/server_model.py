@@ -1,7 +1,7 @@
 """The server's part of the model: the unified ViT encoder W_b with what pools its tokens,
 and the task head W_t.
 
-Shape legend: ``b`` batch, ``m`` modalities, ``l`` length in tokens, ``d`` width.
+Shape legend: ``b`` batch, ``m`` modalities, ``l`` length in tokens, ``d`` width, ``k`` classes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def build_encoder(
 
     Parameters
     ----------
+    width, depth, heads : int
+        d, the number of blocks, attention heads per block.
     trainable_blocks : int or "all"
         The last k blocks are trained, the others frozen.
 
@@ -104,11 +106,16 @@ class ServerModel(nn.Module):
         smashed : sequence of Tensor
             Early fusion: one joint (b, l, d); late fusion: one (b, l_m, d) per modality, each
             encoded by a pass of its own.
+
+        Returns
+        -------
+        Tensor
+            What the head makes of them: (b, k) logits, or (b, 2, d) embeddings in retrieval.
         """
         return self.head(self.features(smashed))
 
     def features(self, smashed: Sequence[Tensor]) -> Tensor:
-        """Return what the head sees, (b, d), or (b, m, d) where modalities stay apart."""
+        """Return the head's input, (b, d), or (b, m, d) where modalities stay apart."""
         encoded = [self.post_norm(self.encoder(tokens_bld)) for tokens_bld in smashed]
         if self.fusion == "early":
             encoded = list(encoded[0].split(self.lengths, dim=1))

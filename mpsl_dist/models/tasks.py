@@ -123,10 +123,10 @@ TASKS: dict[str, Task] = {"classification": Classification(), "retrieval": Retri
 
 
 def contrastive_loss(embeddings_b2d: Tensor, pictures_b: Tensor) -> Tensor:
-    """Return the bidirectional InfoNCE over the pairs at hand: half of it ranks captions for every
-    picture, half pictures for every caption.
+    """Return CLIP's bidirectional InfoNCE (Radford et al. 2021) over the pairs at hand, a scalar.
 
-    Another caption of the same picture is no negative: such entries are left out of the sums.
+    Half of it ranks captions for every picture, half pictures for every caption. Another caption
+    of the same picture is no negative: such entries are left out of the sums.
 
     Parameters
     ----------
@@ -154,9 +154,14 @@ def recalls(image_nd: Tensor, text_md: Tensor, picture_m: Tensor) -> dict[str, f
     Parameters
     ----------
     image_nd, text_md : Tensor
-        One row per picture, one per caption.
+        (n, d) and (m, d) embeddings: one row per picture, one per caption.
     picture_m : Tensor
         (m,) int64: the row in ``image_nd`` that a caption belongs to.
+
+    Returns
+    -------
+    dict of str to float
+        ``image_to_text_r1`` to ``text_to_image_r10``, fractions.
     """
     logits_mn = text_md @ image_nd.T
     right_mn = torch.arange(len(image_nd))[None, :] == picture_m[:, None]

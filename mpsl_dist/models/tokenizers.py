@@ -22,22 +22,26 @@ class TokenizerFacts:
 
     Attributes
     ----------
-    build : callable, or its place as "package.module:name"
+    build : callable, or its name as "package.module:attribute"
         ``build(shape, width, options)`` returns a module that maps inputs (b, *shape) to tokens
         (b, l, d) and has the number of them, l, as its ``length``.
     options : type, optional
         A frozen dataclass: what ``model.tokenizers.<modality>`` may say.
+    integers : bool
+        Whether inputs are whole numbers, int64, as a text's tokens are.
     """
 
     build: str | Callable[..., nn.Module]
     options: type | None = None
+    integers: bool = False
 
 
 class PatchTokenizer(nn.Module):
     """Cut a plane into patches, embed each, put a CLS token in front, add learned positions.
 
-    With ``stride == patch`` this is ViT's patchify (images); with kernel 16 and stride 10 over
-    (frames, mel bins) it is AST's (audio). The convolution has no bias, as in the released code.
+    With ``stride == patch`` this is ViT's patchify (images, Dosovitskiy et al. 2020); with kernel
+    16 and stride 10 over (frames, mel bins) it is AST's (audio, Gong et al. 2021). The convolution
+    has no bias, as in the released code.
 
     Parameters
     ----------
@@ -69,7 +73,7 @@ class PatchTokenizer(nn.Module):
         nn.init.normal_(self.positions, std=_STD)
 
     def forward(self, plane_bchw: Tensor) -> Tensor:
-        """Give tokens (b, l, d); audio may come without its channel, as (b, t, m)."""
+        """Return tokens (b, l, d) of planes (b, c, h, w); audio may come as (b, t, m)."""
         if plane_bchw.dim() == 3:
             plane_bchw = plane_bchw.unsqueeze(1)
         patches_bld = self.patchify(plane_bchw).flatten(2).transpose(1, 2)
@@ -98,12 +102,12 @@ class TextTokenizer(nn.Module):
         nn.init.normal_(self.positions, std=_STD)
 
     def forward(self, tokens_bl: Tensor) -> Tensor:
-        """Give tokens (b, l, d)."""
+        """Return tokens (b, l, d) of byte-pair tokens (b, l), int64."""
         return self.table(tokens_bl) + self.positions
 
 
 def token_table(rows: int, dimension: int, trainable: bool) -> nn.Embedding:
-    """Build the text token table, random normal; frozen unless ``trainable``."""
+    """Return a text token table (rows, dimension), random normal; frozen unless ``trainable``."""
     table = nn.Embedding(rows, dimension)
     nn.init.normal_(table.weight, std=_STD)
     table.weight.requires_grad_(trainable)
@@ -136,19 +140,24 @@ class Tokenizers(nn.Module):
         return [int(tokenizer.length) for tokenizer in self.by_modality.values()]
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Give every modality's tokens, (b, l_m, d) each, in fusion order."""
+        """Return the tokens of inputs by modality, (b, l_m, d) each, in fusion order."""
         return [self.pre_norm(t(inputs[name])) for name, t in self.by_modality.items()]
 
 
 def fuse(tokens: Sequence[Tensor], fusion: str) -> list[Tensor]:
-    """Arrange a sample's tokens for the cut layer (Eq. 1).
+    """Return the modalities' tokens as they cross the cut layer (Eq. 1).
 
-    ``early`` gives one joint tensor (b, sum of l_m, d), ``late`` the modalities' own tensors.
+    Parameters
+    ----------
+    tokens : sequence of Tensor
+        (b, l_m, d) per modality.
+    fusion : "early" or "late"
+        ``early``: one joint tensor (b, sum of l_m, d); ``late``: the modalities' own tensors.
     """
     return [torch.cat(list(tokens), dim=1)] if fusion == "early" else list(tokens)
 
 
 def copy_of(tokenizers: Tokenizers) -> Tokenizers:
-    """Return another client's copy; what is frozen is one object for all of a process."""
+    """Return a copy for another client of this process; frozen parameters are shared with it."""
     frozen = {id(p): p for p in tokenizers.parameters() if not p.requires_grad}
     return copy.deepcopy(tokenizers, memo=frozen)

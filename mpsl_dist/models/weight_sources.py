@@ -42,7 +42,7 @@ _AST = "MIT/ast-finetuned-audioset-10-10-0.4593"
 
 
 def is_file(source: str) -> bool:
-    """Say whether a source is a file rather than a collection."""
+    """Return whether a source is a file rather than ``random`` or a collection."""
     kind = source.partition(":")[0]
     return kind not in ("random", "timm", "clip", "meta-transformer", "ast")
 
@@ -117,7 +117,10 @@ def _check_activation(part: str, which: str, tower: str) -> None:
 
 @lru_cache(maxsize=4)
 def fetch_stem(part: str, source: str, size: str, root: str | None) -> tuple[str, State]:
-    """Get an image or audio stem, once a process whatever the number of clients."""
+    """Get the state of an image or audio tokenizer, once a process whatever the number of clients.
+
+    Parameters, results and errors are those of :func:`fetch`.
+    """
     name, state = fetch(part, source, size, root, "")
     stem = stem_of(state)
     # Nothing of a stem in it: the whole state, so that the error can say what it has.
@@ -125,7 +128,14 @@ def fetch_stem(part: str, source: str, size: str, root: str | None) -> tuple[str
 
 
 def read(path: Path, part: str) -> dict[str, Tensor]:
-    """Read a file of tensors; never runs code from it.
+    """Read a file of tensors; never run code from it.
+
+    Parameters
+    ----------
+    path : Path
+        A .safetensors file, or one that ``torch.load`` reads.
+    part : str
+        The key under ``weights`` that named it, for the error.
 
     Raises
     ------

@@ -1,7 +1,6 @@
 """Initial weights from elsewhere, strictly: every tensor is accounted for or it is an error.
 
-Shape legend: ``c`` channels, ``h`` height, ``w`` width, ``t`` frames, ``m`` mel bins, ``l`` length
-in tokens, ``d`` width.
+Shape legend: ``l`` length in tokens, ``d`` width.
 
 Known formats, told apart by their keys:
 
@@ -87,12 +86,16 @@ class Account:
 
     Attributes
     ----------
+    part : str
+        ``encoder``, ``image``, ``audio`` or ``text``.
+    source : str
+        Where the tensors are from.
     loaded : tuple of str
         Keys of ours that were set.
     missing : tuple of str
         Keys of ours that the source does not have and that keep their initial values.
     left : tuple of str
-        Keys of the source that are for no part of ours.
+        Keys of the source that this part does not use.
     changed : tuple of str
         What was fitted on the way, as "positions 14x14 -> 7x7".
     """
@@ -114,7 +117,7 @@ class Account:
 
 
 def _brief(keys: Iterable[str], most: int = 12) -> list[str]:
-    """Join keys of one prefix, ``head.*``, and cut a long list."""
+    """Return keys with those of one prefix joined, ``head.*``, and a long list cut."""
     groups: dict[str, list[str]] = {}
     for key in keys:
         groups.setdefault(key.split(".")[0], []).append(key)
@@ -134,6 +137,11 @@ def load_encoder(encoder: nn.Sequential, state: State, source: str) -> Account:
     source : str
         Where the state is from, for messages.
 
+    Returns
+    -------
+    Account
+        What was loaded and what was left.
+
     Raises
     ------
     WeightsError
@@ -147,7 +155,7 @@ def load_encoder(encoder: nn.Sequential, state: State, source: str) -> Account:
 
 
 def _blocks(state: State) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
-    """Give our key -> (their key, tensor), and the keys that belong to no block."""
+    """Return our key -> (their key, tensor), and the keys that belong to no block."""
     for pattern in _BLOCKS:
         matches = {key: pattern.match(key) for key in state}
         if any(matches.values()):
@@ -171,7 +179,7 @@ def _as_timm(key: str) -> str:
 def _fill(
     ours: Mapping[str, Tensor], theirs: Mapping[str, tuple[str, Tensor]], source: str
 ) -> None:
-    """Copy; the two must name the same tensors in the same shapes."""
+    """Copy theirs into ours, or raise a WeightsError unless keys and shapes are the same."""
     problems = [f"{source}: '{key}' is missing" for key in ours if key not in theirs]
     for key, (name, value) in theirs.items():
         if key not in ours:
@@ -188,7 +196,7 @@ def _fill(
 
 
 def stem_of(state: State) -> dict[str, Tensor]:
-    """Give the tensors that :func:`load_stem` can use, so that the rest can be let go."""
+    """Return the tensors that :func:`load_stem` can use, so that the rest can be let go."""
     own = "tokenizers."
     known = {key for names in _STEMS.values() for key in names}
     return {key: value for key, value in state.items() if key in known or key.startswith(own)}
@@ -208,6 +216,8 @@ def load_stem(
     tokenizer : PatchTokenizer
     pre_norm : nn.Module
         The LayerNorm that the client's tokens share, or an Identity.
+    state, source
+        As of :func:`load_encoder`.
     part : "image" or "audio"
 
     Raises
@@ -246,7 +256,7 @@ def load_stem(
 
 
 def _find_stem(state: State, part: str, source: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Give our key -> their key, and our key -> tensor."""
+    """Return our key -> their key, and our key -> tensor."""
     own = {
         f"tokenizers.by_modality.{part}.{key}": key
         for key in ("patchify.weight", "cls", "positions")
@@ -278,7 +288,7 @@ def _turn_ast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _positions(
     positions: Tensor, tokenizer: PatchTokenizer, part: str, source: str, changed: list[str]
 ) -> Tensor:
-    """Give positions (1, l, d) for the tokenizer's own grid."""
+    """Return positions (1, l, d) for the tokenizer's own grid."""
     from timm.layers import resample_abs_pos_embed
 
     positions_1ld = positions.reshape(1, *positions.shape[-2:]).float()
@@ -295,7 +305,7 @@ def _positions(
 
 
 def load_text(text: ClipText, state: State, source: str) -> Account:
-    """Load the frozen CLIP text tower from open_clip's state.
+    """Load the frozen CLIP text tower from open_clip's state or from a run's own model.
 
     Raises
     ------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-#: Kind -> direction ("up" is client to server) and phase.
+#: Kind -> direction ("up" is client to server, "down" server to client) and phase.
 KINDS: dict[str, tuple[str, str]] = {
     "activations": ("up", "training"),
     "predictions": ("down", "training"),
@@ -48,6 +48,7 @@ class Traffic:
     Parameters
     ----------
     clients : int
+        How many there are.
     """
 
     def __init__(self, clients: int) -> None:
@@ -63,24 +64,30 @@ class Traffic:
             self.add(kind, client, value)
 
     def watch_gradients(self, kind: str, values: Mapping[int, Iterable[Tensor]]) -> None:
-        """Count the gradients of these tensors as the backward brings them."""
+        """Count the gradients of these tensors, by client, as the backward brings them."""
         for client, tensors in values.items():
             for tensor in tensors:
                 if tensor.requires_grad:
                     tensor.register_hook(lambda g, client=client: self.add(kind, client, g))
 
     def total(self, direction: str, phase: str) -> int:
-        """Sum all clients' bytes of a direction and phase."""
+        """Return all clients' bytes of a direction and phase."""
         return sum(
             int(self.bytes[kind].sum()) for kind, key in KINDS.items() if key == (direction, phase)
         )
 
     def totals(self) -> dict[str, int]:
-        """Sum all clients' bytes by kind."""
+        """Return all clients' bytes by kind."""
         return {kind: int(counts.sum()) for kind, counts in self.bytes.items()}
 
     def since(self, before: Mapping[str, int]) -> dict[str, Any]:
-        """Give what was sent since :meth:`totals` gave ``before``: up, down, and by kind."""
+        """Return the bytes sent since :meth:`totals` returned ``before``.
+
+        Returns
+        -------
+        dict
+            ``up`` and ``down``, and ``by_kind`` those of every kind that occurred.
+        """
         sent = {kind: count - before[kind] for kind, count in self.totals().items()}
         by_kind = {kind: count for kind, count in sent.items() if count}
         ways = {
@@ -90,14 +97,14 @@ class Traffic:
         return {**ways, "by_kind": by_kind}
 
     def by_phase(self) -> dict[str, dict[str, int]]:
-        """Sum all clients' bytes by phase and direction; no tensor crosses in the set-up."""
+        """Return all clients' bytes by phase and direction; no tensor crosses in the set-up."""
         return {
             phase: {way: self.total(way, phase) for way in ("up", "down")}
             for phase in ("setup", "training", "evaluation")
         }
 
     def by_kind(self) -> dict[str, list[int]]:
-        """Give bytes per client of every kind that occurred."""
+        """Return every client's bytes of every kind that occurred."""
         return {kind: counts.tolist() for kind, counts in self.bytes.items() if counts.any()}
 
     def load(self, by_kind: Mapping[str, list[int]]) -> None:

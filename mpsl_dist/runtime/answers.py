@@ -28,6 +28,21 @@ class Lost:
     user_error: bool = False
 
 
+class ClientsLost(RemoteError):
+    """Clients gave no answer, or took no part in a backward.
+
+    Parameters
+    ----------
+    by_client : mapping of int to Lost
+        The clients; the first one's words are the message.
+    """
+
+    def __init__(self, by_client: Mapping[int, Lost]) -> None:
+        first = next(iter(by_client.values()))
+        super().__init__(first.message, first.details, first.user_error, tuple(by_client))
+        self.by_client = dict(by_client)
+
+
 @dataclass(frozen=True)
 class Answers:
     """What the clients answered. What a loss means is for the method to decide.
@@ -48,12 +63,11 @@ class Answers:
 
         Raises
         ------
-        RemoteError
-            If any client was lost; with the first one's message.
+        ClientsLost
+            If any client was lost.
         """
-        for lost in self.lost.values():
-            clients = tuple(self.lost)
-            raise RemoteError(lost.message, lost.details, lost.user_error, clients)
+        if self.lost:
+            raise ClientsLost(self.lost)
         return dict(self.by_client)
 
 

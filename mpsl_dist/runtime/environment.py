@@ -38,7 +38,7 @@ LOOPBACK = "loopback"
 
 @dataclass(frozen=True)
 class Environment:
-    """This process's place in the run, as its launcher tells it.
+    """This process's rank in the run, and where the ranks meet, as the launcher tells it.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class Environment:
         return self.nodes == 1
 
     def interface(self, chosen: str | None = None) -> str:
-        """Name the network interface that this process's RPC traffic goes through.
+        """Return the network interface that this process's RPC traffic goes through.
 
         Parameters
         ----------
@@ -109,7 +109,7 @@ class Environment:
 
 
 def alone() -> Environment:
-    """Give the world of one process, which meets nobody."""
+    """Return the environment of a run of one process, which meets nobody."""
     return Environment("none", 0, 1, 0, 1, 0, 1, "localhost", 0, "")
 
 
@@ -240,7 +240,7 @@ def _from_step(known: Mapping[str, str], world: int) -> Environment:
 
 
 def slurm_port(job: int, step: int) -> int:
-    """Give the port where a job step's ranks meet.
+    """Return the port where a job step's ranks meet.
 
     Always even, so that the next one is the step's too. The first steps of jobs less than 5,000
     ids apart never share a port, nor do any of the first 61 steps of jobs less than 81 apart.
@@ -250,7 +250,7 @@ def slurm_port(job: int, step: int) -> int:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """Write out Slurm's compressed list of hosts: ``node[01-03,07],gpu5``.
+    """Return the hosts of Slurm's compressed list, such as ``node[01-03,07],gpu5``.
 
     Raises
     ------
@@ -283,7 +283,13 @@ def _expand_ranges(ranges: str, text: str) -> list[str]:
 
 
 def expand_counts(text: str) -> list[int]:
-    """Write out Slurm's compressed list of numbers: ``2(x3),1`` is two, two, two, one."""
+    """Return the numbers of Slurm's compressed list: ``2(x3),1`` is two, two, two, one.
+
+    Raises
+    ------
+    LaunchError
+        If the text is no such list.
+    """
     counts: list[int] = []
     for entry in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)

@@ -17,8 +17,9 @@ from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
 from mpsl_dist.errors import Failure, RemoteError
-from mpsl_dist.runtime.answers import Answers, Lost, name_clients
+from mpsl_dist.runtime.answers import Answers, ClientsLost, Lost, name_clients
 from mpsl_dist.runtime.network import host_name
+from mpsl_dist.runtime.watchdog import Watchdog
 from mpsl_dist.runtime.world import SERVER, brief, pong
 
 
@@ -41,17 +42,23 @@ class Autograd:
 
         Raises
         ------
+        ClientsLost
+            If a worker is gone.
         RemoteError
-            Naming the workers that are gone.
+            If all are there and it failed all the same.
         """
         try:
             dist_autograd.backward(self.number, [loss])
         except RuntimeError as error:
             silent = self.fleet.silent()
-            names = ", ".join(silent)
-            cause = f"{names}: lost in backward" if silent else f"backward failed: {error}"
-            lost = tuple(client for clients in silent.values() for client in clients)
-            raise RemoteError(f"{cause}, {where}", lost=lost) from error
+            if not silent:
+                raise RemoteError(f"backward failed: {error}, {where}") from error
+            lost = {
+                client: Lost(f"{who}: lost in backward, {where}")
+                for who, clients in silent.items()
+                for client in clients
+            }
+            raise ClientsLost(lost) from error
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """Return this process's gradients, by parameter."""
@@ -77,6 +84,7 @@ class Fleet:
         self.hosts = dict(hosts)
         self.hosted = {worker: sorted(clients) for worker, clients in hosted.items()}
         self.timeout = timeout
+        self.watchdog = Watchdog(timeout)
         asked = {w: rpc.rpc_async(w, _about, args=(host,)) for w, host in self.hosts.items()}
         about = {worker: future.wait() for worker, future in asked.items()}
         #: Worker -> node, for the errors that name it; worker -> device.
@@ -109,6 +117,7 @@ class Fleet:
             Appends the client's own gradients of this backward to its arguments.
         """
         number = autograd.number if autograd else None
+        phase = f"{message}, {where}" if where else message
         pending = []
         for worker, clients in self.hosted.items():
             own = {client: tuple(arguments[client]) for client in clients if client in arguments}
@@ -116,8 +125,9 @@ class Fleet:
                 words = (self.hosts[worker], message, own, number)
                 # Not rref.rpc_async(): its first use loses the autograd context.
                 future = rpc.rpc_async(worker, _serve, args=words, timeout=self.timeout)
+                call = self.watchdog.expect(self._who(worker, list(own)), phase)
+                future.add_done_callback(lambda _, call=call: self.watchdog.done(call))
                 pending.append((worker, list(own), future))
-        phase = f"{message}, {where}" if where else message
 
         def wait() -> Answers:
             found: dict[int, Any] = {}

@@ -18,17 +18,29 @@ _ELSEWHERE = "192.0.2.1"
 
 
 def host_name() -> str:
-    """Name this node as its users know it: Slurm's name of it where there is one."""
+    """Return this node's name as its users know it: Slurm's name where there is one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def interfaces() -> list[str]:
-    """List this host's network interfaces."""
+    """Return the names of this host's network interfaces."""
     return [name for _, name in socket.if_nameindex()]
 
 
 def existing_interface(name: str, source: str) -> str:
-    """Give ``name`` back if this host has it; ``source`` says in the error who asked for it."""
+    """Return ``name`` if this host has such an interface.
+
+    Parameters
+    ----------
+    name : str
+    source : str
+        The setting that named it, for the error.
+
+    Raises
+    ------
+    LaunchError
+        If this host has no such interface.
+    """
     if name not in interfaces():
         raise LaunchError(
             f"{source}: {socket.gethostname()} has no network interface '{name}'; "
@@ -38,7 +50,13 @@ def existing_interface(name: str, source: str) -> str:
 
 
 def loopback() -> str:
-    """Name the loopback interface."""
+    """Return the name of the loopback interface.
+
+    Raises
+    ------
+    LaunchError
+        If there is none.
+    """
     for name in ("lo", "lo0"):
         if name in interfaces():
             return name
@@ -46,11 +64,16 @@ def loopback() -> str:
 
 
 def interface_towards(address: str) -> str:
-    """Name the interface that routes to a host.
+    """Return the name of the interface that routes to a host.
 
     A host whose own name leads to its loopback (Debian writes 127.0.1.1 into /etc/hosts) would be
     unreachable for the others, so then the interface of the default route is taken; a loopback
     address given as such is taken at its word.
+
+    Raises
+    ------
+    LaunchError
+        If the host cannot be reached, or no interface leads to it.
     """
     local = _local_address(address)
     if _is_loopback(local) and not (address == "localhost" or _is_loopback(address)):
@@ -67,7 +90,7 @@ def interface_towards(address: str) -> str:
 
 
 def _local_address(address: str) -> str:
-    """Give the address of this host from which packets to ``address`` would leave."""
+    """Return the address of this host from which packets to ``address`` would leave."""
     try:
         target = socket.getaddrinfo(address, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

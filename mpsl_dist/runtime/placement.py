@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def place(sizes: Sequence[int], workers: int) -> list[list[int]]:
-    """Spread clients over workers so that each worker has about as much data.
+    """Spread clients over workers so that all workers have about equally much data.
 
     The largest client goes first, to the worker with the least data so far; none gets more clients
     than an even split would give it, because every client costs memory too.
@@ -34,14 +34,14 @@ def place(sizes: Sequence[int], workers: int) -> list[list[int]]:
 
 
 def gpu_of(local_rank: int, gpus: int, beside_server: bool) -> int:
-    """Give the number of a rank's GPU on its node.
+    """Return the index of a rank's GPU among those of its node.
 
     The server, local rank 0 of its node, has its GPU to itself where there are several.
 
     Parameters
     ----------
     local_rank, gpus : int
-        Of this node; at least one GPU.
+        The rank among those of its node, from 0; the node's GPUs, at least one.
     beside_server : bool
         Whether the server is on this node.
     """

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -14,16 +15,26 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
+#: Exit status of a worker that ended because the server is gone.
+SERVER_GONE = 3
+
+
 class StopRequest:
     """Whether somebody asked this run to stop, by one of :data:`STOP_SIGNALS`.
 
     The server finishes its step, writes a checkpoint and ends the world. Launchers send SIGINT
     twice (terminal and agent), so a second signal means nothing more; they end the processes
     themselves when their grace is over.
+
+    Parameters
+    ----------
+    patience : float, optional
+        Seconds after which the process is ended in any case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float | None = None) -> None:
         self.signal: str | None = None
+        self.patience = patience
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -32,10 +43,30 @@ class StopRequest:
         """Take the signals from now on."""
         for number in STOP_SIGNALS:
             signal.signal(number, self.note)
+        if self.patience is not None:
+            # A handler waits for the main thread, which may itself wait for a client that hangs.
+            reading, writing = os.pipe()
+            os.set_blocking(writing, False)
+            signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            arguments = (reading, self.patience)
+            threading.Thread(target=_end_in_time, args=arguments, daemon=True).start()
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Remember a signal, as its handler."""
         self.signal = signal.Signals(number).name
+
+
+def _end_in_time(reading: int, patience: float) -> None:
+    """End this process ``patience`` seconds after the first signal, if it has not ended itself."""
+    while (number := os.read(reading, 1)[0]) not in STOP_SIGNALS:
+        continue
+    time.sleep(patience)
+    print(
+        f"error: not at an end {patience:g} s after {signal.Signals(number).name} "
+        "(faults.exit_timeout); --resume continues from the last checkpoint",
+        file=sys.stderr,
+    )
+    leave(1)
 
 
 def leave_stopping_to_server() -> None:
@@ -53,7 +84,7 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
     Parameters
     ----------
     ping : callable
-        Waits as long as it has patience, says whether the server answered.
+        Asks the server and waits for a while; returns whether it answered.
 
     Returns
     -------
@@ -68,7 +99,7 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
             missed = 0 if ping() else missed + 1
             if missed == 3:
                 print("the server is gone; this worker ends", file=sys.stderr, flush=True)
-                os._exit(1)
+                os._exit(SERVER_GONE)
 
     thread = threading.Thread(target=watch, name="watch-server", daemon=True)
     thread.start()
@@ -81,7 +112,10 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
 
 
 def leave(status: int, *streams: Any) -> None:
-    """End this process at once: after a failure, RPC's own shutdown would wait for the lost."""
+    """End this process at once with an exit status, after flushing its streams.
+
+    After a failure, RPC's own shutdown would wait for the lost.
+    """
     for stream in (sys.stdout, sys.stderr, *streams):
         stream.flush()
     os._exit(status)

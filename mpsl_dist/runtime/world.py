@@ -19,8 +19,12 @@ from mpsl_dist.runtime.environment import Environment
 from mpsl_dist.runtime.meeting import know_loopback
 
 SERVER = "server"
-#: Set by the server's word that the run is over; a call from afar finds only what a module names.
+#: The server's word that the run is over, and whether all workers are there to leave together; a
+#: call from afar finds only what a module names.
 _ended = threading.Event()
+_together = threading.Event()
+#: Seconds for a worker to take note of the end.
+_FAREWELL = 10.0
 
 
 def rank_name(rank: int) -> str:
@@ -77,31 +81,50 @@ def start(
     rpc._set_rpc_timeout(timeout)
 
 
-def dismiss(ranks: int) -> None:
-    """Tell the workers of a world of so many ranks that the run is over, and leave with them."""
-    told = {rank: rpc.rpc_async(rank_name(rank), _end) for rank in range(1, ranks)}
+def dismiss(ranks: int, together: bool = True) -> None:
+    """Tell the workers of a world of so many ranks that the run is over, and leave with them.
+
+    Parameters
+    ----------
+    together : bool
+        Whether all are there. Otherwise nobody waits for the others, and who does not answer is
+        left behind.
+
+    Raises
+    ------
+    RemoteError
+        If ``together`` and a worker does not answer.
+    """
+    told = {
+        rank: rpc.rpc_async(rank_name(rank), _end, args=(together,), timeout=_FAREWELL)
+        for rank in range(1, ranks)
+    }
     for rank, answer in told.items():
         try:
             answer.wait()
         except RuntimeError as error:
-            raise RemoteError(
-                f"{rank_name(rank)}: lost at the end of the run: {brief(error)}"
-            ) from error
-    stop()
+            if together:
+                raise RemoteError(
+                    f"{rank_name(rank)}: lost at the end of the run: {brief(error)}"
+                ) from error
+    stop(together)
 
 
-def await_end() -> None:
-    """Wait until rank 0 says that the run is over."""
+def await_end() -> bool:
+    """Wait until rank 0 says that the run is over; return whether all leave together."""
     _ended.wait()
+    return _together.is_set()
 
 
-def _end() -> None:
+def _end(together: bool) -> None:
+    if together:
+        _together.set()
     _ended.set()
 
 
-def stop() -> None:
-    """Leave the RPC world once every rank does; a worker's, after :func:`await_end`."""
-    rpc.shutdown(graceful=True)
+def stop(together: bool = True) -> None:
+    """Leave the RPC world, where ``together`` once every rank does."""
+    rpc.shutdown(graceful=together)
 
 
 def reference(value: Any) -> rpc.RRef:

@@ -55,9 +55,9 @@ def _keep_cut_gradients(method: Mpsl, kept: list) -> None:
         gradients: dict = {}
         kept.append(gradients)
         for client, tensors in smashed.items():
-            for place, tensor in enumerate(tensors):
+            for index, tensor in enumerate(tensors):
                 tensor.register_hook(
-                    lambda g, key=(client, place): gradients.update({key: g.clone()})
+                    lambda g, key=(client, index): gradients.update({key: g.clone()})
                 )
         return forward(smashed)
 

@@ -126,8 +126,8 @@ def test_fedavg_of_one_client_over_rpc_equals_centralized_step_for_step(told: di
     central = centralized.build(Setup(chosen, Holdings.load(chosen), 1))
     for epoch in range(STEPS):
         central.begin_epoch(epoch)
-        for place in range(len(central.plan)):
-            central.step(place, epoch * len(central.plan) + place)
+        for epoch_step in range(len(central.plan)):
+            central.step(epoch_step, epoch * len(central.plan) + epoch_step)
     ours, theirs = told["fedavg alone"]["server"], trainable_state(central.learner.model)
     assert_states_close(ours, theirs, 1e-13)
 

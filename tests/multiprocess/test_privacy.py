@@ -35,7 +35,7 @@ def record(folder: Path, task: str, modalities: str) -> list:
 
 
 def offences(sent: list, splits: Splits) -> list[str]:
-    """Say what among the sent is, or carries, labels or raw inputs."""
+    """Return what among the sent is, or carries, labels or raw inputs."""
     found = []
     for item in sent:
         if not isinstance(item, torch.Tensor):

@@ -35,6 +35,7 @@ CONFIG = {
         "client": {"lr": 1e-3},
     },
     "checkpoint": {"every_steps": 4},
+    "faults": {"on_loss": "stop"},
     "runtime": {"server_threads": 1, "worker_threads": 1},
 }
 

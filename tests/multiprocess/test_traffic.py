@@ -147,7 +147,7 @@ def cable() -> Iterator[tuple[str, str]]:
 
 
 def _make_cable(names: tuple[str, str]) -> str | None:
-    """Say what is lacking, if anything."""
+    """Return what is lacking, if anything."""
     if os.geteuid() or not shutil.which("ip"):
         return "network namespaces need root and the ip command"
     lines = [f"netns add {name}" for name in names]

@@ -71,7 +71,7 @@ class Cluster:
         return self.start("sbatch", *options, SBATCH, config, *words)
 
     def state(self, job: str) -> str:
-        """Give a job's state, empty when Slurm has forgotten it."""
+        """Return a job's state, empty when Slurm has forgotten it."""
         return "".join(re.findall(r"JobState=(\w+)", self.ask("scontrol", "show", "job", job)))
 
     def start_again(self, job: str) -> None:
@@ -117,7 +117,7 @@ def steps_of(folder: Path) -> int:
 
 
 def trace(folder: Path) -> tuple[list[tuple], dict[str, bytes]]:
-    """Give every loss and metric of a run, and its exported model."""
+    """Return every loss and metric of a run, and its exported model."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     numbers = [(x["step"], x["split"], x["loss"], tuple(x["metric"].items())) for x in lines]
     return numbers, {file.name: file.read_bytes() for file in (folder / "model").glob("*.saf*")}
@@ -207,7 +207,9 @@ def test_cancelled_job_stops_and_stays_out_of_the_queue(cluster: Cluster):
 
 def test_killed_worker_fails_the_job_with_its_name(cluster: Cluster):
     folder = cluster.folder / "runs" / "killed"
-    world = cluster.sbatch(TINY, "name=killed", "training.epochs=500", "runtime.rpc_timeout=30")
+    world = cluster.sbatch(
+        TINY, "name=killed", "training.epochs=500", "runtime.rpc_timeout=30", "faults.on_loss=stop"
+    )
     job = job_of(world)
     until(lambda: steps_of(folder) >= 3, JOB, "first steps")
     os.kill(_task(world, 3), signal.SIGKILL)
@@ -220,7 +222,7 @@ def test_killed_worker_fails_the_job_with_its_name(cluster: Cluster):
 
 
 def _task(world: World, rank: int) -> int:
-    """Give the process id of a Slurm task of this launch."""
+    """Return the process id of a Slurm task of this launch."""
     for member in world.members():
         variables = Path(f"/proc/{member}/environ").read_bytes().split(b"\0")
         command = Path(f"/proc/{member}/cmdline").read_bytes()

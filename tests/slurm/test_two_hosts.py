@@ -20,7 +20,7 @@ PORT = 29417
 
 
 def _lacking() -> str | None:
-    """Say what this machine lacks for two namespaces with a firewall between them."""
+    """Return what this machine lacks for two namespaces with a firewall between them."""
     missing = [name for name in ("ip", "iptables", "unshare") if shutil.which(name) is None]
     if missing:
         return f"no {', '.join(missing)} here"
@@ -109,7 +109,7 @@ def test_torchrun_across_two_hosts_trains_and_shuts_down(hosts, launch: Launch, 
 
 def test_firewall_in_mid_run_ends_it_with_a_clear_error(hosts, launch: Launch, tmp_path: Path):
     timeout = 25
-    words = ("training.epochs=500", f"runtime.rpc_timeout={timeout}")
+    words = ("training.epochs=500", f"runtime.rpc_timeout={timeout}", "faults.on_loss=stop")
     worlds = [host.torchrun(launch, *words) for host in hosts]
     metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
 

@@ -36,10 +36,10 @@ def build(chosen: Experiment) -> centralized.Centralized:
 def steps_of(method: centralized.Centralized, steps: int) -> list[float]:
     losses = []
     for step in range(steps):
-        epoch, place = divmod(step, len(method.plan))
-        if place == 0:
+        epoch, epoch_step = divmod(step, len(method.plan))
+        if epoch_step == 0:
             method.begin_epoch(epoch)
-        losses.append(method.step(place, step))
+        losses.append(method.step(epoch_step, step))
     return losses
 
 

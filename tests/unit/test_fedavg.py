@@ -60,7 +60,7 @@ def test_of_one_client_equals_centralized_step_for_step(batch_size: int, schedul
     for epoch in range(4):
         central.begin_epoch(epoch)
         steps = len(central.plan)
-        losses = [central.step(place, epoch * steps + place) for place in range(steps)]
+        losses = [central.step(at, epoch * steps + at) for at in range(steps)]
         sizes = central.plan.sum(1)
         told = federated.step(0, epoch)
         assert told == pytest.approx(np.average(losses, weights=sizes), rel=1e-14)
@@ -83,8 +83,8 @@ def test_of_one_client_equals_centralized_in_retrieval_too() -> None:
     chosen = experiment(clients=1, data={"name": "toy-pairs"})
     federated, central = fedavg(chosen), pooled(chosen)
     central.begin_epoch(0)
-    for place in range(len(central.plan)):
-        central.step(place, place)
+    for step in range(len(central.plan)):
+        central.step(step, step)
     federated.step(0, 0)
     assert_same(federated.model, central.learner.model, 0.0)
 

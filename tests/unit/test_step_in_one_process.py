@@ -87,7 +87,7 @@ def test_a_client_receives_its_own_gradients_alone() -> None:
 
 
 def test_one_clients_error_costs_no_neighbour_its_answer() -> None:
-    method = in_one_process(experiment())
+    method = in_one_process(experiment(faults={"on_loss": "stop"}))
 
     def fail(step: int) -> None:
         raise OSError("clip_0042.mp4: truncated")

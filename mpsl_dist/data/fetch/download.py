@@ -17,7 +17,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,21 @@ class _Wrong(Exception):
     """What came is not what was asked for; the next attempt starts anew."""
 
 
-def download(name: str, root: str | Path, tell: Tell | None = None) -> list[str]:
+def download(
+    name: str, root: str | Path, tell: Tell | None = None, plugins: Sequence[str] = ()
+) -> list[str]:
     """Download a dataset into ``data.root``; what is there already is not fetched again.
 
     Parameters
     ----------
     name : str
-        One of ours, see :data:`mpsl_dist.data.catalog.DATASETS`.
+        One of ours (:data:`mpsl_dist.data.catalog.DATASETS`), or of a plugin.
     root : str or Path
         Folder of the datasets.
     tell : callable, optional
         Called with the progress, see :data:`Tell`.
+    plugins : sequence of str
+        Modules that may define further datasets.
 
     Returns
     -------
@@ -60,12 +64,15 @@ def download(name: str, root: str | Path, tell: Tell | None = None) -> list[str]
         If the dataset has no official place, must be fetched by hand (with instructions), or a
         download fails for good.
     """
-    official = {key: facts for key, facts in catalog.DATASETS.items() if facts.place}
-    if name not in official:
+    try:
+        facts = catalog.find(name, plugins)
+    except DataError:
+        facts = None
+    if facts is None or not (facts.place or facts.archives):
+        official = [key for key, row in catalog.DATASETS.items() if row.place]
         raise DataError(f"data.name: {name} is not downloaded; there are: {', '.join(official)}")
-    facts = official[name]
     if not facts.archives:
-        raise DataError(f"{name}: {facts.by_hand}; {catalog.source(name)}")
+        raise DataError(f"{name}: {facts.by_hand}; official place: {facts.place}")
     return [get(archive, Path(root), tell=tell) for archive in facts.archives]
 
 

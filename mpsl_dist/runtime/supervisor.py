@@ -1,0 +1,105 @@
+"""A rank that outlives the process which hosts its clients.
+
+torchrun and srun end the whole job when one rank exits with an error. So a worker's rank is this
+small process, which starts the same command again as its child: the child hosts the clients, and if
+it is lost the rank itself ends well, when the server has gone on without it. The child beats into a
+pipe: one that is stopped, or hangs, is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from mpsl_dist.runtime.process import SERVER_GONE, leave_stopping_to_server
+
+#: In the child's environment: where it beats, and its parent's process id.
+_MARK = "MPSL_DIST_SUPERVISED"
+_BEAT_SECONDS = 1.0
+
+
+def is_child() -> bool:
+    """Return whether this process was started by :func:`supervise`."""
+    return _MARK in os.environ
+
+
+def supervise(patience: float, ends_on_signal: bool = False) -> int:
+    """Run this process's own command in a child, and wait for its end.
+
+    Parameters
+    ----------
+    patience : float
+        Seconds without a beat after which a child that has joined the run is killed.
+    ends_on_signal : bool
+        Whether a stop signal ends the rank: its launcher sends one when the run is over.
+
+    Returns
+    -------
+    int
+        The exit status of this rank: 0 too where the child was lost in the middle of the run.
+    """
+    if not ends_on_signal:
+        leave_stopping_to_server()
+    reading, writing = os.pipe()
+    child = subprocess.Popen(
+        [sys.executable, *sys.orig_argv[1:]],
+        env=os.environ | {_MARK: f"{writing} {os.getpid()}"},
+        pass_fds=[writing],
+    )
+    os.close(writing)
+    joined = _follow(reading, child, patience)
+    status = child.wait()
+    if status == SERVER_GONE:
+        return 1
+    if status == 0 or not joined:
+        return status if status >= 0 else 128 - status
+    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
+    print(f"worker{rank} ended {how}; the run goes on without it", file=sys.stderr, flush=True)
+    return 0
+
+
+def _follow(reading: int, child: subprocess.Popen, patience: float) -> bool:
+    """Read beats until the child is gone; return whether there were any."""
+    joined, last = False, time.monotonic()
+    while True:
+        waiting = max(0.0, last + patience - time.monotonic()) if joined else None
+        if not select.select([reading], [], [], waiting)[0]:
+            print(f"no sign of life for {patience:g} s: killed", file=sys.stderr, flush=True)
+            child.kill()
+            return joined
+        if not os.read(reading, 1024):
+            return joined
+        joined, last = True, time.monotonic()
+
+
+def beat() -> None:
+    """Beat for the supervisor from now on, on a thread of its own."""
+    writing = int(os.environ[_MARK].split()[0])
+
+    def tell() -> None:
+        while True:
+            os.write(writing, b".")
+            time.sleep(_BEAT_SECONDS)
+
+    threading.Thread(target=tell, name="beat", daemon=True).start()
+
+
+def follow_parent() -> None:
+    """Die when the supervisor that started this process does."""
+    die_with_parent(int(os.environ[_MARK].split()[1]))
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, where it can (Linux)."""
+    if sys.platform.startswith("linux"):
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

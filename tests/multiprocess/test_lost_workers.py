@@ -1,0 +1,139 @@
+"""Workers that die, hang, fail or stop in the middle of a real run, which goes on without them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, World, until
+
+WORLD = 4
+CONFIG = {
+    "name": "run",
+    "clients": 6,
+    "clients_per_worker": 2,
+    "device": "cpu",
+    "data": {"name": "digits-qa", "text_length": 10, "partition": {"alpha": 0.5}},
+    "model": {
+        "encoder": {"size": "custom", "width": 16, "depth": 1, "heads": 2},
+        "image_patch": 4,
+    },
+    "training": {
+        "epochs": 3,
+        "batch_size": 300,
+        "server": {"lr": 1e-3},
+        "client": {"lr": 1e-3},
+    },
+    "faults": {"client_timeout": 8.0, "exit_timeout": 15.0},
+    "runtime": {"server_threads": 1, "worker_threads": 1},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def lines(folder: Path) -> list[dict]:
+    path = folder / "runs" / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps_done(folder: Path) -> int:
+    return sum(line["split"] == "train" for line in lines(folder))
+
+
+def hosting(world: World, rank: int) -> int:
+    """Id of the process that hosts a rank's clients, the child of the rank's own."""
+    for member in world.members():
+        try:
+            variables = Path(f"/proc/{member}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        mine = [v for v in variables if v.startswith(b"MPSL_DIST_SUPERVISED=")]
+        if mine and f"RANK={rank}".encode() in variables:
+            return member
+    raise AssertionError(f"no process hosts the clients of rank {rank}")
+
+
+def assert_went_on_without(folder: Path, rank: int, phase: str = "") -> dict:
+    summary = json.loads((folder / "runs" / "run" / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["clients_lost"] == 2, summary
+    assert summary["epochs_completed"] == 3
+    log = (folder / "runs" / "run" / "rank0.log").read_text()
+    told = [line for line in log.splitlines() if "is lost" in line]
+    assert len(told) == 2 and all(f"worker{rank}" in line for line in told), told
+    assert all(phase in line for line in told), told
+    return summary
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_worker_that_dies_or_stops_is_left_behind(
+    number: signal.Signals, torchrun, config: Path, tmp_path: Path
+) -> None:
+    world = torchrun(WORLD, "-m", "mpsl_dist", "train", str(config))
+    until(lambda: steps_done(tmp_path) >= 3, 240, "three steps")
+    os.kill(hosting(world, 2), number)
+    status, output = world.finish(240)
+    assert status == 0, output
+    summary = assert_went_on_without(tmp_path, 2)
+    assert summary["steps_repeated"] <= 1
+    assert "worker2 ended by SIGKILL; the run goes on without it" in output
+
+
+#: Client 3 fails, or is too slow, in a method at the fifth call.
+FAULTY = """
+import runpy, sys, time
+from mpsl_dist.actors.client import Client
+how, name = sys.argv.pop(1), sys.argv.pop(1)
+method, calls = getattr(Client, name), []
+def faulty(self, *words):
+    if self.number == 3:
+        calls.append(1)
+        if len(calls) == 5:
+            if how == "fails":
+                raise OSError("clip_0042.mp4: truncated")
+            time.sleep(12)
+    return method(self, *words)
+setattr(Client, name, faulty)
+sys.argv = ["mpsl_dist", *sys.argv[1:]]
+runpy.run_module("mpsl_dist", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "message", "lost"),
+    [("fails", "tokenize", 1), ("fails", "loss", 1), ("fails", "step", 1), ("is slow", "loss", 2)],
+)
+def test_a_client_that_fails_or_is_slow_is_left_behind(
+    how: str, message: str, lost: int, torchrun, config: Path, tmp_path: Path
+) -> None:
+    """An error is its client's alone; with a late answer all clients of the worker are late."""
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    words = [str(script), how, message, "train", str(config)]
+    status, output = torchrun(WORLD, *words, PYTHONPATH=str(ROOT)).finish(240)
+    assert status == 0, output
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["clients_lost"]) == ("completed", lost), summary
+    assert summary["steps_repeated"] == (message != "step")
+    counted = [line["clients_lost"] for line in lines(tmp_path) if line["split"] == "train"]
+    assert counted[0] == 0 and counted[-1] == lost
+
+
+def test_where_it_is_told_to_it_stops_and_names_the_client(
+    torchrun, config: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    words = [str(script), "fails", "loss", "train", str(config), "faults.on_loss=stop"]
+    status, output = torchrun(WORLD, *words, PYTHONPATH=str(ROOT)).finish(240)
+    assert status != 0 and "client 3: OSError: clip_0042.mp4: truncated" in output, output
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["clients_lost"]) == ("failed", 1)

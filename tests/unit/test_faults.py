@@ -1,0 +1,194 @@
+"""Clients that are lost at every message of a step: what survives equals the reference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+import toys
+from local_fleet import in_one_process
+
+from mpsl_dist.config import Experiment, to_dict
+from mpsl_dist.errors import NonFiniteError
+from mpsl_dist.methods.mpsl import Mpsl
+from mpsl_dist.models.average import trainable_state
+from mpsl_dist.runtime.answers import ClientsLost
+
+STEPS, AT, GONE = 12, 4, 2
+
+
+def experiment(**changes: Any) -> Experiment:
+    training = to_dict(toys.experiment())["training"] | {"precision": "float64", "epochs": 4}
+    faults = {"on_loss": "continue"} | changes.pop("faults", {})
+    return toys.experiment(training=training, faults=faults, **changes)
+
+
+class Dying:
+    """Stands before a client; fails at a message of a step, and at every one after that."""
+
+    def __init__(self, client: Any, message: str, step: int) -> None:
+        self.client, self.message, self.at = client, message, step
+        self.number, self.step_now, self.dead = client.number, -1, False
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def ask(*words: Any) -> Any:
+            self.step_now += name == "tokenize"
+            self.dead = self.dead or (name == self.message and self.step_now >= self.at)
+            if self.dead:
+                raise ConnectionError("gone")
+            return getattr(self.client, name)(*words)
+
+        return ask
+
+
+def dying(chosen: Experiment, message: str, client: int = GONE, step: int = AT) -> Mpsl:
+    method = in_one_process(chosen)
+    clients = method.clients.fleet.host.clients
+    clients[client] = Dying(clients[client], message, step)
+    return method
+
+
+def train(method: Mpsl, steps: int = STEPS) -> list[float | None]:
+    losses = []
+    for step in range(steps):
+        epoch, epoch_step = divmod(step, len(method.plan))
+        if epoch_step == 0:
+            method.begin_epoch(epoch)
+        losses.append(method.step(epoch_step, step))
+    return losses
+
+
+def assert_survivors_equal(method: Mpsl, expected: dict[str, Any], losses: list) -> None:
+    assert losses == pytest.approx(expected["losses"], rel=1e-9)
+    for key, value in expected["server"].items():
+        torch.testing.assert_close(method.server.model.state_dict()[key], value, rtol=0, atol=1e-9)
+    for number in method.clients.present:
+        own = method.clients.references[number].tokenizer_weights()
+        for key, value in expected["clients"][number].items():
+            torch.testing.assert_close(own[key], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("message", ["tokenize", "loss"])
+def test_a_step_that_loses_a_client_is_repeated_without_it(
+    message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = experiment()
+    method = dying(chosen, message)
+    with caplog.at_level(logging.WARNING, logger="mpsl_dist"):
+        losses = train(method)
+    expected = reference.train(chosen, STEPS, absent=lambda n, step: n == GONE and step >= AT)
+    assert_survivors_equal(method, expected, losses)
+    assert (method.lost, method.repeated) == ({GONE}, 1)
+    told = [r.getMessage() for r in caplog.records if "is lost" in r.getMessage()]
+    assert len(told) == 1 and f"{message}, step {AT}" in told[0], told
+
+
+def test_a_client_lost_after_the_backward_costs_its_own_state_alone() -> None:
+    chosen = experiment()
+    method = dying(chosen, "step")
+    losses = train(method)
+    # It took part in its last step: only its own optimizer did not move.
+    expected = reference.train(chosen, STEPS, absent=lambda n, step: n == GONE and step > AT)
+    assert_survivors_equal(method, expected, losses)
+    assert (method.lost, method.repeated) == ({GONE}, 0)
+
+
+@pytest.mark.parametrize("mode", ["gradients", "weights"])
+@pytest.mark.parametrize(
+    "message", ["tokenize", "loss", "accumulate", "take_gradients", "step", "tokenizer_weights"]
+)
+def test_tokenizers_of_the_others_still_meet(mode: str, message: str) -> None:
+    method = dying(experiment(tokenizer_sync={"mode": mode, "every": 3}), message)
+    train(method)
+    one, *others = [method.clients.references[n].tokenizer_weights() for n in (0, 1, 3)]
+    for key, value in one.items():
+        assert all(torch.equal(value, other[key]) for other in others), key
+    assert method.lost <= {GONE}
+
+
+@pytest.mark.parametrize("place", ["server", "clients"])
+@pytest.mark.parametrize("message", ["tokenizer_weights", "begin_test", "tokenize_test", "score"])
+def test_a_test_goes_on_without_a_lost_client(place: str, message: str) -> None:
+    data = {"name": "toy-image+text", "partition": {"alpha": 0.5, "minimum": 3}, "test_at": place}
+    method = dying(experiment(data=data), message, client=0, step=-1)
+    method.begin_epoch(0)
+    assert 0 <= method.evaluate()["accuracy"] <= 1
+    assert method.deployable() is not None
+    train(method, 2)
+
+
+def test_a_client_lost_at_an_epochs_begin_or_a_checkpoint_is_left_out(tmp_path) -> None:
+    method = dying(experiment(), "begin_epoch", step=-1)
+    train(method, 3)
+    assert method.lost == {GONE}
+    method = dying(experiment(), "save", step=-1)
+    train(method, 3)
+    method.save(str(tmp_path))
+    assert method.lost == {GONE} and len(list(tmp_path.glob("client-*.pt"))) == 3
+
+
+def test_by_default_a_step_with_one_client_left_still_trains_and_with_none_the_run_stops() -> None:
+    method = in_one_process(experiment())
+    clients = method.clients.fleet.host.clients
+    for n in (0, 1, 3):
+        clients[n] = Dying(clients[n], "tokenize", 2)
+    assert all(loss is not None for loss in train(method, 4))
+    clients[2] = Dying(clients[2], "tokenize", 0)
+    with pytest.raises(ClientsLost, match="0 clients are left, faults.min_clients is 1"):
+        method.step(0, 4)
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ({"on_loss": "stop"}, "client 2: ConnectionError"),
+        ({"min_clients": 4}, "3 clients are left"),
+    ],
+)
+def test_it_stops_where_it_was_told_to(faults: dict, words: str) -> None:
+    method = dying(experiment(faults=faults), "loss")
+    before: dict[str, torch.Tensor] = {}
+    with pytest.raises(ClientsLost, match=words) as error:
+        for step in range(STEPS):
+            before = trainable_state(method.server.model)
+            if step % len(method.plan) == 0:
+                method.begin_epoch(step // len(method.plan))
+            method.step(step % len(method.plan), step)
+    assert error.value.lost == (GONE,)
+    after = trainable_state(method.server.model)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def poisoned(chosen: Experiment, what: str) -> Mpsl:
+    """Client 2 has a loss, or a gradient, that is no number in step 4."""
+    method = in_one_process(chosen)
+    client = method.clients.references[GONE]
+    loss, steps = client.loss, iter(range(1000))
+
+    def bad(epoch_step: int, predictions: torch.Tensor) -> torch.Tensor:
+        good = loss(epoch_step, predictions)
+        if next(steps) != AT:
+            return good
+        # The square root's slope at zero is infinite: a finite loss, no finite gradient.
+        return (
+            good * float("nan") if what == "loss" else good + (predictions * 0).abs().sqrt().sum()
+        )
+
+    client.loss = bad
+    return method
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_no_number_stops_the_run_or_skips_the_client(what: str) -> None:
+    with pytest.raises(NonFiniteError, match=rf"step {AT}: the {what} of client {GONE} is nan"):
+        train(poisoned(experiment(), what))
+    chosen = experiment(faults={"on_nonfinite": "skip_client"})
+    method = poisoned(chosen, what)
+    losses = train(method)
+    expected = reference.train(chosen, STEPS, absent=lambda n, step: (n, step) == (GONE, AT))
+    assert_survivors_equal(method, expected, losses)
+    assert (method.lost, method.repeated) == (set(), 1)
