@@ -46,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides.append(word)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     # What every rank gives to Python: a script of the user's is started again as it was.
-    again = ["-m", "mpsl_dist", *options.words] if arguments else sys.orig_argv[1:]
-    options.again = again
+    options.again = ["-m", "mpsl_dist", *arguments] if arguments else sys.orig_argv[1:]
     try:
         command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
         command |= {"data": _data, "partition": _partition}
@@ -121,6 +120,8 @@ def _train(options: argparse.Namespace) -> int:
     from mpsl_dist.config.methods import goes_on, processes_of
     from mpsl_dist.runtime import environment, launch, supervisor
 
+    # RPC tells of every lost connection in a line of its own; the run says what it means.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     launched, patience = environment.resolve(os.environ), experiment.faults.exit_timeout
     if launched is None and processes_of(experiment) > 1:
         return _launch(options, experiment, processes_of(experiment))
@@ -171,6 +172,8 @@ def _serve(experiment: Experiment, launched: Environment) -> int:
             raise
         launch.leave_word(launched, error)
         _leave(1)
+    if launched.folder:
+        _leave(0)
     return 0
 
 
@@ -207,7 +210,7 @@ def _train_as_server(
     from mpsl_dist.runtime.process import StopRequest
 
     run = processes.open_run(experiment, options.resume, options.overwrite)
-    by_command = launched.folder is not None  # a stop before the first step ends it at once
+    by_command = bool(launched and launched.folder)  # a stop before the first step ends it at once
     stop = StopRequest(None if by_command else experiment.faults.exit_timeout)
     if not by_command:
         stop.listen()
@@ -221,7 +224,10 @@ def _train_as_server(
             _leave(status)
     _try("the learning curve", lambda: learning_curve(run))
     _report(summary, run.path)
-    return 0 if summary["status"] == "completed" else 1
+    status = 0 if summary["status"] == "completed" else 1
+    if by_command:
+        _leave(status)  # Python's own end takes seconds, of which a stopped run has few
+    return status
 
 
 def _tell_failure(experiment: Experiment, run: RunDirectory, error: Exception) -> None:
