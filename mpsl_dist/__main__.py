@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpsl_dist.errors import ConfigError, UserError
 
@@ -157,7 +157,8 @@ def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> 
     except UserError:
         _check_everything(options, experiment)  # raises, and tells what else is wrong
         raise
-    return launch.run(ranks, options.again, experiment.faults.exit_timeout, chosen)
+    # Python's own end would take seconds, and what is to be done is done.
+    _leave(launch.run(ranks, options.again, experiment.faults.exit_timeout, chosen))
 
 
 def _serve(experiment: Experiment, launched: Environment) -> int:
@@ -255,7 +256,7 @@ def _try(what: str, write: Callable[[], object]) -> bool:
     return True
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     from mpsl_dist.runtime.process import leave
 
     try:

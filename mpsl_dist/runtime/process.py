@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 #: Ctrl-C, a launcher's or scheduler's end, and Slurm's notice before it (``--signal=USR2``).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -132,7 +132,7 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
     return end
 
 
-def leave(status: int, *streams: Any) -> None:
+def leave(status: int, *streams: Any) -> NoReturn:
     """End this process at once with an exit status, after flushing its streams.
 
     After a failure, RPC's own shutdown would wait for the lost.

@@ -59,7 +59,7 @@ def training(start: Start, tmp_path: Path) -> Start:
 def errors(output: str) -> list[str]:
     """The lines that tell what is wrong; there is no traceback beside them."""
     assert "Traceback" not in output, output
-    assert "torch" not in output and "tensorpipe" not in output, output
+    assert "torch" not in output and not re.search(r"^\[W", output, re.MULTILINE), output
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
@@ -204,11 +204,11 @@ def test_a_users_mistake_is_one_message_and_status_2(start: Start, tmp_path: Pat
 def test_a_failing_client_is_one_message_and_status_1(start: Start, tmp_path: Path) -> None:
     script = tmp_path / "faulty.py"
     tests = str(Path(COMMAND).parents[1])
-    script.write_text(f"import sys\nsys.path.insert(0, {tests!r})\n{FAULTY}")
-    # Nine steps an epoch.
-    status, output = start("training.batch_size=10", script=str(script)).finish(200)
+    fault = FAULTY.replace("self.client == 3 and step == 5", "step == 2")
+    script.write_text(f"import sys\nsys.path.insert(0, {tests!r})\n{fault}")
+    status, output = start(script=str(script)).finish(200)
     (error,) = errors(output)
-    expected = r"error: worker\d, tokenize, step 5: client 3: OSError: clip_0042.mp4: truncated"
+    expected = r"error: worker\d, tokenize, step 2: client \d: OSError: clip_0042.mp4: truncated"
     assert status == 1 and re.fullmatch(expected, error), output
     assert_nothing_left(tmp_path)
 
