@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpsl_dist.errors import ConfigError, DiskError, ResumeError, UserError
 
@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides.append(word)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     # What every rank gives to Python: a script of the user's is started again as it was.
-    again = ["-m", "mpsl_dist", *options.words] if arguments else sys.orig_argv[1:]
-    options.again = again
+    options.again = ["-m", "mpsl_dist", *arguments] if arguments else sys.orig_argv[1:]
     try:
         command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
         command |= {"data": _data, "partition": _partition}
@@ -122,18 +121,22 @@ def _train(options: argparse.Namespace) -> int:
     from mpsl_dist.config.methods import goes_on, processes_of
     from mpsl_dist.runtime import environment, launch, supervisor
 
-    launched = environment.resolve(os.environ)
+    # RPC tells of every lost connection in a line of its own; the run says what it means.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    launched, patience = environment.resolve(os.environ), experiment.faults.exit_timeout
     if launched is None and processes_of(experiment) > 1:
         return _launch(options, experiment, processes_of(experiment))
-    patience, supervised = experiment.faults.exit_timeout, supervisor.is_child()
-    if launched and launched.folder and not supervised:
+    if supervisor.is_child():
+        supervisor.follow_parent()
+    elif launched and launched.folder:
         launch.follow(launched, patience)
-    if launched and launched.rank > 0 and goes_on(experiment) and not supervised:
+    worker = launched is not None and launched.rank > 0
+    if worker and goes_on(experiment) and not supervisor.is_child():
         # Before torch is imported: the rank itself stays small.
         return supervisor.supervise(patience, ends_on_signal=bool(launched.folder))
     from mpsl_dist.methods import processes
 
-    if launched and launched.rank > 0:
+    if worker:
         return _serve(experiment, processes.place_in_world(experiment, options.words))
     launched, holdings = _check_everything(options, experiment)
     return _train_as_server(options, experiment, launched, holdings)
@@ -155,7 +158,8 @@ def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> 
     except UserError:
         _check_everything(options, experiment)  # raises, and tells what else is wrong
         raise
-    return launch.run(ranks, options.again, experiment.faults.exit_timeout, chosen)
+    # Python's own end would take seconds, and what is to be done is done.
+    _leave(launch.run(ranks, options.again, experiment.faults.exit_timeout, chosen))
 
 
 def _serve(experiment: Experiment, launched: Environment) -> int:
@@ -170,6 +174,8 @@ def _serve(experiment: Experiment, launched: Environment) -> int:
             raise
         launch.leave_word(launched, error)
         _leave(1)
+    if launched.folder:
+        _leave(0)
     return 0
 
 
@@ -206,10 +212,9 @@ def _train_as_server(
     from mpsl_dist.runtime.process import StopRequest
 
     run = processes.open_run(experiment, options.resume, options.overwrite)
-    # Our own command's launching process has the deadline; there a stop before the first step ends
-    # the run at once.
-    stop = StopRequest(None if launched.folder else experiment.faults.exit_timeout)
-    if not launched.folder:
+    by_command = bool(launched and launched.folder)  # a stop before the first step ends it at once
+    stop = StopRequest(None if by_command else experiment.faults.exit_timeout)
+    if not by_command:
         stop.listen()
     try:
         summary = processes.train_as_server(experiment, launched, holdings, run, stop)
@@ -221,7 +226,10 @@ def _train_as_server(
             _leave(status)
     _try("the learning curve", lambda: learning_curve(run))
     _report(summary, run.path)
-    return 0 if summary["status"] == "completed" else 1
+    status = 0 if summary["status"] == "completed" else 1
+    if by_command:
+        _leave(status)  # Python's own end takes seconds, of which a stopped run has few
+    return status
 
 
 def _tell_failure(experiment: Experiment, run: RunDirectory, error: Exception) -> None:
@@ -255,7 +263,7 @@ def _try(what: str, write: Callable[[], object]) -> bool:
     return True
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     from mpsl_dist.runtime.process import leave
 
     try:

@@ -38,8 +38,8 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
     ConfigError
         If the launcher started another number of processes.
     LaunchError
-        If there is no launcher and so many processes do not fit this machine, or its variables
-        contradict each other.
+        If its variables contradict each other, or there is none and so many processes do not fit
+        this machine.
     """
     needed = processes_of(experiment)
     found = environment.resolve(os.environ)
@@ -67,9 +67,15 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     if supervisor.is_child():
         supervisor.beat()
     patience = min(60.0, experiment.runtime.rpc_timeout)
-    if not launched.folder:  # our own command stops the server, and ends workers
+
+    def ping() -> bool:
+        return world.ping(0, patience)
+
+    if launched.folder:
+        process.follow_server(ping)
+    else:
         process.leave_stopping_to_server()
-    end_watch = process.watch_server(lambda: world.ping(0, patience))
+    end_watch = process.watch_server(ping)
     together = world.await_end()
     # A ping that outlived RPC would take the server's orderly end for its death, or abort Python's.
     end_watch()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 #: Ctrl-C, a launcher's or scheduler's end, and Slurm's notice before it (``--signal=USR2``).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -75,6 +75,27 @@ def leave_stopping_to_server() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def follow_server(ping: Callable[[], bool]) -> None:
+    """End on SIGTERM once the server has, without a word.
+
+    A launcher sends it to all when one rank has failed: whoever ended first would be the one that
+    the server misses.
+
+    Parameters
+    ----------
+    ping : callable
+        As in :func:`watch_server`.
+    """
+
+    def end() -> None:
+        while ping():
+            time.sleep(0.2)
+        os._exit(SERVER_GONE)
+
+    leave_stopping_to_server()
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=end, daemon=True).start())
+
+
 def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[], None]:
     """End this worker when the server is gone, whatever else it is doing.
 
@@ -111,7 +132,7 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
     return end
 
 
-def leave(status: int, *streams: Any) -> None:
+def leave(status: int, *streams: Any) -> NoReturn:
     """End this process at once with an exit status, after flushing its streams.
 
     After a failure, RPC's own shutdown would wait for the lost.

@@ -29,7 +29,7 @@ def is_child() -> bool:
     return _MARK in os.environ
 
 
-def supervise(patience: float, ends_on_signal: bool) -> int:
+def supervise(patience: float, ends_on_signal: bool = False) -> int:
     """Run this process's own command in a child, and wait for its end.
 
     Parameters
@@ -37,7 +37,7 @@ def supervise(patience: float, ends_on_signal: bool) -> int:
     patience : float
         Seconds without a beat after which a child that has joined the run is killed.
     ends_on_signal : bool
-        Whether a stop signal ends this rank at once; else it is the server's to heed.
+        Whether a stop signal ends the rank: its launcher sends one when the run is over.
 
     Returns
     -------
@@ -80,9 +80,8 @@ def _follow(reading: int, child: subprocess.Popen, patience: float) -> bool:
 
 
 def beat() -> None:
-    """Beat for the supervisor from now on, on a thread of its own; die when it dies."""
-    writing, parent = map(int, os.environ[_MARK].split())
-    die_with_parent(parent)
+    """Beat for the supervisor from now on, on a thread of its own."""
+    writing = int(os.environ[_MARK].split()[0])
 
     def tell() -> None:
         while True:
@@ -90,6 +89,11 @@ def beat() -> None:
             time.sleep(_BEAT_SECONDS)
 
     threading.Thread(target=tell, name="beat", daemon=True).start()
+
+
+def follow_parent() -> None:
+    """Die when the supervisor that started this process does."""
+    die_with_parent(int(os.environ[_MARK].split()[1]))
 
 
 def die_with_parent(parent: int) -> None:
