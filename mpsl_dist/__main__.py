@@ -133,7 +133,7 @@ def _train(options: argparse.Namespace) -> int:
     worker = launched is not None and launched.rank > 0
     if worker and goes_on(experiment) and not supervisor.is_child():
         # Before torch is imported: the rank itself stays small.
-        return supervisor.supervise(patience, ends_on_signal=bool(launched.folder))
+        return supervisor.supervise(options.again, patience, bool(launched.folder))
     from mpsl_dist.methods import processes
 
     if worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -47,8 +48,8 @@ class StopRequest:
             # A handler waits for the main thread, which may itself wait for a client that hangs.
             reading, writing = os.pipe()
             os.set_blocking(writing, False)
-            signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-            arguments = (reading, self.patience)
+            heard = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            arguments = (reading, heard, self.patience)
             threading.Thread(target=_end_in_time, args=arguments, daemon=True).start()
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -56,14 +57,34 @@ class StopRequest:
         self.signal = signal.Signals(number).name
 
 
-def _end_in_time(reading: int, patience: float) -> None:
-    """End this process ``patience`` seconds after the first signal, if it has not ended itself."""
-    while (number := os.read(reading, 1)[0]) not in STOP_SIGNALS:
-        continue
-    time.sleep(patience)
+def _end_in_time(reading: int, heard: int, patience: float) -> None:
+    """End this process ``patience`` seconds after the first signal, if it has not ended itself.
+
+    Parameters
+    ----------
+    reading : int
+        Receives the number of every signal.
+    heard : int
+        Whom the numbers were for before; -1 for nobody.
+    """
+    told = False
+    while True:
+        number = os.read(reading, 1)
+        if heard != -1:
+            with contextlib.suppress(OSError):
+                os.write(heard, number)
+        if not told and number[0] in STOP_SIGNALS:
+            told = True
+            name = signal.Signals(number[0]).name
+            deadline = threading.Timer(patience, _give_up, (name, patience))
+            deadline.daemon = True
+            deadline.start()
+
+
+def _give_up(name: str, patience: float) -> None:
     print(
-        f"error: not at an end {patience:g} s after {signal.Signals(number).name} "
-        "(faults.exit_timeout); --resume continues from the last checkpoint",
+        f"error: not at an end {patience:g} s after {name} (faults.exit_timeout); "
+        "--resume continues from the last checkpoint",
         file=sys.stderr,
     )
     leave(1)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from mpsl_dist.runtime.process import SERVER_GONE, leave_stopping_to_server
 
@@ -29,11 +30,13 @@ def is_child() -> bool:
     return _MARK in os.environ
 
 
-def supervise(patience: float, ends_on_signal: bool = False) -> int:
-    """Run this process's own command in a child, and wait for its end.
+def supervise(command: Sequence[str], patience: float, ends_on_signal: bool = False) -> int:
+    """Run the command in a child process that hosts the clients, and wait for its end.
 
     Parameters
     ----------
+    command : sequence of str
+        What is given to Python: ``("-m", "mpsl_dist", "train", ...)``.
     patience : float
         Seconds without a beat after which a child that has joined the run is killed.
     ends_on_signal : bool
@@ -48,7 +51,7 @@ def supervise(patience: float, ends_on_signal: bool = False) -> int:
         leave_stopping_to_server()
     reading, writing = os.pipe()
     child = subprocess.Popen(
-        [sys.executable, *sys.orig_argv[1:]],
+        [sys.executable, *command],
         env=os.environ | {_MARK: f"{writing} {os.getpid()}"},
         pass_fds=[writing],
     )
