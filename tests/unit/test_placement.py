@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpsl_dist.actors.choices import describe
 from mpsl_dist.runtime.placement import gpu_of, place
 
 
@@ -29,3 +30,9 @@ def test_the_server_has_its_gpu_to_itself_where_there_are_several():
     assert [gpu_of(rank, 4, beside_server=True) for rank in range(8)] == [0, 1, 2, 3, 1, 2, 3, 1]
     assert [gpu_of(rank, 4, beside_server=False) for rank in range(5)] == [0, 1, 2, 3, 0]
     assert [gpu_of(rank, 1, beside_server=True) for rank in range(3)] == [0, 0, 0]
+
+
+def test_a_device_is_described_by_its_own_number_with_a_mocked_gpu(monkeypatch) -> None:
+    names = {"cuda:0": "A", "cuda:1": "B"}
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: names[device])
+    assert describe("cuda:1") == "cuda:1 (B)" and describe("cpu") == "cpu"
