@@ -6,6 +6,7 @@ Exit status 0 success, 2 the user's to mend (a message, no traceback), 1 anythin
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 import sys
@@ -229,6 +230,8 @@ def _train_as_server(
     status = 0 if summary["status"] == "completed" else 1
     if by_command:
         _leave(status)  # Python's own end takes seconds, of which a stopped run has few
+    if summary["clients_lost"]:
+        atexit.register(_leave, status)  # RPC is still on, see world.dismiss
     return status
 
 

@@ -88,7 +88,8 @@ def dismiss(ranks: int, together: bool = True) -> None:
     ----------
     together : bool
         Whether all are there. Otherwise nobody waits for the others, and who does not answer is
-        left behind.
+        left behind. RPC is then still on: torch aborts a process that takes it down while a call
+        to the lost is under way, so the caller ends by :func:`mpsl_dist.runtime.process.leave`.
 
     Raises
     ------
@@ -107,7 +108,8 @@ def dismiss(ranks: int, together: bool = True) -> None:
                 raise RemoteError(
                     f"{rank_name(rank)}: lost at the end of the run: {brief(error)}"
                 ) from error
-    stop(together)
+    if together:
+        stop()
 
 
 def await_end() -> bool:
@@ -122,9 +124,9 @@ def _end(together: bool) -> None:
     _ended.set()
 
 
-def stop(together: bool = True) -> None:
-    """Leave the RPC world, where ``together`` once every rank does."""
-    rpc.shutdown(graceful=together)
+def stop() -> None:
+    """Leave the RPC world once every rank does; a worker's, after :func:`await_end`."""
+    rpc.shutdown(graceful=True)
 
 
 def reference(value: Any) -> rpc.RRef:
