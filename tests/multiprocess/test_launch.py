@@ -267,7 +267,13 @@ STOPS: dict[str, Callable[[World], None]] = {
 }
 
 
-@pytest.mark.parametrize("how", STOPS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        how if how == "Ctrl-C twice" else pytest.param(how, marks=pytest.mark.campaign)
+        for how in STOPS
+    ],
+)
 def test_a_stopped_run_leaves_a_checkpoint(how: str, training: Start, tmp_path: Path) -> None:
     world = training()
     STOPS[how](world)

@@ -109,7 +109,12 @@ runpy.run_module("mpsl_dist", run_name="__main__")
 
 @pytest.mark.parametrize(
     ("how", "message", "lost"),
-    [("fails", "tokenize", 1), ("fails", "loss", 1), ("fails", "step", 1), ("is slow", "loss", 2)],
+    [
+        ("fails", "loss", 1),
+        ("is slow", "loss", 2),
+        pytest.param("fails", "tokenize", 1, marks=pytest.mark.campaign),
+        pytest.param("fails", "step", 1, marks=pytest.mark.campaign),
+    ],
 )
 def test_a_client_that_fails_or_is_slow_is_left_behind(
     how: str, message: str, lost: int, torchrun, config: Path, tmp_path: Path
