@@ -127,7 +127,9 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(torchrun, config
     status, output = train(torchrun, config, "--resume").finish()
     assert status == 0, output
     (warning,) = re.findall(r"warning: .*", output)
-    assert str(part) in warning and f"continuing from {before}" in warning, warning
+    assert (
+        str(part) in warning and f"continuing from runs/run/checkpoints/{before.name}" in warning
+    ), warning
     assert_same_run(run, tmp_path / "whole")
 
     summary = (run / "summary.json").read_text()
@@ -172,7 +174,8 @@ def test_a_clients_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
             r"error: .*client 3: DiskError: .*No space left.*client-0003\.pt cannot be written"
         )
         assert status != 0 and len(re.findall(expected, output)) == 1, output
-        assert "Traceback" not in output.partition("torch.distributed.elastic")[0], output
+        ours = re.split(r"torch[./]distributed[./]elastic", output)[0]
+        assert "Traceback" not in ours, output
         run = disk / "run"
         assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
         assert not list(run.rglob("*.partial"))
