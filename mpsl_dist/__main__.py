@@ -146,6 +146,7 @@ def _train(options: argparse.Namespace) -> int:
 def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> int:
     """Start server and workers on this machine; refuse what can be refused before."""
     from mpsl_dist import config
+    from mpsl_dist.actors.part_checks import refusals_without_data
     from mpsl_dist.records.run_directory import RunDirectory
     from mpsl_dist.runtime import launch, network
 
@@ -156,6 +157,8 @@ def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> 
         launch.check_room(ranks)
         directory = RunDirectory(experiment.run_directory)
         directory.check(config.to_dict(experiment), options.resume, options.overwrite)
+        if refused := refusals_without_data(experiment):
+            raise ConfigError("\n".join(refused))
     except UserError:
         _check_everything(options, experiment)  # raises, and tells what else is wrong
         raise

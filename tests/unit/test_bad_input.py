@@ -100,5 +100,5 @@ def test_yaml_that_would_mislead_is_named(text: str, reason: str) -> None:
 
 
 def test_a_plugin_that_is_no_plugin_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"plugins: sklearn: datasets is a \w+, not a mapping"):
+    with pytest.raises(ConfigError, match=r"plugins: sklearn: datasets must be a mapping"):
         plugins.find("datasets", "mine", {}, ["sklearn"], "data.name")

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.errors import DiskError, ResumeError, RunError
 from mpsl_dist.methods import centralized, loop
 from mpsl_dist.methods.hosting import Setup
+from mpsl_dist.models.average import average
 from mpsl_dist.records import checkpoint, state
 from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime.process import StopRequest
@@ -210,15 +212,26 @@ def test_a_checkpoint_of_an_older_version_has_no_digests_and_loads(
     assert model_of(run) == model_of(finished) and not capsys.readouterr().err
 
 
-def test_a_manifest_that_promises_other_parts_is_refused(finished: Path, tmp_path: Path) -> None:
-    run = tmp_path / "toy"
-    shutil.copytree(finished, run)
-    for path in run.glob("checkpoints/*/manifest.json"):
-        values = json.loads(path.read_text())
-        del values["sha256"], values["files"]["client-0001.pt"]
-        path.write_text(json.dumps(values))
-    with pytest.raises(ResumeError, match=r"client-0001\.pt: damaged"):
-        train(toys.experiment(output=str(tmp_path)), resume=True)
+def test_a_client_that_was_lost_by_a_checkpoint_begins_with_the_others_average() -> None:
+    chosen = toys.experiment(faults={"on_loss": "continue"})
+    method = in_one_process(chosen)
+    method.begin_epoch(0)
+    method.step(0, 0)
+    own = {n: c.tokenizer_weights() for n, c in method.clients.references.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        files = method.save(folder)
+        (Path(folder) / "client-0001.pt").unlink()
+        del files["client-0001.pt"]
+        assert method.damage(folder, files) is None
+        method.restore(folder, files)
+    sizes = [method.sizes[n] for n in (0, 2, 3)]
+    mean = average([own[n] for n in (0, 2, 3)], sizes)
+    found = method.clients.references[1].tokenizer_weights()
+    assert all(torch.equal(found[key], value) for key, value in mean.items())
+    assert all(
+        torch.equal(method.clients.references[0].tokenizer_weights()[key], value)
+        for key, value in own[0].items()
+    )
 
 
 @pytest.mark.parametrize(
