@@ -16,19 +16,23 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from mpsl_dist import typed
-from mpsl_dist.errors import ConfigError
+from mpsl_dist.errors import ConfigError, UserError
 
 Kind = Literal["datasets", "tokenizers", "heads", "methods"]
 Entry = TypeVar("Entry")
 
 
 def find(
-    kind: Kind, name: str, own: Mapping[str, Entry], modules: Sequence[str], key: str
+    kind: Kind,
+    name: str,
+    own: Mapping[str, Entry],
+    modules: Sequence[str],
+    key: str,
+    unknown: type[UserError] = ConfigError,
 ) -> Entry:
     """Return the entry that a name stands for.
 
@@ -42,11 +46,15 @@ def find(
         The experiment's ``plugins``.
     key : str
         The key of the configuration that holds the name, for the error.
+    unknown : type
+        The error if nothing has this name.
 
     Raises
     ------
+    UserError
+        The given ``unknown``, if nothing has this name.
     ConfigError
-        If nothing has this name, a module cannot be imported, or one takes a name of ours.
+        If a module cannot be imported, or one takes a name of ours.
     """
     added = _of_modules(kind, own, modules)  # first: a broken one is named, whatever is chosen
     if name in own:
@@ -56,9 +64,7 @@ def find(
     points = {point.name: point for point in _entry_points(kind)}
     if name in points:
         return _checked(_load(points[name]), own, f"entry point {points[name].group}: '{name}'")
-    raise ConfigError(
-        f"{key}: unknown {kind[:-1]} '{name}'; {_hint(name, {*own, *added, *points})}"
-    )
+    raise unknown(f"{key}: unknown {kind[:-1]} '{name}'; {_hint(name, {*own, *added, *points})}")
 
 
 def names(kind: Kind, own: Iterable[str], modules: Sequence[str]) -> list[str]:
@@ -137,11 +143,7 @@ def options(cls: type | None, values: Mapping[str, Any], key: str) -> Any:
     except (TypeError, NameError) as error:  # no dataclass, or a field of a type that YAML has not
         raise ConfigError(f"{key}: {cls!r} cannot hold options: {_reason(error)}") from error
     if built is not None:
-        errors += [
-            f"{key}.{name}: must be a finite number, found {value}"
-            for name, value in typed.flatten(built).items()
-            if isinstance(value, float) and not math.isfinite(value)
-        ]
+        errors += typed.not_finite(built, key)
     if errors:
         raise ConfigError("\n".join(errors))
     return built

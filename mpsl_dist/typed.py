@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 
@@ -147,3 +148,28 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = entry
     return flat
+
+
+def values_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every single value under ``path`` with its key, those in lists and mappings too."""
+    inner: Iterator[tuple[Any, Any]]
+    if dataclasses.is_dataclass(node):
+        inner = ((entry.name, getattr(node, entry.name)) for entry in dataclasses.fields(node))
+    elif isinstance(node, Mapping):
+        inner = iter(node.items())
+    elif isinstance(node, list | tuple):
+        inner = iter(enumerate(node))
+    else:
+        yield path, node
+        return
+    for name, value in inner:
+        yield from values_of(value, f"{path}.{name}" if path else str(name))
+
+
+def not_finite(node: Any, path: str = "") -> list[str]:
+    """Return a line for every NaN and infinity under ``path``."""
+    return [
+        f"{key}: must be a finite number, found {value}"
+        for key, value in values_of(node, path)
+        if isinstance(value, float) and not math.isfinite(value)
+    ]

@@ -43,8 +43,8 @@ class WatchedFleet(LocalFleet):
 class LocalRounds(RoundLink):
     """A link to federated clients of this process."""
 
-    def __init__(self, clients: Sequence[Any]) -> None:
-        super().__init__(WatchedFleet(Host(clients)), Traffic(len(clients)))
+    def __init__(self, clients: Sequence[Any], faults: Faults | None = None) -> None:
+        super().__init__(WatchedFleet(Host(clients)), Traffic(len(clients)), faults)
         self.references, self.calls = self.fleet.host.clients, self.fleet.calls
 
 

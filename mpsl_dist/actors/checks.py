@@ -19,7 +19,7 @@ def check_task(experiment: Experiment, splits: Splits) -> None:
     """
     task, errors = task_of(splits), []
     kind, head = head_of(experiment, splits)
-    if head.task != ("retrieval" if splits.retrieval else "classification"):
+    if head.task != task.name:
         errors.append(
             f"model.head.kind: '{kind}' is for {head.task}, which {experiment.data.name} is not"
         )

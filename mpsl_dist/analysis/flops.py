@@ -166,12 +166,12 @@ def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
         smashed = [_tokens(parts, length) for length in lengths.values()]
         with _without_encoder(model):
             counted["head"] = count(model, lambda: model(smashed))
-    elif (head := count(model.head, lambda: model.head(_features(parts)))).forward:
+    elif (head := count(model.head, lambda: model.head(features(parts)))).forward:
         counted["head"] = head  # our own computes nothing but dot products
     return counted
 
 
-def _features(parts: ModelParts) -> Tensor:
+def features(parts: ModelParts) -> Tensor:
     """Return what a head takes of one sample."""
     modalities = (len(parts.inputs.shapes),) if parts.server_model.apart else ()
     shape = (1, *modalities, parts.width)

@@ -54,7 +54,7 @@ def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
         for name, length in lengths.items()
     }
     trained = trained_tokens(parts)
-    predicted = predicted_numbers(parts) * number
+    predicted = parts.server_model.head(flops.features(parts)).numel() * number
     found = {
         "activations": sum(counts.values()),
         "cut_layer_gradients": sum(counts[name] for name in counts if trained[name]),
@@ -62,14 +62,6 @@ def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
     if not objective_of(parts.experiment, parts.task).predictions_travel:
         return found | {"pairs": torch.long.itemsize}
     return found | {"predictions": predicted, "prediction_gradients": predicted}
-
-
-def predicted_numbers(parts: ModelParts) -> int:
-    """Return how many numbers a sample's prediction has: its logits, or two embeddings."""
-    model = parts.server_model
-    shape = (1, len(model.lengths), parts.width) if model.apart else (1, parts.width)
-    features = torch.empty(shape, device="meta", dtype=parts.dtype)
-    return model.head(features).numel()
 
 
 def trained_tokens(parts: ModelParts) -> dict[str, bool]:

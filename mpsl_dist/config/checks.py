@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 from mpsl_dist import plugins
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.config.schema import MODALITIES, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
 from mpsl_dist.errors import ConfigError
+from mpsl_dist.typed import not_finite, values_of
 
 #: Seconds of a year: a longer timeout overflows the clocks that it is given to.
 _YEAR = 365 * 24 * 3600.0
@@ -30,7 +28,7 @@ def problems(experiment: Experiment) -> list[str]:
     list of str
         Each names its key and what the key may be; empty if the experiment can be run.
     """
-    found = _not_finite(experiment) + _too_small(experiment) + _too_large(experiment)
+    found = not_finite(experiment) + _too_small(experiment) + _too_large(experiment)
     found += _out_of_range(experiment)
     found += _batch_problems(experiment)
     name = experiment.name
@@ -145,34 +143,9 @@ def _too_large(experiment: Experiment) -> list[str]:
     """Refuse numbers that no memory or clock could follow; of ``seed``, its own check tells."""
     return [
         f"{path}: must be at most {_AT_MOST.get(path, _MOST)}, found {value}"
-        for path, value in _values(experiment, "")
+        for path, value in values_of(experiment)
         if type(value) is int and value > _AT_MOST.get(path, _MOST) and path != "seed"
     ]
-
-
-def _not_finite(experiment: Experiment) -> list[str]:
-    """Refuse NaN and infinity for every key, whatever range it has."""
-    return [
-        f"{path}: must be a finite number, found {value}"
-        for path, value in _values(experiment, "")
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
-
-
-def _values(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield every single value with its key's path, those in lists and mappings too."""
-    inner: Iterator[tuple[Any, Any]]
-    if dataclasses.is_dataclass(node):
-        inner = ((entry.name, getattr(node, entry.name)) for entry in dataclasses.fields(node))
-    elif isinstance(node, Mapping):
-        inner = iter(node.items())
-    elif isinstance(node, list | tuple):
-        inner = iter(enumerate(node))
-    else:
-        yield path, node
-        return
-    for name, value in inner:
-        yield from _values(value, f"{path}.{name}" if path else str(name))
 
 
 def _out_of_range(experiment: Experiment) -> list[str]:

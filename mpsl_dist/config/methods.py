@@ -25,7 +25,7 @@ class MethodFacts:
     tokenizers, server_model : "client" or "server"
         Who runs and trains each part of the model.
     reads : tuple of str
-        Keys or sections of :data:`OPTIONAL` that it reads.
+        Keys or sections of :data:`OPTIONAL` that it reads, those of ``faults`` apart.
     one_process : bool
         Whether it has all the data in one process, without workers.
     adapted : bool
@@ -33,7 +33,7 @@ class MethodFacts:
     backwards : "one" or "per client"
         How many backward passes the server runs in a step.
     tolerant : bool
-        Whether it goes on without clients that are lost (``faults``).
+        Whether it goes on without clients that are lost, and so reads ``faults``.
     options : type, optional
         A frozen dataclass: what ``method_options`` may say.
     """
@@ -48,31 +48,15 @@ class MethodFacts:
     tolerant: bool = False
     options: type | None = None
 
-    def owner(self, part: str) -> Owner:
-        """Return who runs a part of the model, ``tokenizers`` or ``server_model``."""
-        return self.tokenizers if part == "tokenizers" else self.server_model
-
     @property
     def split(self) -> bool:
         """Whether the model is cut between client and server, so that activations travel."""
         return self.tokenizers != self.server_model
 
 
-#: What only some methods read.
-OPTIONAL = (
-    "adapters",
-    "clients_per_worker",
-    "contrastive",
-    "data.test_at",
-    "faults",
-    "federated",
-    "runtime.channels",
-    "runtime.interface",
-    "runtime.rpc_timeout",
-    "runtime.start_timeout",
-    "runtime.worker_threads",
-    "tokenizer_sync",
-    "training.evaluate_own",
+#: What a method reads that goes on without lost clients.
+_FAULTS = tuple(
+    f"faults.{key}" for key in ("on_loss", "min_clients", "client_timeout", "on_nonfinite")
 )
 _REMOTE = (
     "clients_per_worker",
@@ -84,10 +68,12 @@ _REMOTE = (
     "runtime.worker_threads",
 )
 _SPLIT = (*_REMOTE, "contrastive", "tokenizer_sync", "training.evaluate_own")
-_ROUNDS = (*_REMOTE, "faults", "federated")
+_ROUNDS = (*_REMOTE, "federated")
+#: What only some methods read.
+OPTIONAL = (*_SPLIT, *_FAULTS, "adapters", "federated")
 
 METHODS: dict[str, MethodFacts] = {
-    "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=(*_SPLIT, "faults"), tolerant=True),
+    "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=_SPLIT, tolerant=True),
     "psl": MethodFacts("mpsl_dist.methods.psl:build", reads=_SPLIT, backwards="per client"),
     "fedavg": MethodFacts(
         "mpsl_dist.methods.fedavg:build", server_model="client", reads=_ROUNDS, tolerant=True
@@ -135,7 +121,8 @@ def goes_on(experiment: Experiment) -> bool:
 
 def unread(experiment: Experiment) -> list[str]:
     """Return the keys that are set to other than their defaults and that the method never reads."""
-    reads, defaults = facts_of(experiment).reads, flatten(Experiment())
+    facts, defaults = facts_of(experiment), flatten(Experiment())
+    reads = (*facts.reads, *_FAULTS) if facts.tolerant else facts.reads
     return [
         key
         for key, value in flatten(experiment).items()

@@ -15,7 +15,7 @@ from typing import Literal
 
 from mpsl_dist import plugins
 from mpsl_dist.data.dataset import Splits
-from mpsl_dist.errors import ConfigError, DataError
+from mpsl_dist.errors import DataError
 
 #: What an experiment may ask of a dataset, under ``data`` of its configuration.
 Option = Literal["text_length", "image_size", "audio_frames", "modalities", "on_error", "cache"]
@@ -145,12 +145,7 @@ def find(name: str, modules: Sequence[str] = ()) -> DatasetFacts:
     ConfigError
         If a plugin module cannot be imported, or takes a name of ours.
     """
-    try:
-        return plugins.find("datasets", name, DATASETS, modules, "data.name")
-    except ConfigError as error:
-        if str(error).startswith("data.name:"):
-            raise DataError(str(error)) from error
-        raise
+    return plugins.find("datasets", name, DATASETS, modules, "data.name", DataError)
 
 
 def source(name: str) -> str:

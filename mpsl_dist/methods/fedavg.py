@@ -185,7 +185,7 @@ def build_clients(
 def build(setup: Setup) -> FedAvg:
     """Build the server's model here and the clients on the workers of a joined world."""
     experiment, splits = setup.experiment, setup.splits
-    timeout = max(experiment.runtime.rpc_timeout, experiment.federated.round_timeout)
-    fleet = open_fleet(setup, build_clients, timeout)
+    rounds = max(experiment.runtime.rpc_timeout, experiment.federated.round_timeout)
+    fleet = open_fleet(setup, build_clients, experiment.faults.client_timeout or rounds)
     link = RoundLink(fleet, Traffic(experiment.clients), experiment.faults)
     return FedAvg(experiment, splits, deployable.build(experiment, splits), link)

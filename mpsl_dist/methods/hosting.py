@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -110,8 +109,7 @@ def host_clients(
     build : callable
         As of :data:`BuildClients`.
     """
-    log_to(experiment.run_directory / f"rank{rank}.log")
-    log = logging.getLogger("mpsl_dist")
+    log = log_to(experiment.run_directory / f"rank{rank}.log")
     world.set_threads(threads)
     experiment = on_own_gpu(experiment)
     holdings = Holdings.load(experiment)

@@ -9,10 +9,8 @@ every other message goes on without them, or ends the run, as ``faults`` has it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +19,11 @@ from torch import Tensor
 from mpsl_dist.actors.client import Description
 from mpsl_dist.actors.federated_client import Update
 from mpsl_dist.config import Faults
-from mpsl_dist.errors import DiskError
+from mpsl_dist.errors import DiskError, DivergedError, RemoteError
+from mpsl_dist.methods.progress import warn
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic, nbytes
 from mpsl_dist.runtime.answers import Answers, ClientsLost
-
-_log = logging.getLogger("mpsl_dist")
 
 #: Waits for the answers to a message and returns them by client.
 Wait = Callable[[], dict[int, Any]]
@@ -47,10 +44,8 @@ class Autograd(Protocol):
 class Transport(Protocol):
     """What carries messages: a Fleet over RPC, or a LocalFleet in one process."""
 
-    @property
-    def clients(self) -> list[int]:
-        """Numbers of all clients, ascending."""
-        ...
+    #: Numbers of all clients, ascending.
+    clients: list[int]
 
     def start(
         self,
@@ -62,8 +57,8 @@ class Transport(Protocol):
         """Begin to call a method of these clients; the function returned waits for the answers."""
         ...
 
-    def autograd(self) -> AbstractContextManager[Autograd]:
-        """Open what one backward's gradients live in."""
+    def autograd(self, clients: Sequence[int]) -> AbstractContextManager[Autograd]:
+        """Open what the gradients of one backward through these clients live in."""
         ...
 
 
@@ -95,27 +90,34 @@ class Link:
         return [client for client in self.fleet.clients if client not in self.lost]
 
     def lose(self, error: ClientsLost) -> None:
-        """Go on without these clients.
+        """Go on without these clients, or end the run by another error than this.
 
         Raises
         ------
-        ClientsLost
-            If ``faults.on_loss`` is ``stop``, too few clients would be left, or a disk is full.
+        DiskError
+            If a client's disk is full: that costs checkpoints, not a client, and is the user's to
+            mend.
+        DivergedError
+            If a client's own training has diverged and ``faults.on_nonfinite`` is ``stop``;
+            otherwise only this answer of it is left out.
+        RemoteError
+            If ``faults.on_loss`` is ``stop``, or too few clients would be left.
         """
-        gone = {n: why for n, why in error.by_client.items() if n not in self.lost}
-        for client, why in gone.items():
-            _log.warning("client %d is lost: %s", client, why.message)
-        self.lost |= gone.keys()
-        full = any(why.kind == DiskError.__name__ for why in gone.values())
-        # A full disk costs checkpoints, not a client: it is the user's to mend, and then to resume.
-        if self.faults.on_loss == "stop" or full:
-            raise error
-        if len(self.present) < self.faults.min_clients:
-            first = next(iter(error.by_client.values()))
-            few = f"{len(self.present)} clients are left, faults.min_clients is "
-            words = f"{first.message} ({few}{self.faults.min_clients})"
-            every = {n: replace(why, message=words) for n, why in error.by_client.items()}
-            raise ClientsLost(every) from error
+        first, kinds = str(error), {why.kind for why in error.by_client.values()}
+        if DiskError.__name__ in kinds:
+            raise DiskError(first) from error
+        if DivergedError.__name__ in kinds and self.faults.on_nonfinite == "stop":
+            raise DivergedError(first) from error
+        for client, why in error.by_client.items():
+            diverged = why.kind == DivergedError.__name__
+            warn(f"client {client} is {'left out' if diverged else 'lost'}: {why.message}")
+            if not diverged:
+                self.lost.add(client)
+        few = len(self.present) < self.faults.min_clients
+        if self.faults.on_loss == "stop" or few:
+            left = f"{len(self.present)} clients are left, faults.min_clients is "
+            words = f"{first} ({left}{self.faults.min_clients})" if few else first
+            raise RemoteError(words, error.details, error.user_error, error.lost) from error
 
     def start(
         self,
@@ -142,8 +144,8 @@ class Link:
         Raises
         ------
         ClientsLost
-            When waited for: if a client was lost whose answer is needed, or its loss ends the run
-            (:meth:`lose`).
+            When waited for, if a client was lost whose answer is needed; if its answer is not, what
+            :meth:`lose` raises.
         """
         self._count(message, down, arguments)
         wait = self.fleet.start(message, arguments, where, autograd)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import DiskError, RemoteError, ResumeError, RunError
-from mpsl_dist.methods.progress import Progress
+from mpsl_dist.methods.progress import Progress, warn
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.checkpoint import Manifest
 from mpsl_dist.records.run_directory import RunDirectory
@@ -59,7 +58,7 @@ class Method(Protocol):
         Raises
         ------
         DiskError
-            If a file cannot be written here; of a client, a RemoteError that says so.
+            If a file cannot be written, here or where a client is.
         """
         ...
 
@@ -147,7 +146,7 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
             str(folder.absolute()), manifest.files
         )
 
-    found = checkpoint.latest(run.checkpoints, problem, _warn)
+    found = checkpoint.latest(run.checkpoints, problem, warn)
     if found is None:
         run.forget_after(-1)
         return _Position()
@@ -158,8 +157,8 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
             f"training.epochs: {experiment.training.epochs} is less than the {done} that the run "
             f"has begun, by {folder}"
         )
-    method.restore(str(folder.absolute()), manifest.files)
     method.traffic.load(manifest.traffic)
+    method.restore(str(folder.absolute()), manifest.files)
     run.record(to_dict(experiment))
     run.forget_after(manifest.step)
     at = _Position(manifest.step, manifest.epoch, manifest.epoch_step, manifest.seconds)
@@ -168,8 +167,9 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
         if line["split"] == "test":
             at.test = line["metric"]
         else:
-            at.loss = line["loss"]
+            at.loss = at.loss if line["loss"] is None else line["loss"]
             at.step_seconds.append(line["seconds"])
+            method.repeated = line.get("steps_repeated", 0)
     _log.info("resumed at step %d, epoch %d, from %s", at.step, at.epoch, folder)
     return at
 
@@ -184,11 +184,6 @@ def _mismatch(
     if manifest.epoch_step >= steps or manifest.step != whole:
         return f"{folder}: made with epochs of another length than {steps} steps"
     return None
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-    _log.warning("%s", text)
 
 
 def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
@@ -265,11 +260,8 @@ def _save(experiment: Experiment, method: Method, run: RunDirectory, at: _Positi
             files,
         )
         checkpoint.complete(run.checkpoints, manifest, experiment.checkpoint.keep)
-    except (DiskError, RemoteError) as error:
+    except (DiskError, RemoteError):
         checkpoint.abandon(run.checkpoints, at.step)
-        # A client's error arrives as a text that begins with its type.
-        if isinstance(error, RemoteError) and f"{DiskError.__name__}: " in str(error):
-            raise DiskError(str(error)) from error
         raise
     at.saved = at.step
     _log.info("checkpoint at step %d", at.step)
@@ -281,12 +273,7 @@ def summarize(
     """Return what ``summary.json`` holds of a run that has ended with this status."""
     epochs = at.step / len(method.plan)
     per = experiment.clients * epochs if epochs else 1
-    return {
-        "name": experiment.name,
-        "method": experiment.method,
-        "dataset": experiment.data.name,
-        "seed": experiment.seed,
-        "clients": experiment.clients,
+    return _about(experiment) | {
         "epochs_completed": at.epoch,
         "steps_completed": at.step,
         "loss": at.loss,
@@ -309,6 +296,16 @@ def summarize(
         "clients_lost": len(method.lost),
         "steps_repeated": method.repeated,
         "status": status,
+    }
+
+
+def _about(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "name": experiment.name,
+        "method": experiment.method,
+        "dataset": experiment.data.name,
+        "seed": experiment.seed,
+        "clients": experiment.clients,
     }
 
 
@@ -337,12 +334,7 @@ def failed_summary(
     per = experiment.clients * trained[-1]["step"] * epochs / tests[-1]["step"] if epochs else None
     sent = {way: sum(line["bytes"][way] for line in trained) for way in ("up", "down")}
     seconds = [line["seconds"] for line in trained]
-    summary = {
-        "name": experiment.name,
-        "method": experiment.method,
-        "dataset": experiment.data.name,
-        "seed": experiment.seed,
-        "clients": experiment.clients,
+    summary = _about(experiment) | {
         "epochs_completed": len(tests),
         "steps_completed": max((line["step"] for line in lines), default=0),
         "loss": trained[-1]["loss"] if trained else None,

@@ -8,7 +8,6 @@ steps its own optimizer.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,14 +26,13 @@ from mpsl_dist.methods import hosting, testing
 from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.methods.link import absent_from
 from mpsl_dist.methods.objective import objective_of
+from mpsl_dist.methods.progress import warn
 from mpsl_dist.methods.split_link import SplitLink, Step
 from mpsl_dist.methods.sync import is_due, sync_of
 from mpsl_dist.models.average import average
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.answers import ClientsLost
-
-_log = logging.getLogger("mpsl_dist")
 
 
 class Mpsl:
@@ -106,8 +104,8 @@ class Mpsl:
         float or None
             The global loss; None if no client was left to take part.
         """
-        planned, skipped = np.flatnonzero(self.plan[epoch_step]).tolist(), set()
-        while taking_part := [n for n in self.clients.present if n in planned and n not in skipped]:
+        wanted = set(np.flatnonzero(self.plan[epoch_step]).tolist())
+        while taking_part := [n for n in self.clients.present if n in wanted]:
             try:
                 return self._attempt(epoch_step, number, taking_part)
             except ClientsLost as error:
@@ -115,8 +113,8 @@ class Mpsl:
             except NonFiniteError as error:
                 if self.experiment.faults.on_nonfinite == "stop" or not error.clients:
                     raise
-                _log.warning("%s; the step is repeated without", error)
-                skipped |= set(error.clients)
+                warn(f"{error}; the step is repeated without")
+                wanted -= set(error.clients)
             self.repeated += 1
         return None
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
 
 from rich import progress as bar
 from rich.console import Console
+
+_log = logging.getLogger("mpsl_dist")
+
+
+def warn(text: str) -> None:
+    """Print a warning, and log it."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+    _log.warning("%s", text)
 
 
 class Progress:

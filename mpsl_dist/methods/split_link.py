@@ -44,7 +44,7 @@ class SplitLink(Link):
         epoch_step, number : int
             The step within the epoch and within the run, from 0.
         """
-        with self.fleet.autograd() as autograd:
+        with self.fleet.autograd(clients) as autograd:
             yield Step(self, autograd, epoch_step, number, clients)
 
     def take_gradients(self, where: str) -> dict[int, Tensor | None]:

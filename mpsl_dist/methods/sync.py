@@ -149,19 +149,8 @@ class SumGradients:
 
 
 @dataclass(frozen=True)
-class AverageWeights:
+class AverageWeights(Separate):
     """Every client steps its own tokenizers; now and then all take the average of all."""
-
-    every: int
-    identical: bool = False
-
-    def begin(self, step: Step, due: bool) -> Wait:
-        """Have the clients step."""
-        return step.step_clients()
-
-    def collect(self, link: SplitLink, where: str) -> dict[int, Any]:
-        """Return nothing; weights are fetched when the tokenizers meet."""
-        return {}
 
     def meet(
         self, link: SplitLink, answers: Mapping[int, Any], step: int, sizes: Mapping[int, int]

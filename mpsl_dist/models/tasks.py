@@ -22,6 +22,8 @@ class Task(Protocol):
 
     Attributes
     ----------
+    name : str
+        Its key in :data:`TASKS`, which a head's facts name.
     head : str
         The head that it has unless ``model.head.kind`` names another.
     fusion : str or None
@@ -32,6 +34,7 @@ class Task(Protocol):
         Whether its loss compares samples with each other, so that ``contrastive`` has a meaning.
     """
 
+    name: str
     head: str
     fusion: str | None
     scored_apart: bool
@@ -54,6 +57,7 @@ class Task(Protocol):
 class Classification:
     """One class a sample: cross-entropy over logits (b, k)."""
 
+    name: str = "classification"
     head: str = "linear"
     fusion: str | None = None
     scored_apart: bool = True
@@ -88,6 +92,7 @@ class Classification:
 class Retrieval:
     """Pictures and captions that belong together: contrastive loss over embeddings (b, 2, d)."""
 
+    name: str = "retrieval"
     head: str = "embeddings"
     fusion: str | None = "late"
     scored_apart: bool = False
@@ -119,7 +124,7 @@ class Retrieval:
         return recalls(embeddings_m2d[list(first.values()), 0], embeddings_m2d[:, 1], picture_m)
 
 
-TASKS: dict[str, Task] = {"classification": Classification(), "retrieval": Retrieval()}
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Retrieval())}
 
 
 def contrastive_loss(embeddings_b2d: Tensor, pictures_b: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ FREE_KEYS = (
     "weights.root",
 )
 
-
 #: What can be done about a file of a run that cannot be read.
 _DAMAGED = "restore it from a copy, or begin the run again with --overwrite"
 

@@ -6,7 +6,6 @@ per worker and phase serves them all.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ class Autograd:
 
     number: int
     fleet: Fleet
+    clients: tuple[int, ...]
 
     def backward(self, loss: Tensor, where: str) -> None:
         """Run the backward through every process that took part.
@@ -50,7 +50,7 @@ class Autograd:
         try:
             dist_autograd.backward(self.number, [loss])
         except RuntimeError as error:
-            silent = self.fleet.silent()
+            silent = self.fleet.silent(self.clients)
             if not silent:
                 raise RemoteError(f"backward failed: {error}, {where}") from error
             lost = {
@@ -83,18 +83,16 @@ class Fleet:
     ) -> None:
         self.hosts = dict(hosts)
         self.hosted = {worker: sorted(clients) for worker, clients in hosted.items()}
+        #: Numbers of all clients, ascending.
+        self.clients = sorted(client for clients in hosted.values() for client in clients)
         self.timeout = timeout
         self.watchdog = Watchdog(timeout)
+        self.watchdog.start()
         asked = {w: rpc.rpc_async(w, _about, args=(host,)) for w, host in self.hosts.items()}
         about = {worker: future.wait() for worker, future in asked.items()}
         #: Worker -> node, for the errors that name it; worker -> device.
         self.nodes = {worker: node for worker, (node, _) in about.items()}
         self.devices = {worker: device for worker, (_, device) in about.items()}
-
-    @property
-    def clients(self) -> list[int]:
-        """Numbers of all clients, ascending."""
-        return sorted(client for clients in self.hosted.values() for client in clients)
 
     def start(
         self,
@@ -150,22 +148,37 @@ class Fleet:
         return wait
 
     @contextmanager
-    def autograd(self) -> Iterator[Autograd]:
-        """Open a distributed autograd context; leaving it frees its gradients everywhere."""
-        with dist_autograd.context() as number:
-            yield Autograd(number, self)
+    def autograd(self, clients: Sequence[int]) -> Iterator[Autograd]:
+        """Open a distributed autograd context; leaving it frees its gradients everywhere.
 
-    def silent(self, timeout: float = 5.0) -> dict[str, list[int]]:
-        """Return the workers that do not answer, in the user's words, and their clients."""
-        deadline = time.monotonic() + timeout
-        futures = {name: rpc.rpc_async(name, pong, timeout=timeout) for name in self.hosted}
+        Parameters
+        ----------
+        clients : sequence of int
+            Who takes part in its backward.
+        """
+        with dist_autograd.context() as number:
+            yield Autograd(number, self, tuple(clients))
+
+    def silent(self, clients: Sequence[int], timeout: float = 5.0) -> dict[str, list[int]]:
+        """Return the workers of these clients that do not answer, in the user's words.
+
+        Returns
+        -------
+        dict of str to list of int
+            Worker -> those of the clients that it hosts.
+        """
+        asked = {
+            worker: own
+            for worker, hosted in self.hosted.items()
+            if (own := [client for client in hosted if client in clients])
+        }
+        futures = {worker: rpc.rpc_async(worker, pong, timeout=timeout) for worker in asked}
         silent = {}
-        for name, future in futures.items():
+        for worker, future in futures.items():
             try:
                 future.wait()
             except RuntimeError:
-                silent[self._who(name, self.hosted[name])] = self.hosted[name]
-            assert time.monotonic() < deadline + 60
+                silent[self._who(worker, asked[worker])] = asked[worker]
         return silent
 
     def placement(self, device: str) -> list[str]:

@@ -75,12 +75,8 @@ class LocalFleet:
 
     def __init__(self, host: Serves) -> None:
         self.host = host
-        self.hosted = {"here": sorted(host.clients)}
-
-    @property
-    def clients(self) -> list[int]:
-        """Numbers of all clients, ascending."""
-        return self.hosted["here"]
+        #: Numbers of all clients, ascending.
+        self.clients = sorted(host.clients)
 
     def start(
         self,
@@ -101,6 +97,6 @@ class LocalFleet:
         return lambda: Answers(found, lost)
 
     @contextmanager
-    def autograd(self) -> Iterator[LocalAutograd]:
-        """Open what one backward's gradients live in."""
+    def autograd(self, clients: Sequence[int]) -> Iterator[LocalAutograd]:
+        """Open what the gradients of one backward through these clients live in."""
         yield LocalAutograd()

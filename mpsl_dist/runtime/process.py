@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 #: Ctrl-C, a launcher's or scheduler's end, and Slurm's notice before it (``--signal=USR2``).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
-
 #: Exit status of a worker that ended because the server is gone.
 SERVER_GONE = 3
 

@@ -95,12 +95,8 @@ def beat() -> None:
 
 
 def follow_parent() -> None:
-    """Die when the supervisor that started this process does."""
-    die_with_parent(int(os.environ[_MARK].split()[1]))
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, where it can (Linux)."""
+    """Have the kernel kill this process when its supervisor ends, where it can (Linux)."""
+    parent = int(os.environ[_MARK].split()[1])
     if sys.platform.startswith("linux"):
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

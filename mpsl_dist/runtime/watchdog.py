@@ -32,8 +32,6 @@ class Watchdog:
         self.timeout = timeout
         self._awaited: dict[int, _Awaited] = {}
         self._numbers = itertools.count()
-        self._over = threading.Event()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def expect(self, who: str, phase: str) -> int:
         """Note that a call begins; return its number for :meth:`done`."""
@@ -45,9 +43,9 @@ class Watchdog:
         """Note that a call has ended, one way or the other."""
         self._awaited.pop(number, None)
 
-    def end(self) -> None:
-        """Watch no longer."""
-        self._over.set()
+    def start(self) -> None:
+        """Watch from now on, on a thread of its own, for as long as the process lives."""
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def late(self) -> list[str]:
         """Return a line for every call that has taken half of its time and was not yet told."""
@@ -57,12 +55,13 @@ class Watchdog:
                 call.told = True
                 lines.append(
                     f"{call.who}: no answer to {call.phase} for {now - call.since:.0f} s; "
-                    f"lost after {self.timeout:g} s (faults.client_timeout)"
+                    f"lost after {self.timeout:g} s"
                 )
         return lines
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.timeout / 8)):
+        while True:
+            time.sleep(min(1.0, self.timeout / 8))
             for line in self.late():
                 _log.warning("%s", line)
                 print(line, flush=True)

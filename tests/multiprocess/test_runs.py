@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, until
+from conftest import ROOT, small_disk, until
 from safetensors.torch import load_file
 
 from mpsl_dist import config as configs
@@ -162,12 +161,8 @@ def test_a_clients_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     torchrun, config, tmp_path
 ) -> None:
     disk, script = tmp_path / "disk", tmp_path / "full.py"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
     script.write_text(FULL.replace("BALLAST", repr(str(disk / "ballast"))))
-    try:
+    with small_disk(disk, "16m"):
         world = torchrun(WORLD, str(script), "train", str(config), f"output={disk}")
         status, output = world.finish()
         expected = (
@@ -179,8 +174,6 @@ def test_a_clients_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
         run = disk / "run"
         assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
         assert not list(run.rglob("*.partial"))
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_workers_end_when_the_server_is_killed(torchrun, config, tmp_path) -> None:

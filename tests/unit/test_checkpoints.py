@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import toys
+from conftest import small_disk
 from local_fleet import in_one_process
 
 from mpsl_dist.actors.holdings import Holdings
@@ -278,19 +278,9 @@ def test_two_checkpoints_of_one_step_are_one(finished: Path, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no file system can be mounted here: {error}")
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "16m") as folder:
+        yield folder
 
 
 def fill(disk: Path, leave: int) -> Path:
@@ -303,21 +293,21 @@ def fill(disk: Path, leave: int) -> Path:
 
 @pytest.mark.parametrize("kind, file", [("centralized", "server.pt"), ("mpsl", "client-0000.pt")])
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
-    small_disk: Path, kind: str, file: str, tmp_path: Path
+    disk: Path, kind: str, file: str, tmp_path: Path
 ) -> None:
-    chosen = toys.experiment(output=str(small_disk), method=kind)
+    chosen = toys.experiment(output=str(disk), method=kind)
     method = build(chosen)
-    save, ballast = method.save, small_disk / "ballast"
+    save, ballast = method.save, disk / "ballast"
 
     def full(folder: str) -> dict[str, str]:
         if folder.endswith("step-00000010"):
-            fill(small_disk, 8192)
+            fill(disk, 8192)
         return save(folder)
 
     method.save = full
     with pytest.raises(DiskError, match=rf"No space left on device: .*{file} cannot be written"):
         train(chosen, method=method)
-    run = small_disk / "toy"
+    run = disk / "toy"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000005"]
     assert not [path for path in run.rglob("*.partial")]
     ballast.unlink()
@@ -327,15 +317,15 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     assert model_of(run) == model_of(whole.run_directory)
 
 
-def test_a_full_disk_leaves_the_file_before(small_disk: Path) -> None:
-    path = small_disk / "server.pt"
+def test_a_full_disk_leaves_the_file_before(disk: Path) -> None:
+    path = disk / "server.pt"
     state.save(path, {"a": torch.zeros(10)})
     before = path.read_bytes()
-    fill(small_disk, 4096)
+    fill(disk, 4096)
     with pytest.raises(DiskError, match=r"No space left.*server\.pt cannot be written; make room"):
         state.save(path, {"a": torch.zeros(10**6)})
     assert path.read_bytes() == before
-    assert sorted(p.name for p in small_disk.iterdir()) == ["ballast", "server.pt"]
+    assert sorted(p.name for p in disk.iterdir()) == ["ballast", "server.pt"]
 
 
 # -- what may change on resume -----------------------------------------------------------------

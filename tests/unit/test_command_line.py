@@ -6,11 +6,13 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toys
+from conftest import small_disk
 
 from mpsl_dist import __main__ as command_line
 from mpsl_dist.__main__ import main
@@ -191,31 +193,21 @@ sys.exit(command_line.main(sys.argv[1:]))
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no file system can be mounted here: {error}")
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
-def test_a_run_on_a_disk_that_fills_says_so_and_ends(small_disk: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_disk_that_fills_says_so_and_ends(disk: Path, tmp_path: Path) -> None:
     script, config = tmp_path / "filling.py", tmp_path / "e.yaml"
     script.write_text(FULL)
-    values = to_dict(toys.experiment(method="centralized", output=str(small_disk)))
+    values = to_dict(toys.experiment(method="centralized", output=str(disk)))
     config.write_text(json.dumps(values))
     tests = str(Path(__file__).parents[1])
     line = [sys.executable, str(script), "train", str(config)]
     variables = {"PYTHONPATH": f"{tests}:{Path(tests).parent}", "OMP_NUM_THREADS": "1"}
     # Standard output lies on the full disk too.
-    with (small_disk / "out.txt").open("w") as out:
+    with (disk / "out.txt").open("w") as out:
         done = subprocess.run(
             line, env=variables, stdout=out, stderr=subprocess.PIPE, text=True, timeout=120
         )

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import reference
 import torch
 import toys
-from local_fleet import in_one_process
+from local_fleet import LocalRounds, in_one_process
 
+from mpsl_dist.actors import deployable
+from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment, to_dict
-from mpsl_dist.errors import NonFiniteError
+from mpsl_dist.errors import DivergedError, NonFiniteError, RemoteError
+from mpsl_dist.methods import loop
+from mpsl_dist.methods.fedavg import FedAvg, build_clients
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.models.average import trainable_state
-from mpsl_dist.runtime.answers import ClientsLost
+from mpsl_dist.records import checkpoint
+from mpsl_dist.records.checkpoint import Manifest
+from mpsl_dist.records.run_directory import RunDirectory
 
 STEPS, AT, GONE = 12, 4, 2
 
@@ -138,7 +145,7 @@ def test_by_default_a_step_with_one_client_left_still_trains_and_with_none_the_r
         clients[n] = Dying(clients[n], "tokenize", 2)
     assert all(loss is not None for loss in train(method, 4))
     clients[2] = Dying(clients[2], "tokenize", 0)
-    with pytest.raises(ClientsLost, match="0 clients are left, faults.min_clients is 1"):
+    with pytest.raises(RemoteError, match="0 clients are left, faults.min_clients is 1"):
         method.step(0, 4)
 
 
@@ -152,13 +159,13 @@ def test_by_default_a_step_with_one_client_left_still_trains_and_with_none_the_r
 def test_it_stops_where_it_was_told_to(faults: dict, words: str) -> None:
     method = dying(experiment(faults=faults), "loss")
     before: dict[str, torch.Tensor] = {}
-    with pytest.raises(ClientsLost, match=words) as error:
+    with pytest.raises(RemoteError, match=words) as error:
         for step in range(STEPS):
             before = trainable_state(method.server.model)
             if step % len(method.plan) == 0:
                 method.begin_epoch(step // len(method.plan))
             method.step(step % len(method.plan), step)
-    assert error.value.lost == (GONE,)
+    assert error.value.lost == (GONE,) and type(error.value) is RemoteError
     after = trainable_state(method.server.model)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -192,3 +199,103 @@ def test_what_is_no_number_stops_the_run_or_skips_the_client(what: str) -> None:
     expected = reference.train(chosen, STEPS, absent=lambda n, step: (n, step) == (GONE, AT))
     assert_survivors_equal(method, expected, losses)
     assert (method.lost, method.repeated) == (set(), 1)
+
+
+@pytest.mark.parametrize("after", ["step", "accumulate", "take_gradients"])
+def test_a_loss_after_the_backward_ends_a_run_of_too_few_and_never_repeats_the_step(
+    after: str,
+) -> None:
+    mode = "none" if after == "step" else "gradients"
+    sync = {"mode": mode, "every": 2}
+    method = dying(experiment(faults={"min_clients": 4}, tokenizer_sync=sync), after)
+    with pytest.raises(
+        RemoteError, match=r"3 clients are left, faults\.min_clients is 4\)$"
+    ) as error:
+        train(method)
+    assert method.repeated == 0 and type(error.value) is RemoteError
+
+
+def test_the_steps_repeated_go_on_counting_where_a_run_resumes(tmp_path) -> None:
+    first = dying(experiment(), "loss")
+    train(first)
+    run = RunDirectory(tmp_path)
+    for step in range(STEPS):
+        line = {"step": step + 1, "epoch": 0, "split": "train", "loss": 1.0, "seconds": 1.0}
+        run.append_metrics(**line, steps_repeated=int(step >= AT))
+    folder = checkpoint.begin(run.checkpoints, STEPS)
+    files, steps = first.save(str(folder)), len(first.plan)
+    manifest = Manifest(STEPS, *divmod(STEPS, steps), 4, 1.0, {}, files)
+    checkpoint.complete(run.checkpoints, manifest, keep=1)
+    again = in_one_process(experiment())
+    assert loop._resume(again.experiment, again, run).step == STEPS
+    assert (again.repeated, again.lost) == (1, set())
+
+
+# -- FedAvg ------------------------------------------------------------------------------------
+
+
+def rounds(**faults: Any) -> FedAvg:
+    chosen = experiment(method="fedavg", faults=faults)
+    holdings = Holdings.load(chosen)
+    link = LocalRounds(build_clients(chosen, range(4), holdings), chosen.faults)
+    return FedAvg(chosen, holdings.splits, deployable.build(chosen, holdings.splits), link)
+
+
+def train_rounds(method: FedAvg, count: int = 3) -> list[float | None]:
+    return [method.step(0, round_) for round_ in range(count)]
+
+
+def test_a_federated_round_goes_on_without_a_lost_client() -> None:
+    method, others = rounds(), rounds()
+    clients = method.clients.fleet.host.clients
+    clients[GONE] = Dying(clients[GONE], "train_round", -1)
+    # The same where it was never there.
+    others.clients.lost.add(GONE)
+    assert train_rounds(method) == train_rounds(others)
+    assert method.lost == {GONE}
+    ours, theirs = trainable_state(method.model), trainable_state(others.model)
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def diverging(method: FedAvg, round_: int) -> FedAvg:
+    client = method.clients.references[GONE]
+    train = client.train_round
+
+    def fail(number: int, weights: Any) -> Any:
+        if number == round_:
+            raise DivergedError("the loss is nan. Lower training.server.lr")
+        return train(number, weights)
+
+    client.train_round = fail
+    return method
+
+
+def test_a_federated_client_that_diverges_ends_the_run_with_advice_or_is_left_out_once() -> None:
+    with pytest.raises(DivergedError, match=rf"client {GONE}: .*Lower training\.server\.lr"):
+        train_rounds(diverging(rounds(), 1))
+    method = diverging(rounds(on_nonfinite="skip_client"), 1)
+    assert None not in train_rounds(method) and method.lost == set()
+    assert method.clients.calls[-1] == ("train_round", [0, 1, 2, 3])
+
+
+def test_an_error_that_names_no_present_client_is_never_taken_for_a_loss_again() -> None:
+    """A backward fails for another reason while a client is gone already: no endless repetition."""
+    method = dying(experiment(), "tokenize", step=0)
+    train(method, 1)
+    assert method.lost == {GONE}
+
+    class Failing:
+        def backward(self, loss: torch.Tensor, where: str) -> None:
+            raise RemoteError(f"backward failed, {where}")
+
+    asked: list[list[int]] = []
+
+    @contextmanager
+    def autograd(clients: Any) -> Any:
+        asked.append(list(clients))
+        yield Failing()
+
+    method.clients.fleet.autograd = autograd
+    with pytest.raises(RemoteError, match="backward failed, step 1"):
+        method.step(1, 1)
+    assert len(asked) == 1 and GONE not in asked[0]

@@ -25,11 +25,10 @@ def test_a_late_call_is_told_once_and_an_answered_one_never() -> None:
     answered, late = watch.expect("worker1", "loss, step 3"), []
     watch.done(answered)
     watch.expect("worker2 (client 4)", "tokenize, step 3")
-    watch.end()
     until(lambda: late.extend(watch.late()) or bool(late), 10, "a warning")
     assert watch.late() == [] and len(late) == 1
     assert late[0].startswith("worker2 (client 4): no answer to tokenize, step 3 for 0 s")
-    assert "lost after 0.4 s (faults.client_timeout)" in late[0]
+    assert "lost after 0.4 s" in late[0]
 
 
 def test_a_process_that_hangs_ends_in_time_after_a_signal() -> None:
