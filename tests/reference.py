@@ -19,11 +19,15 @@ from mpsl_dist.data.partition import deal_pictures, epoch_order, partition, shar
 
 
 def train(
-    experiment: Experiment, steps: int, absent: Callable[[int, int], bool] = lambda n, step: False
+    experiment: Experiment,
+    steps: int,
+    absent: Callable[[int, int], bool] = lambda n, step: False,
+    before: Callable[[int, list, list], None] = lambda step, clients, optimizers: None,
 ) -> dict[str, Any]:
     """Train some steps; give losses, cut-layer gradients and all parameters.
 
-    ``absent(client, step)``: whether a client takes no part in a step.
+    ``absent(client, step)``: whether a client takes no part in a step. ``before(step, clients,
+    optimizers)`` may change the clients' tokenizers and optimizers before a step.
 
     On one thread, as the toys' server and clients: sums then run in the same order.
     """
@@ -46,6 +50,7 @@ def train(
     told: dict[str, Any] = {"losses": [], "cut_gradients": []}
     for step in range(steps):
         epoch, epoch_step = divmod(step, len(plan))
+        before(step, clients, optimizers)
         batches = {}
         for n, part in enumerate(parts):
             start, count = plan[:epoch_step, n].sum(), plan[epoch_step, n]
@@ -80,6 +85,7 @@ def train(
         for optimizer in (*[optimizers[n] for n in batches], server_optimizer):
             optimizer.step()
             optimizer.zero_grad()
+    told["sizes"] = [len(part) for part in parts]
     told["server"] = {k: v.cpu() for k, v in server.state_dict().items()}
     told["clients"] = {
         n: {k: p.detach().cpu() for k, p in c.named_parameters() if p.requires_grad}

@@ -172,10 +172,15 @@ class Link:
         """Return the same arguments for every client that is there."""
         return dict.fromkeys(self.present, arguments)
 
-    def readmit(self) -> list[int]:
+    def readmit(self, where: str) -> list[int]:
         """Take back the clients of workers that have come back; return their numbers.
 
         They are as they were at the start of the run.
+
+        Parameters
+        ----------
+        where : str
+            What the user should read of it, as "step 17".
         """
         if not self.lost:
             return []
@@ -183,12 +188,12 @@ class Link:
         self.lost -= set(back)
         self.returned += len(back)
         if back:
-            warn(f"{name_clients(back)} came back")
+            warn(f"{name_clients(back)} came back, {where}")
         return back
 
-    def keep(self, folder: str) -> None:
+    def keep(self, folder: str, where: str) -> None:
         """Have every client write its state where it is, for its own return."""
-        digests = self.start("save", self.everyone(folder), "keeping")()
+        digests = self.start("save", self.everyone(folder), where)()
         self._kept |= {client: (folder, digest) for client, digest in digests.items()}
 
     def restore_kept(self, clients: Sequence[int]) -> list[int]:

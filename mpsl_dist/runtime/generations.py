@@ -11,6 +11,7 @@ at the place of a worker that is still missing stands a process that hosts nobod
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -98,7 +99,7 @@ class Generations:
             place = asdict(replace(self.world.place, launched=launched))
             words = json.dumps({"place": place, "generation": generation})
             line = [sys.executable, "-m", "mpsl_dist.runtime.standin", words]
-            self._standins.append(subprocess.Popen(line))
+            self._standins.append(subprocess.Popen(line, env=os.environ | {"RANK": str(rank)}))
 
 
 def come_back(world: World, count: int) -> bool:
