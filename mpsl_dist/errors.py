@@ -41,6 +41,10 @@ class LaunchError(UserError):
     """Processes that cannot find themselves or each other; the message says what to set."""
 
 
+class RefusedError(LaunchError):
+    """The server's run does not let this worker in; the server has told its own user."""
+
+
 class DiskError(OSError):
     """A file that the disk did not take; the message names it and says what to do."""
 

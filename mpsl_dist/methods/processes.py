@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from mpsl_dist import plugins
@@ -18,8 +19,10 @@ from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
-from mpsl_dist.runtime import environment, launch, process, supervisor, world
+from mpsl_dist.runtime import admission, environment, launch, network, process, supervisor, world
 from mpsl_dist.runtime.environment import Environment
+from mpsl_dist.runtime.token import TOKEN_FILE, read_token
+from mpsl_dist.typed import flatten
 
 _log = logging.getLogger("mpsl_dist")
 
@@ -174,21 +177,53 @@ def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirect
 def join(experiment: Experiment, launched: Environment) -> None:
     """Enter the RPC world, and return when every rank is there.
 
+    On several hosts, server and workers first prove to each other that they belong together.
+
     Raises
     ------
     RemoteError
         If not all ranks meet in time.
     LaunchError
-        If no network interface leads to the others.
+        If no network interface leads to the others, or a worker is refused.
     """
     settings = experiment.runtime
+    interface = launched.interface(settings.interface)
+    if not launched.one_host:
+        _prove(experiment, launched, range(1, launched.world), interface)
     world.start(
         launched,
         timeout_of(experiment),
         settings.start_timeout,
-        launched.interface(settings.interface),
+        interface,
         settings.channels == "tcp",
     )
+
+
+def _prove(
+    experiment: Experiment, launched: Environment, workers: Collection[int], interface: str
+) -> None:
+    """Let these workers in, or enter as one of them, by the run's token."""
+    versions = {name: importlib.metadata.version(name) for name in ("mpsl_dist", "torch")}
+    facts = {name: version.partition("+")[0] for name, version in versions.items()}
+    facts |= flatten(to_dict(experiment))
+    del facts["runtime.interface"]  # a host's own matter
+    card = admission.Card(launched.rank, network.host_name(), facts)
+    token, patience = read_token(os.environ), experiment.runtime.start_timeout
+    port = launched.port + 1
+    if launched.rank:
+        admission.enter((launched.address, port), card, token, patience)
+        return
+    address = network.listening_address(launched.address)
+    _say(
+        f"the processes meet at {address}, ports {launched.port} and {port}, RPC listens on "
+        f"{interface}; "
+        + (
+            "who joins must prove the token"
+            if token
+            else f"no {TOKEN_FILE}: who reaches them joins"
+        )
+    )
+    admission.admit((address, port), workers, card, token, patience, _say)
 
 
 def _threads(experiment: Experiment, launched: Environment) -> tuple[int, int]:

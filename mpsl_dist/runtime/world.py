@@ -16,7 +16,7 @@ from torch.distributed import rpc
 
 from mpsl_dist.errors import Failure, RemoteError
 from mpsl_dist.runtime.environment import Environment
-from mpsl_dist.runtime.meeting import know_loopback
+from mpsl_dist.runtime.meeting import know_meeting
 
 SERVER = "server"
 #: The server's word that the run is over, and whether all workers are there to leave together; a
@@ -56,7 +56,7 @@ def start(
     os.environ["GLOO_SOCKET_IFNAME"] = interface
     # RPC's own barrier uses a process group in a way that warns its user, who cannot mend it.
     warnings.filterwarnings("ignore", message="You are using a Backend", category=UserWarning)
-    know_loopback()
+    know_meeting()
     # Shared memory can fail with more than 18 workers on one host: sockets always.
     options = rpc.TensorPipeRpcBackendOptions(
         num_worker_threads=16,
