@@ -223,6 +223,6 @@ async def _enter(place: tuple[str, int], card: Card, token: bytes) -> str:
         nonces = await answer(reader, writer, token, card.text())
         return (await unsealed(reader, token, b"word", nonces)).decode()
     except (OSError, EOFError) as error:
-        raise Stranger("it hung up before all workers were there") from error
+        raise Stranger("it closed before all workers were there, and tells why") from error
     finally:
         writer.close()
