@@ -15,7 +15,7 @@ from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data, refusals_without_data
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.config.methods import facts_of, options_of, processes_of, unread
-from mpsl_dist.errors import ConfigError, UserError
+from mpsl_dist.errors import ConfigError, LaunchError, UserError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
@@ -188,6 +188,8 @@ def join(experiment: Experiment, launched: Environment) -> None:
     """
     settings = experiment.runtime
     interface = launched.interface(settings.interface)
+    if launched.rank == 0 and launched.init_method == "env://":
+        _say("torchrun's own store listens on every interface: docs/clusters.md#security")
     if not launched.one_host:
         _prove(experiment, launched, range(1, launched.world), interface)
     world.start(
@@ -210,6 +212,8 @@ def _prove(
     card = admission.Card(launched.rank, network.host_name(), facts)
     token, patience = read_token(os.environ), experiment.runtime.start_timeout
     port = launched.port + 1
+    if port > 65535:
+        raise LaunchError(f"MASTER_PORT={launched.port}: the token needs the port after it too")
     if launched.rank:
         admission.enter((launched.address, port), card, token, patience)
         return

@@ -7,17 +7,22 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import toys
 from conftest import until
 
 from mpsl_dist.errors import LaunchError, RefusedError, RemoteError
+from mpsl_dist.methods import processes
 from mpsl_dist.runtime import admission, token
 from mpsl_dist.runtime.admission import Card
+from mpsl_dist.runtime.environment import Environment
 from mpsl_dist.runtime.token import read_token
 
 TOKEN = b"sixteen bytes and more"
@@ -294,6 +299,55 @@ def test_who_leaves_before_the_others_are_there_may_come_back(place: tuple[str, 
     enter(place, 2)
     first.join(10)
     assert door.end() is None and not first.is_alive()
+
+
+class Joined(Exception):
+    """RPC would begin."""
+
+
+def joining(rank: int, port: int, **settings: Any) -> Callable[[], None]:
+    """What a rank of two hosts does before RPC begins."""
+    place = Environment("torchrun", rank, 2, 0, 1, rank, 2, "127.0.0.1", port, "rank0://")
+
+    def join() -> None:
+        with pytest.raises(Joined):
+            processes.join(toys.experiment(**settings), place)
+
+    return join
+
+
+@pytest.mark.parametrize(
+    ("settings", "differs"),
+    [
+        ({}, ""),
+        ({"runtime": {"interface": "lo"}}, ""),
+        ({"seed": 5}, "seed is 5 there and 2024 at the server"),
+    ],
+)
+def test_a_run_of_two_hosts_is_one_experiment(
+    settings: dict[str, Any],
+    differs: str,
+    place: tuple[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.delenv(token.TOKEN_FILE, raising=False)
+    monkeypatch.setattr(processes.world, "start", Mock(side_effect=Joined))
+    with ThreadPoolExecutor() as pool:
+        server = pool.submit(joining(0, place[1] - 1))
+        worker = pool.submit(joining(1, place[1] - 1, **settings))
+        for side, error in ((server, LaunchError), (worker, RefusedError)):
+            if differs:
+                with pytest.raises(error, match=f"rank 1 on .* disagrees: {differs}$"):
+                    side.result(30)
+            else:
+                side.result(30)
+    assert "no MPSL_DIST_TOKEN_FILE: who reaches them joins" in capsys.readouterr().out
+
+
+def test_there_is_a_port_for_the_proof() -> None:
+    with pytest.raises(LaunchError, match="MASTER_PORT=65535"):
+        joining(1, 65535)()
 
 
 def test_who_does_not_come_is_named(place: tuple[str, int]) -> None:
