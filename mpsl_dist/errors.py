@@ -42,7 +42,7 @@ class LaunchError(UserError):
 
 
 class RefusedError(LaunchError):
-    """The server's run does not let this worker in; the server has told its own user."""
+    """A worker that no server lets into its run; the server's user reads of it there."""
 
 
 class DiskError(OSError):

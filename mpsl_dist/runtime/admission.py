@@ -195,14 +195,12 @@ def enter(place: tuple[str, int], card: Card, token: bytes, timeout: float) -> N
     Raises
     ------
     RefusedError
-        If the server does not know the token, or does not let this worker in; says why.
-    RemoteError
-        If no server answers in time.
+        If no server comes in time, it does not know the token, or it does not let this worker in.
     """
     try:
         word = asyncio.run(asyncio.wait_for(_enter(place, card, token), timeout))
     except asyncio.TimeoutError as error:
-        raise RemoteError(
+        raise RefusedError(
             f"{card}: no server let it in at {place[0]}:{place[1]} within {timeout:g} s "
             "(runtime.start_timeout): is it running, and no firewall between?"
         ) from error

@@ -291,7 +291,7 @@ def test_a_rank_enters_once(place: tuple[str, int]) -> None:
 
 def test_who_leaves_before_the_others_are_there_may_come_back(place: tuple[str, int]) -> None:
     door = Door((1, 2), place)
-    with pytest.raises(RemoteError):
+    with pytest.raises(RefusedError, match="no server let it in"):
         admission.enter(place, Card(1, "host1", FACTS), TOKEN, 0.5)
     until(lambda: bool(door.told), 10, "a word about it")
     assert "rank 1 on host1 left" in door.told[0]
@@ -356,7 +356,7 @@ def test_who_does_not_come_is_named(place: tuple[str, int]) -> None:
         enter(place, 2)
     error = door.end()
     assert type(error) is RemoteError and "start_timeout" in str(error)
-    with pytest.raises(RemoteError, match="no server let it in"):
+    with pytest.raises(RefusedError, match="no server let it in"):
         admission.enter(place, Card(1, "host1", FACTS), TOKEN, 0.5)
 
 
