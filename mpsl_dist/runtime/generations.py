@@ -11,14 +11,15 @@ at the place of a worker that is still missing stands a process that hosts nobod
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, replace
 
-from mpsl_dist.errors import RemoteError
+from mpsl_dist.errors import LaunchError, RemoteError
 from mpsl_dist.runtime import process
 from mpsl_dist.runtime.world import World, tell
 
@@ -28,6 +29,7 @@ _MEET = 60.0
 _TRIES = 4
 #: Seconds between two looks of a worker that came back.
 _LOOK = 0.2
+_log = logging.getLogger("mpsl_dist")
 
 
 class Generations:
@@ -37,10 +39,13 @@ class Generations:
     ----------
     world : World
         The first generation, joined.
+    admit : callable
+        ``admit(ranks, seconds)`` lets workers in that prove the run's token.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, admit: Callable[[Collection[int], float], None]) -> None:
         self.world = world
+        self._admit = admit
         self._seen: dict[int, str] = {}
         self._standins: list[subprocess.Popen] = []
 
@@ -65,7 +70,7 @@ class Generations:
             self._seen[rank] = world.notices.told(f"back/{rank}") or ""
             world.notices.say(f"call/{rank}", following)
         world.notices.say(f"left/{following}")
-        expected = living | back
+        expected = living | self._let_in(back)
         for generation in range(following, following + _TRIES):
             expected = world.notices.gather(_here(generation, expected), 2 * _MEET)
             try:
@@ -74,6 +79,14 @@ class Generations:
             except RemoteError as error:
                 failure = error
         raise failure
+
+    def _let_in(self, back: set[int]) -> set[int]:
+        try:
+            self._admit(back, _MEET)
+        except (LaunchError, RemoteError) as error:
+            _log.warning("%s", error)
+            return set()
+        return back
 
     def _meet(self, generation: int, present: set[int]) -> None:
         world = self.world
@@ -102,8 +115,13 @@ class Generations:
             self._standins.append(subprocess.Popen(line, env=os.environ | {"RANK": str(rank)}))
 
 
-def come_back(world: World, count: int) -> bool:
+def come_back(world: World, count: int, enter: Callable[[Collection[int], float], None]) -> bool:
     """Wait, as a worker started again for the ``count``-th time, until the server lets it in.
+
+    Parameters
+    ----------
+    enter : callable
+        ``enter((), seconds)`` proves the run's token to the server.
 
     Returns
     -------
@@ -118,6 +136,7 @@ def come_back(world: World, count: int) -> bool:
             return False
         time.sleep(_LOOK)
     assert called is not None
+    enter((), _MEET)
     _attend(world, int(called))
     return True
 

@@ -2,7 +2,7 @@
 
 RPC's members are fixed once they have met, so when lost workers come back the world is made anew,
 by the same store: its next *generation*, with keys of its own
-(:mod:`mpsl_dist.runtime.generations`). The store of a run on one host listens on loopback alone;
+(:mod:`mpsl_dist.runtime.generations`). The store that rank 0 hosts listens on one address alone;
 torch's own listens on every interface.
 """
 
@@ -25,7 +25,8 @@ from torch.distributed import (
 )
 
 from mpsl_dist.errors import RemoteError
-from mpsl_dist.runtime.environment import LOOPBACK, Environment
+from mpsl_dist.runtime.environment import MEETING, Environment
+from mpsl_dist.runtime.network import listening_address
 
 #: Scheme of a generation's rendezvous: ``generation://0``.
 GENERATION = "generation"
@@ -47,7 +48,7 @@ def open_store(launched: Environment, seconds: float) -> Store:
     RuntimeError
         If it is not reached in time.
     """
-    _teach(LOOPBACK, _on_loopback)
+    _teach(MEETING, _at_rank0)
     _teach(GENERATION, _generation)
     meeting = rendezvous(
         launched.init_method, launched.rank, launched.world, timeout=timedelta(seconds=seconds)
@@ -126,14 +127,17 @@ def _teach(scheme: str, handler: Any) -> None:
         return
 
 
-def _on_loopback(
+def _at_rank0(
     url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
 ) -> Iterator[tuple[Store, int, int]]:
-    """Meet at ``loopback://127.0.0.1:PORT``, where rank 0 hosts the store."""
+    """Meet at ``rank0://ADDRESS:PORT``, where rank 0 hosts the store."""
     place, (rank, world) = urlparse(url), _numbers(url)
     address, port = place.hostname or "", place.port or 0
-    hosts = rank == 0
-    door = socket.create_server((address, port)).detach() if hosts else None
+    hosts, door = rank == 0, None
+    if hosts:
+        address = listening_address(address)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        door = socket.create_server((address, port), family=family).detach()
     store = TCPStore(
         address, port, world, hosts, timeout, False, master_listen_fd=door, use_libuv=True
     )

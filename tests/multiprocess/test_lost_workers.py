@@ -172,7 +172,9 @@ def test_a_backward_that_fails_with_everybody_there_ends_a_run_that_has_lost_oth
     world = torchrun(WORLD, *words, PYTHONPATH=str(ROOT))
     until(lambda: steps_done(tmp_path) >= 3, 240, "three steps")
     said = world.output().splitlines()
-    (other,) = (n for n in (1, 2, 3) if any(re.match(rf"worker{n} on .*clients 0", s) for s in said))
+    (other,) = (
+        n for n in (1, 2, 3) if any(re.match(rf"worker{n} on .*clients 0", s) for s in said)
+    )
     os.kill(hosting(world, other), signal.SIGKILL)
     until(lambda: lines(tmp_path)[-1].get("clients_lost") == 2, 60, "a loss")
     (tmp_path / "fail").touch()
