@@ -70,13 +70,16 @@ class Generations:
             self._seen[rank] = world.notices.told(f"back/{rank}") or ""
             world.notices.say(f"call/{rank}", following)
         world.notices.say(f"left/{following}")
+        _log.info("generation %d: ranks %s left, %s came back", following, living, back)
         expected = living | self._let_in(back)
         for generation in range(following, following + _TRIES):
             expected = world.notices.gather(_here(generation, expected), 2 * _MEET)
             try:
                 self._meet(generation, expected)
+                _log.info("generation %d: ranks %s met", generation, expected)
                 return expected
             except RemoteError as error:
+                _log.warning("generation %d: %s", generation, error)
                 failure = error
         raise failure
 
