@@ -9,7 +9,7 @@ every other message goes on without them, or ends the run, as ``faults`` has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,8 +61,8 @@ class Transport(Protocol):
         """Open what the gradients of one backward through these clients live in."""
         ...
 
-    def returned(self) -> list[int]:
-        """Take back workers that had been lost; return their clients, as new."""
+    def returned(self, lost: Collection[int]) -> list[int]:
+        """Take back workers of lost clients that are there again; return their clients, as new."""
         ...
 
 
@@ -184,7 +184,7 @@ class Link:
         """
         if not self.lost:
             return []
-        back = [client for client in self.fleet.returned() if client in self.lost]
+        back = [client for client in self.fleet.returned(self.lost) if client in self.lost]
         self.lost -= set(back)
         self.returned += len(back)
         if back:

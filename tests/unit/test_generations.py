@@ -43,6 +43,10 @@ class FakedWorld:
         pass
 
 
+def proved(ranks, seconds: float) -> None:
+    """No token is asked for."""
+
+
 class Left(Exception):
     """A process ended itself."""
 
@@ -66,7 +70,8 @@ def meeting(monkeypatch: pytest.MonkeyPatch):
             back: set[int],
             fails: Callable[[int, int], bool] = lambda rank, generation: False,
             dead: set[int] = frozenset(),
-            admit: Callable[..., None] = lambda ranks, seconds: None,
+            admit: Callable[..., None] = proved,
+            later: set[int] = frozenset(),
         ) -> tuple[set[int], dict[int, FakedWorld], dict[int, Future]]:
             store = HashStore()
             worlds = {rank: FakedWorld(store, rank, fails) for rank in range(WORLD)}
@@ -75,13 +80,14 @@ def meeting(monkeypatch: pytest.MonkeyPatch):
             def tell(ranks, word):
                 for rank in living - dead:
                     futures[rank] = threads.submit(follow, worlds[rank], word[1])
+                for rank in later:
+                    futures[rank] = threads.submit(come_back, worlds[rank], 1, proved)
                 return living
 
             monkeypatch.setattr(generations, "tell", tell)
             server = Generations(worlds[0], admit)
             for rank in back:
-                ready = lambda *_: None  # noqa: E731
-                futures[rank] = threads.submit(come_back, worlds[rank], 1, ready)
+                futures[rank] = threads.submit(come_back, worlds[rank], 1, proved)
             while server.waiting() != back:
                 pass
             here = server.renew(back)
@@ -97,7 +103,7 @@ def test_the_living_and_those_who_came_back_meet_in_the_next_generation(meeting)
     for future in futures.values():
         future.result(10)
     assert all(world.started == [1] for world in worlds.values())
-    assert not Generations(worlds[0], lambda *_: None).waiting() - {2}
+    assert not Generations(worlds[0], proved).waiting() - {2}
 
 
 def test_who_is_missing_is_stood_in_for(meeting) -> None:
@@ -145,7 +151,7 @@ def test_who_does_not_prove_the_token_stays_out(meeting) -> None:
 def test_a_worker_that_comes_back_to_a_run_that_is_over_is_told(monkeypatch) -> None:
     store = HashStore()
     Notices(store).say("over")
-    assert come_back(FakedWorld(store, 2), 1, lambda *_: None) is False
+    assert come_back(FakedWorld(store, 2), 1, proved) is False
 
 
 def test_a_call_to_its_dead_predecessor_is_not_a_workers_own(monkeypatch) -> None:
@@ -154,7 +160,7 @@ def test_a_call_to_its_dead_predecessor_is_not_a_workers_own(monkeypatch) -> Non
     notices, world = Notices(store), FakedWorld(store, 2)
     notices.say("call/2", 5)
     with ThreadPoolExecutor(1) as threads:
-        returned = threads.submit(come_back, world, 2, lambda *_: None)
+        returned = threads.submit(come_back, world, 2, proved)
         while notices.told("back/2") is None:
             pass
         assert not returned.done()
@@ -163,3 +169,22 @@ def test_a_call_to_its_dead_predecessor_is_not_a_workers_own(monkeypatch) -> Non
         notices.say("outcome/6", "met")
         assert returned.result(10) is True
     assert world.started == [6]
+
+
+def test_who_comes_back_meanwhile_is_let_in_too(meeting) -> None:
+    """Rank 1 died on its way out, and its successor comes back while the others wait."""
+    here, worlds, futures = meeting({1, 3}, {2}, dead={1}, later={1})
+    assert here == {1, 2, 3}
+    for future in futures.values():
+        future.result(10)
+    assert worlds[1].started == [1]
+
+
+def test_who_came_back_between_steps_waits_a_while_for_others_that_were_lost_with_it() -> None:
+    store = HashStore()
+    notices, server = Notices(store), Generations(FakedWorld(store, 0), proved, 60.0)
+    notices.say("back/2", 1)
+    assert server.waiting(gone={2, 3}) == set()
+    notices.say("back/3", 1)
+    assert server.waiting(gone={2, 3}) == {2, 3}
+    assert Generations(FakedWorld(store, 0), proved).waiting(gone={1, 2, 3}) == {2, 3}
