@@ -14,6 +14,7 @@ from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data, refusals_without_data
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.config.methods import facts_of, options_of, processes_of, unread
+from mpsl_dist.data.remarks import remarks
 from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
@@ -112,6 +113,8 @@ def train_as_server(
     if ignored:
         kind, _ = head_of(experiment, holdings.splits)
         _say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
+    for remark in remarks(holdings.splits):
+        _say(remark)
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)
     if launched.world > 1:

@@ -17,7 +17,9 @@ from mpsl_dist.data.fetch.check import check
 def test_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = check("coco-qa", make_coco_qa(tmp_path))
     assert report.usable and report.samples == {"train": 12, "test": 4}
-    assert report.classes == 3 and report.decoded == 8
+    assert report.classes == {"answer0": (4, 2), "answer1": (4, 1), "answer2": (4, 1)}
+    assert report.shapes == {"image": (3, 224, 224), "text": (77,)} and report.decoded == 8
+    assert "  answer0: 4 / 2\n" in str(report) and "  image: 3 x 224 x 224\n" in str(report)
     assert "train: 12 samples of 78,736 in the whole dataset" in str(report)
     assert not report.complete and "official place" in str(report)
     facts = dataclasses.replace(DATASETS["coco-qa"], samples=(12, 4))

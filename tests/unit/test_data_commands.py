@@ -34,7 +34,8 @@ def _check(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_check_says_whether_the_experiment_can_train(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(PAPER / "coco-qa.yaml"), f"data.root={tmp_path}"]
+    few = ["clients=2", "training.batch_size=4"]
+    words = [str(PAPER / "coco-qa.yaml"), f"data.root={tmp_path}", *few]
     status, said = _check(capsys, *words)
     assert status == 2 and "no such folder" in said and "cs.toronto.edu" in said
     make_coco_qa(tmp_path)
@@ -47,12 +48,18 @@ def test_check_says_whether_the_experiment_can_train(
     status, said = _check(capsys, *words)
     assert status == 2 and "missing: 1 files" in said and "damaged: 1 files" in said
     assert "data.on_error=raise ends a run at any of these 2 files" in said
-    status, said = _check(capsys, *words, "data.on_error=skip", "--limit", "0")
+    words.append("data.on_error=skip")
+    status, said = _check(capsys, *words, "--limit", "0")
+    assert status == 2 and "2 of 12 samples have no file" in said and "data.max_missing" in said
+    status, said = _check(capsys, *words, "data.max_missing=0.2", "--limit", "0")
     assert status == 0 and "missing: 1 files" in said and "decoded" not in said
 
 
 def test_check_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _check(capsys, QUICKSTART) == (0, "digits-qa is built in: nothing to check\n")
+    status, said = _check(capsys, QUICKSTART)
+    assert status == 0 and said.startswith("digits-qa is built in: no files to check\n")
+    assert "10 clients with 35 to 1,827 samples" in said
+    assert "an epoch: 5,768 samples in 91 global batches of 64\n  usable\n" in said
     status, said = _check(capsys, str(PAPER / "t4sa.yaml"), f"data.root={tmp_path}")
     assert status == 2 and "ask for access at t4sa.it" in said
     words = ["data.name=mnist-fsdd", f"data.root={tmp_path}", "data.modalities=[image]"]

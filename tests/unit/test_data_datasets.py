@@ -80,7 +80,7 @@ def test_coco_qa_faults(tmp_path: Path) -> None:
     (tmp_path / "ms-coco/val2014/COCO_val2014_000000000101.jpg").unlink()
     with pytest.raises(DataError, match=r"\(test\): 2 of 4 samples.*000101\.jpg.*cocodataset"):
         image_text.load_coco_qa(tmp_path)
-    splits = image_text.load_coco_qa(tmp_path, on_error="skip")
+    splits = image_text.load_coco_qa(tmp_path, on_error="skip", max_missing=0.5)
     assert len(splits.test.labels) == 2
     with pytest.raises(DataError, match=r"on_error.*'ignore'"):
         image_text.load_coco_qa(tmp_path, on_error="ignore")
@@ -208,7 +208,9 @@ def test_ucf101_on_real_clips(tmp_path: Path) -> None:
     for group, source in ((1, "audio_track.avi"), (8, "audio_track.avi"), (9, None)):
         target = folder / f"v_ApplyLipstick_g{group:02}_c01.avi"
         target.symlink_to(DATA / "video" / source if source else silent)
-    splits = video_audio.load_ucf101(tmp_path)
+    with pytest.raises(DataError, match=r"of 4901 samples have no file.*data\.max_missing=0\.01"):
+        video_audio.load_ucf101(tmp_path)
+    splits = video_audio.load_ucf101(tmp_path, max_missing=1.0)
     assert len(splits.classes) == 51 and len(splits.train.labels) == 2
     batch = splits.train.fetch([0, 1], seed=1)
     assert batch.inputs["image"].shape == (2, 3, 224, 224)
@@ -242,7 +244,9 @@ def test_meld(tmp_path: Path) -> None:
     assert min(levels) == levels[0], "the tone grows: at test the begin"
     assert max(levels) > levels[0] + 0.1, "in training anywhere"
     (tmp_path / "meld/dev_splits_complete/dia1_utt1.mp4").unlink()
-    assert len(video_audio.load_meld(tmp_path).train.labels) == 9
+    with pytest.raises(DataError, match=r"1 of 10 samples .*data\.max_missing=0\.01"):
+        video_audio.load_meld(tmp_path)
+    assert len(video_audio.load_meld(tmp_path, max_missing=0.1).train.labels) == 9
     with pytest.raises(DataError, match=r"1 of 10.*dia1_utt1"):
         video_audio.load_meld(tmp_path, on_error="raise")
 

@@ -78,7 +78,9 @@ def test_missing_file_is_told_apart_from_missing_cell(mixed: Path) -> None:
     (mixed.parent / "a.flac").unlink()
     with pytest.raises(DataError, match=r"1 of 5 samples have no file, the first .*a\.flac"):
         manifest.load(mixed, **SMALL)
-    splits = manifest.load(mixed, on_error="skip", **SMALL)
+    with pytest.raises(DataError, match=r"1 of 5 samples .*more than data\.max_missing=0\.01"):
+        manifest.load(mixed, on_error="skip", **SMALL)
+    splits = manifest.load(mixed, on_error="skip", max_missing=0.2, **SMALL)
     assert len(splits.train.labels) == 4
     assert splits.train.clients == ("north", "north", "east", "east")
 
