@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from mpsl_dist.errors import DataError
 
 #: Bytes of a file that are looked at together.
-_PIECE = 1 << 20
+_PIECE = 1 << 16
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 

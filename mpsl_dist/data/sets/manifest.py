@@ -93,7 +93,7 @@ def load(
     path = _find(root)
     rows = read(path)
     notes = list(rows.notes)
-    parts = _split(rows, notes)
+    parts = _split(path, rows, notes)
     labels = _classes({rows.label[row] for part in parts for row in part} - {None})
     notes += _likely_the_same(labels)
     tables = [_table(rows, part, labels) for part in parts]
@@ -127,7 +127,7 @@ def _find(root: str | Path | None) -> Path:
     return existing[0]
 
 
-def _split(rows: Rows, notes: list[str]) -> tuple[Sequence[int], Sequence[int]]:
+def _split(path: Path, rows: Rows, notes: list[str]) -> tuple[Sequence[int], Sequence[int]]:
     """Return which rows are for training and which for testing."""
     everything = range(len(rows.samples))
     if "split" in rows.columns:
@@ -136,6 +136,11 @@ def _split(rows: Rows, notes: list[str]) -> tuple[Sequence[int], Sequence[int]]:
     testing = a_fifth(
         _numbers(map(_shown, rows.samples)), _numbers(rows.label), _numbers(rows.client)
     )
+    if not testing.any():
+        raise DataError(
+            f"{path}: {len(testing)} rows are too few to put a fifth aside for testing, or each is "
+            "the only one of its class or client; add a column split"
+        )
     of = [what for what in ("label", "client") if what in rows.columns]
     drawn = f" of every {' and '.join(of)}" if of else ""
     notes.append(

@@ -95,10 +95,7 @@ def read(path: Path) -> Rows:
             getattr(rows, name).append(None if cell is None else same.setdefault(cell, cell))
         wrong += [(line, what) for what in _faults_of(cells)]
     rows.columns = frozenset(header) & frozenset(COLUMNS)
-    for name in header:
-        if name and name not in COLUMNS:
-            rows.notes.append(_unknown(path, name, rows.columns))
-    _refuse_useless(path, rows)
+    _refuse_useless(path, rows, [name for name in header if name and name not in COLUMNS])
     wrong += _lacking(rows, lines)
     if wrong:
         _refuse(path, [f"line {line}: {what}" for line, what in sorted(wrong, key=lambda w: w[0])])
@@ -141,9 +138,17 @@ def _lacking(rows: Rows, lines: Sequence[int]) -> Iterator[tuple[int, str]]:
             yield line, "no client"
 
 
-def _refuse_useless(path: Path, rows: Rows) -> None:
-    """Refuse a table that cannot be a manifest."""
+def _refuse_useless(path: Path, rows: Rows, unknown: Sequence[str]) -> None:
+    """Refuse a table that cannot be a manifest; note columns that are not used."""
     wrong, parts = [], {*FILES, "text"}
+    for name in unknown:
+        meant = _meant(name, rows.columns)
+        hint = f"; did you mean {' or '.join(map(repr, meant))}?" if meant else ""
+        # Data often names its speakers and folds; what the model sees or learns is seldom spare.
+        if meant and not any(name in _OTHER_NAMES[ours].split() for ours in ("split", "client")):
+            wrong.append(f"unknown column '{name}'{hint} Call it so, or leave it out")
+        else:
+            rows.notes.append(f"the column '{name}' is not used{hint}")
     if not len(rows.samples):
         wrong.append("no rows")
     if not rows.columns & parts:
@@ -154,23 +159,13 @@ def _refuse_useless(path: Path, rows: Rows) -> None:
         _refuse(path, wrong)
 
 
-def _unknown(path: Path, name: str, known: frozenset[str]) -> str:
-    """Return a word on a column that is not ours; refuse one that is likely meant to be ours."""
+def _meant(name: str, known: frozenset[str]) -> list[str]:
+    """Return the columns of ours, of those that are not there, that a name may stand for."""
     if name in _ANY_FILE:
-        wanted = [] if known & set(FILES) else [*FILES]
-    else:
-        absent = [ours for ours in COLUMNS if ours not in known]
-        wanted = [ours for ours in absent if name in _OTHER_NAMES[ours].split()]
-        wanted = wanted or difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
-    if not wanted:
-        return f"the column '{name}' is not used"
-    meant = f"did you mean {' or '.join(repr(ours) for ours in wanted)}?"
-    metadata = name in _OTHER_NAMES["split"].split() or name in _OTHER_NAMES["client"].split()
-    if metadata:
-        return f"the column '{name}' is not used; {meant}"
-    raise DataError(
-        f"{path}: unknown column '{name}'; {meant} Call it so, or leave it out of the manifest"
-    )
+        return [] if known & set(FILES) else [*FILES]
+    absent = [ours for ours in COLUMNS if ours not in known]
+    called = [ours for ours in absent if name in _OTHER_NAMES[ours].split()]
+    return called or difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
 
 
 def _header(path: Path, names: Sequence[str], header: dict[str, None]) -> list[str]:
