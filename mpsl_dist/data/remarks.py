@@ -24,10 +24,8 @@ def remarks(splits: Splits) -> list[str]:
             every = -(-len(part.samples) // _COUNTED)
             texts = [part.samples[row].text or "" for row in range(0, len(part.samples), every)]
             if cut := _longer(texts, length):
-                of = f"{len(texts):,} texts{' that were looked at' if every > 1 else ''}"
-                found.append(
-                    f"data.text_length={length} cuts {cut:,} of {of} at their end ({name})"
-                )
+                of = f"{len(texts):,} {name} texts{' looked at' if every > 1 else ''}"
+                found.append(f"data.text_length={length} cuts {cut:,} of {of} at their end")
     return found
 
 
