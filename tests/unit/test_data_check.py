@@ -66,6 +66,27 @@ def test_clips_without_a_track_are_found(tmp_path: Path) -> None:
     assert report.decoded == 3 and "the file is empty" in str(report)
 
 
+def test_a_clip_that_is_declared_silent_is_not_damaged(tmp_path: Path) -> None:
+    write_clip(tmp_path / "loud.mp4")
+    write_clip(tmp_path / "silent.mp4", sound=None)
+    rows = [["loud.mp4", "", "train", "a"], ["silent.mp4", "none", "test", "a"]]
+    header = ["video", "audio", "split", "label"]
+    report = check("manifest", write_csv(tmp_path / "m.csv", header, rows), image_size=8)
+    assert report.decoded == 2 and not report.damaged and report.lacking["audio"] == 1
+    assert "audio: 199 x 128, zeros for 1 samples that have none" in str(report)
+    report = check(
+        "manifest",
+        write_csv(
+            tmp_path / "m.csv",
+            header,
+            [[*rows[0]], [*rows[0]], ["silent.mp4", "", "test", "a"], rows[1]],
+        ),
+        image_size=8,
+    )
+    (reason,) = report.damaged.values()
+    assert reason.endswith("silent.mp4: no sound track")
+
+
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     rows = [[f"{n}.jpg", "a", "train" if n else "test"] for n in range(30)]
     path = write_csv(tmp_path / "m.csv", ["image", "label", "split"], rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from conftest import ROOT
 from media_files import DATA, needs, write_clip, write_csv, write_picture, write_sound
 
 from mpsl_dist import config, data
+from mpsl_dist.__main__ import main
 from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.data import DataError
 from mpsl_dist.data.decode.text import tokenize
@@ -198,6 +200,24 @@ def test_the_example_of_the_docs(tmp_path: Path) -> None:
     splits = manifest.load(tmp_path, **SMALL)
     assert splits.classes == ("robin", "wren") and splits.train.clients == ("north", "south")
     assert not splits.test.fetch([0]).inputs["audio"].any()
+
+
+def test_the_experiment_of_the_docs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test_the_example_of_the_docs(tmp_path)
+    content = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    (tmp_path / "my.yaml").write_text(content.split("```yaml\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^python -m mpsl_dist (.* my\.yaml)$", content, re.MULTILINE)
+    assert commands == ["data check my.yaml", "partition my.yaml", "train my.yaml"]
+    # One process is enough to see that it trains.
+    extra = {"train my.yaml": ["method=centralized", "device=cpu", "data.image_size=32"]}
+    for command in commands:
+        assert main([*command.split(), *extra.get(command, [])]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "2 clients with 1 to 1 samples" in said and "data.audio_frames: 99" in said
+    assert "completed: test accuracy" in said
 
 
 @needs("stamps")
