@@ -237,6 +237,26 @@ def test_check_refuses_what_training_refuses_and_in_its_words(
     assert ("  usable\n" in said) == (not refused)
 
 
+def test_every_mistake_of_a_manifest_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [["", "a", "train", "x"], ["t", "", "test", "x"], *ROWS]
+    status, said = _check(capsys, *_own(tmp_path, rows))
+    found = [line.partition("manifest.csv: ")[2] for line in said.splitlines()[1:]]
+    assert status == 2
+    assert found == ["line 2: neither image, audio, video nor text", "line 3: no label"]
+
+
+def test_the_share_of_missing_files_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for share in ("1.5", "-0.1"):
+        assert main(["data", "check", QUICKSTART, f"data.max_missing={share}"]) == 2
+        assert f"data.max_missing: must be at {'most 1' if share > '1' else 'least 0'}" in (
+            capsys.readouterr().err
+        )
+    status, said = _check(capsys, QUICKSTART, "data.max_missing=0.5")
+    assert status == 2 and "data.max_missing: digits-qa has no use for it" in said
+
+
 def test_a_built_in_set_that_training_refuses_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

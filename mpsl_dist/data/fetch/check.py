@@ -92,8 +92,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.name} under {self.root}"]
-        if self.problem:
-            lines.append(f"  not usable: {self.problem}")
+        lines += [f"  not usable: {line}" for line in self.problem.splitlines()]
         official = self._official
         for split, count in self.samples.items():
             of = f" of {official[split]:,} in the whole dataset" if split in official else ""
