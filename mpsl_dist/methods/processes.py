@@ -22,6 +22,7 @@ from mpsl_dist.config.methods import (
     processes_of,
     unread,
 )
+from mpsl_dist.data.remarks import remarks
 from mpsl_dist.errors import ConfigError, LaunchError, UserError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
@@ -143,6 +144,8 @@ def train_as_server(
     if ignored:
         kind, _ = head_of(experiment, holdings.splits)
         _say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
+    for remark in remarks(holdings.splits):
+        _say(remark)
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)
     if joined:
