@@ -149,14 +149,17 @@ def _naming(path: str | Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what it then reads or refuses
             yield
-    except DataError:
+    except DataError as error:
+        error.file = str(path)
         raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
     except Exception as error:
         # Decoders meet arbitrary bytes here: SyntaxError, struct.error, IndexError, … all happen.
+        absent = isinstance(error, FileNotFoundError)
         reason = str(error).replace(f"file:{path}", "").replace(str(path), "").strip(" :'")
-        raise DataError(f"{path}: cannot be read: {reason or type(error).__name__}") from error
+        what = f"cannot be read: {reason or type(error).__name__}"
+        fault = DataError(f"{path}: {'no such file' if absent else what}")
+        fault.file = str(path)
+        raise fault from error
 
 
 def _open(path: str | Path) -> av.container.InputContainer:

@@ -10,9 +10,8 @@ length.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,10 +24,10 @@ from mpsl_dist.data.decode.cache import Cache
 from mpsl_dist.errors import DataError
 
 OnError = Literal["raise", "skip"]
+#: A sample's tensors by modality, or a batch's.
+Inputs = Mapping[str, Tensor]
 #: Mean and standard deviation of ImageNet's colours: what the pretrained image stems expect.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-_log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -51,6 +50,11 @@ class Sample(NamedTuple):
     def files(self) -> tuple[str, ...]:
         """Every file that it is read from."""
         return tuple(part for part in self[:3] if part is not None)
+
+    @property
+    def parts(self) -> tuple[str | None, ...]:
+        """What its picture and sound are read from: equal where they are the same."""
+        return self[:3]
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,11 @@ class FileDataset:
     """A split whose samples are read from files when they are asked for.
 
     A sample that cannot be read is an error that names its file (``on_error`` ``raise``), or
-    (``skip``) it is replaced in the mini-batch by another readable sample of the *same*
-    mini-batch, with the same label if there is one; where nothing of the mini-batch can be read,
-    its picture and sound are zeros, with its own text and label. So a mini-batch keeps the size
-    that the server planned, and no client ever sees another client's data. Every such file is
-    logged once, with the count so far.
+    (``skip``) the batch says so in ``unreadable``. In training it is then replaced by another
+    readable sample of the *same* mini-batch, with the same label if there is one; where nothing of
+    the mini-batch can be read, its picture and sound are zeros, with its own text and label. So a
+    mini-batch keeps the size that the server planned, and no client ever sees another client's
+    data. At test the sample is left out: what is tested is never another sample than is said.
 
     A modality that a sample lacks (an empty cell, no fault) is zeros, or an empty text;
     ``present`` tells which.
@@ -133,8 +137,6 @@ class FileDataset:
     #: Files that the annotations name and that were not there when the dataset was loaded; the
     #: samples without them are left out.
     missing: tuple[str, ...] = ()
-    #: What could not be read in this process: file -> reason.
-    unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
     def present(self) -> dict[str, Tensor]:
@@ -148,46 +150,58 @@ class FileDataset:
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
         """Return these samples, decoded; see :class:`mpsl_dist.data.Dataset`."""
-        read: dict[int, Mapping[str, Tensor] | None] = {}
-        stills: dict[tuple[str, ...], Mapping[str, Tensor] | None] = {}
-        for index in dict.fromkeys(map(int, indices)):
-            files = self.samples[index].files
+        asked = [int(index) for index in indices]
+        read: dict[int, Inputs | DataError] = {}
+        stills: dict[tuple, Inputs | DataError] = {}
+        for index in dict.fromkeys(asked):
+            parts = self.samples[index].parts
             # At test the captions of one picture share it; in training every sample draws its own.
-            known = seed is None and files in stills
-            read[index] = stills[files] = stills[files] if known else self._read(index, seed)
-        rows = [self._replace(index, read) for index in map(int, indices)]
-        empty = {name: torch.zeros(shape) for name, shape in self.view.shapes.items()}
-        found = [read[row] if read[row] is not None else empty for row in rows]
+            known = seed is None and parts in stills
+            read[index] = stills[parts] = stills[parts] if known else self._read(index, seed)
+        good = {index: found for index, found in read.items() if not isinstance(found, DataError)}
+        if seed is None:
+            rows = [index for index in asked if index in good]
+        else:
+            rows = [self._replace(index, good) for index in asked]
+        failed = {index: error for index, error in read.items() if isinstance(error, DataError)}
+        return Batch(
+            self._joined(rows, good),
+            self.labels[torch.tensor(rows, dtype=torch.long)],
+            {index: (self._file(index, error), str(error)) for index, error in failed.items()},
+        )
+
+    def _joined(self, rows: Sequence[int], read: Mapping[int, Inputs]) -> Inputs:
+        """Return these samples as one tensor a modality; zeros for those that were not read."""
         inputs = {}
-        for name in self.view.modalities:
+        for name, shape in self.view.shapes.items():
             if name == "text":
                 texts = [self.samples[row].text or "" for row in rows]
                 inputs[name] = text.tokenize(texts, self.view.text_length)
+            elif rows:
+                empty = {name: torch.zeros(shape)}
+                inputs[name] = torch.stack([read.get(row, empty)[name] for row in rows])
             else:
-                inputs[name] = torch.stack([tensors[name] for tensors in found])
-        return Batch(inputs, self.labels[torch.tensor(rows, dtype=torch.long)])
+                inputs[name] = torch.zeros(0, *shape)
+        return inputs
 
-    def _replace(self, index: int, read: Mapping[int, Mapping[str, Tensor] | None]) -> int:
+    def _replace(self, index: int, good: Mapping[int, Inputs]) -> int:
         """Return the sample itself or, where it could not be read, the one that replaces it."""
-        if read[index] is not None:
+        if index in good:
             return index
-        readable = [other for other, inputs in read.items() if inputs is not None]
-        same = [other for other in readable if self.labels[other] == self.labels[index]]
-        return next(iter(same + readable), index)
+        same = [other for other in good if self.labels[other] == self.labels[index]]
+        return next(iter([*same, *good]), index)
 
-    def _read(self, index: int, seed: int | None) -> Mapping[str, Tensor] | None:
-        """Decode one sample's picture and sound; None where it cannot be and that is allowed."""
-        sample = self.samples[index]
+    def _read(self, index: int, seed: int | None) -> Inputs | DataError:
+        """Decode one sample's picture and sound; an error where it cannot be and is allowed."""
         try:
-            return read(sample, self.view, generator(seed, index), self.cache)
+            return read(self.samples[index], self.view, generator(seed, index), self.cache)
         except DataError as error:
             if self.on_error == "raise":
                 raise
-            name = " ".join(sample.files)
-            if name not in self.unreadable:
-                self.unreadable[name] = str(error)
-                _log.warning("skipped (%d so far): %s", len(self.unreadable), error)
-            return None
+            return error
+
+    def _file(self, index: int, error: DataError) -> str:
+        return error.file or " ".join(self.samples[index].files)
 
 
 def generator(seed: int | None, index: int) -> torch.Generator | None:
