@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
-from mpsl_dist.actors.choices import device_of, task_of
+from mpsl_dist.actors.choices import device_of, pixels_of, task_of
 from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.loading import override
@@ -85,8 +86,10 @@ class Deployable(nn.Module):
         """
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         partial = folder / "model.safetensors.partial"
+        # A model that is loaded knows no more where its weights came from.
+        told = replace(experiment.data, pixels=pixels_of(experiment))
         description = {
-            "experiment": to_dict(experiment),
+            "experiment": to_dict(replace(experiment, data=told)),
             "shapes": {name: list(shape) for name, shape in splits.shapes.items()},
             "classes": list(splits.classes),
         }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpsl_dist import data
+from mpsl_dist.actors.choices import pixels_of
 from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.data.decode.samples import PIXELS, with_colours
 from mpsl_dist.data.loading import Loaders
 from mpsl_dist.data.partition import Dealt, deal, partition
 from mpsl_dist.errors import ConfigError
@@ -29,7 +31,10 @@ def load_data(experiment: Experiment) -> Splits:
         If it is unknown, missing or damaged, or has no use for an option.
     """
     chosen = experiment.data
-    return data.load(chosen.name, chosen.root, chosen.text_length, **data_options(experiment))
+    splits = data.load(chosen.name, chosen.root, chosen.text_length, **data_options(experiment))
+    colours = PIXELS.get(pixels_of(experiment))
+    train, test = (with_colours(split, colours) for split in (splits.train, splits.test))
+    return replace(splits, train=train, test=test)
 
 
 def loaders_of(experiment: Experiment, splits: Splits) -> Loaders:

@@ -40,7 +40,12 @@ class Data:
     #: own.
     image_size: int | None = None
     audio_frames: int | None = None
-    #: ``skip`` replaces a file that cannot be read by another sample, and counts it.
+    #: Mean and deviation that are taken out of pixels: ``imagenet``'s, ``clip``'s, ``half`` (both
+    #: 0.5), or as the paper has it (``imagenet`` for pictures, none for frames of clips). Null
+    #: takes those of ``weights.image``, and the paper's where it is ``random`` or a file.
+    pixels: Literal["paper", "imagenet", "clip", "half"] | None = None
+    #: ``skip`` counts files that cannot be read: in training another sample stands in, tests
+    #: leave theirs out.
     on_error: Literal["raise", "skip"] | None = None
     #: Folder that keeps decoded inputs between epochs and runs.
     cache: str | None = None

@@ -49,6 +49,24 @@ def test_pictures_are_squashed_and_standardised(tmp_path: Path) -> None:
     assert torch.equal(batch.inputs["image"], again.inputs["image"])
 
 
+@pytest.mark.parametrize("name", samples.PIXELS)
+def test_colours_can_be_those_that_weights_expect(
+    tmp_path: Path, clips: list[Sample], name: str
+) -> None:
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in samples.PIXELS[name])
+    picture = Sample(image=str(write_picture(tmp_path / "a.png", 200)), text="a bus")
+    for sample, view in ((picture, PICTURE), (clips[0], CLIP)):
+        plain = _dataset([sample], view)
+        other = samples.with_colours(plain, samples.PIXELS[name])
+        for seed in (None, 3):
+            one, same = (d.fetch([0], seed).inputs["image"][0] for d in (plain, other))
+            paper = 1.0, 0.0
+            if not view.crop:
+                paper = (torch.tensor(v)[:, None, None] for v in samples.PIXELS["imagenet"][::-1])
+            scale, shift = paper
+            assert torch.allclose(same, (one * scale + shift - mean) / deviation, atol=1e-5)
+
+
 def test_testing_is_deterministic_and_takes_the_middle(clips: list[Sample]) -> None:
     dataset = _dataset(clips, CLIP)
     first, second = dataset.fetch([0, 2]), dataset.fetch([2, 0])

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from mpsl_dist.data.dataset import Batch
+from mpsl_dist.data.dataset import Batch, Dataset
 from mpsl_dist.data.decode import audio, media, text
 from mpsl_dist.data.decode.cache import Cache
 from mpsl_dist.errors import DataError
@@ -26,8 +26,16 @@ from mpsl_dist.errors import DataError
 OnError = Literal["raise", "skip"]
 #: A sample's tensors by modality, or a batch's.
 Inputs = Mapping[str, Tensor]
-#: Mean and standard deviation of ImageNet's colours: what the pretrained image stems expect.
+#: Mean and standard deviation of ImageNet's colours.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Mean and standard deviation of three colours.
+Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
+#: What pretrained image stems expect, by name (``clip``: OpenAI's).
+PIXELS: dict[str, Colours] = {
+    "imagenet": (IMAGE_MEAN, IMAGE_STD),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 class Sample(NamedTuple):
@@ -71,14 +79,15 @@ class View:
     crop : bool
         True: the shorter side is brought to 8/7 of ``image_size`` and a square cut out (training:
         anywhere, mirrored half of the time, brightness and saturation changed by up to 0.2), values
-        0..1. False: the picture is squashed to the square, and standardised with ImageNet's
-        constants.
+        0..1. False: the picture is squashed to the square.
     audio_frames : int
         Frames of 10 ms.
     audio_at : float
         Centre of the window at test, 0 the start of the clip and 1 its end.
     text_length : int
         Byte-pair tokens.
+    colours : Colours or None
+        Taken out of the values 0..1; None takes ImageNet's where ``crop`` is False, else nothing.
     """
 
     modalities: tuple[str, ...]
@@ -87,6 +96,7 @@ class View:
     audio_frames: int = 1024
     audio_at: float = 0.5
     text_length: int = 77
+    colours: Colours | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -204,6 +214,13 @@ class FileDataset:
         return error.file or " ".join(self.samples[index].files)
 
 
+def with_colours(split: Dataset, colours: Colours | None) -> Dataset:
+    """Return a split with other :class:`View` colours, where it is one that has a view."""
+    if not isinstance(split, FileDataset):
+        return split
+    return replace(split, view=replace(split.view, colours=colours))
+
+
 def generator(seed: int | None, index: int) -> torch.Generator | None:
     """Return the random numbers of one sample, the same in every process; None at test."""
     if seed is None:
@@ -267,9 +284,13 @@ def _image(
         kind = "crop" if view.crop else "squash"
         pixels = cache.get(path, f"image {kind} {view.image_size} {moment}", decode)
     scaled = pixels.float() / 255
-    if not view.crop:
-        return (scaled - _column(IMAGE_MEAN)) / _column(IMAGE_STD)
-    return scaled if random is None else _jitter(scaled, random)
+    if view.crop and random is not None:
+        scaled = _jitter(scaled, random)
+    colours = view.colours or (None if view.crop else PIXELS["imagenet"])
+    if colours is None:
+        return scaled
+    mean, deviation = map(_column, colours)
+    return (scaled - mean) / deviation
 
 
 def _column(values: tuple[float, ...]) -> Tensor:
