@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from media_files import write_clip, write_picture, write_sound
+from media_files import write_clip, write_csv, write_picture, write_sound
 
 from mpsl_dist.data import Batch, DataError
 from mpsl_dist.data.decode import media, samples, text
 from mpsl_dist.data.decode.cache import Cache
 from mpsl_dist.data.decode.samples import FileDataset, Sample, View
+from mpsl_dist.data.fetch.check import check
 from mpsl_dist.data.loading import Loaders
-from mpsl_dist.data.sets import tables
+from mpsl_dist.data.sets import manifest, tables
 
 CLIP = View(("image", "audio"), image_size=32, crop=True, audio_frames=20)
 PICTURE = View(("image", "text"), image_size=32, text_length=12)
@@ -231,6 +232,39 @@ def test_missing_parts_are_no_fault(tmp_path: Path) -> None:
     assert not batch.inputs["audio"][1].any() and not batch.unreadable
     assert dataset.present["audio"].tolist() == [True, False]
     assert dataset.present["text"].tolist() == [False, True]
+
+
+def test_a_clip_that_is_said_to_have_no_sound_lacks_it(tmp_path: Path) -> None:
+    clip = str(write_clip(tmp_path / "silent.mp4", sound=None))
+    said, unsaid = Sample(video=clip, silent=True), Sample(video=clip)
+    with pytest.raises(DataError, match="no sound track"):
+        _dataset([unsaid], CLIP).fetch([0])
+    dataset = _dataset([said, said], CLIP)
+    for seed in (None, 5):
+        batch = dataset.fetch([0, 1], seed)
+        assert not batch.unreadable and not batch.inputs["audio"].any()
+        assert batch.inputs["image"].any()
+    assert {name: has.tolist() for name, has in dataset.present.items()} == {
+        "image": [True, True],
+        "audio": [False, False],
+    }
+    mixed = _dataset([said, unsaid], CLIP, on_error="skip").fetch([0, 1])
+    assert sorted(mixed.unreadable) == [1], "what is said of one row is not said of another"
+
+
+def test_a_manifest_says_that_a_clip_has_no_sound(tmp_path: Path) -> None:
+    write_clip(tmp_path / "silent.mp4", 0.5, sound=None)
+    write_clip(tmp_path / "loud.mp4", 0.5)
+    rows = [("silent.mp4", "none"), ("loud.mp4", ""), ("silent.mp4", "NONE"), ("loud.mp4", "")]
+    listed = [[*row, "class", split] for split in ("train", "test") for row in rows]
+    path = write_csv(tmp_path / "m.csv", ["video", "audio", "label", "split"], listed)
+    splits = manifest.load(path, image_size=16, audio_frames=10)
+    assert splits.shapes == {"image": (3, 16, 16), "audio": (10, 128)}
+    assert splits.test.present["audio"].tolist() == [False, True, False, True]
+    batch = splits.test.fetch(range(4))
+    assert batch.inputs["audio"].flatten(1).any(1).tolist() == [False, True, False, True]
+    report = check("manifest", path)
+    assert report.complete, str(report)
 
 
 @pytest.mark.parametrize("seed", [None, 4])

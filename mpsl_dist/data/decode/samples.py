@@ -47,12 +47,15 @@ class Sample(NamedTuple):
         Paths; a clip stands for its picture and sound where there is no file of their own.
     text : str or None
         The text itself.
+    silent : bool
+        Whether the clip is known to have no sound: then the sample lacks it, which is no fault.
     """
 
     image: str | None = None
     audio: str | None = None
     video: str | None = None
     text: str | None = None
+    silent: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -60,9 +63,10 @@ class Sample(NamedTuple):
         return tuple(part for part in self[:3] if part is not None)
 
     @property
-    def parts(self) -> tuple[str | None, ...]:
-        """What its picture and sound are read from: equal where they are the same."""
-        return self[:3]
+    def sources(self) -> dict[str, str | None]:
+        """The files of its picture and its sound: a clip stands for what has no file of its own."""
+        sound = None if self.silent else self.video
+        return {"image": self.image or self.video, "audio": self.audio or sound}
 
 
 @dataclass(frozen=True)
@@ -152,8 +156,8 @@ class FileDataset:
     def present(self) -> dict[str, Tensor]:
         """Which samples have a modality: (samples,) bool for each."""
         has = {
-            "image": [s.image is not None or s.video is not None for s in self.samples],
-            "audio": [s.audio is not None or s.video is not None for s in self.samples],
+            "image": [s.sources["image"] is not None for s in self.samples],
+            "audio": [s.sources["audio"] is not None for s in self.samples],
             "text": [s.text is not None for s in self.samples],
         }
         return {name: torch.tensor(has[name], dtype=torch.bool) for name in self.view.modalities}
@@ -162,9 +166,9 @@ class FileDataset:
         """Return these samples, decoded; see :class:`mpsl_dist.data.Dataset`."""
         asked = [int(index) for index in indices]
         read: dict[int, Inputs | DataError] = {}
-        stills: dict[tuple, Inputs | DataError] = {}
+        stills: dict[Sample, Inputs | DataError] = {}
         for index in dict.fromkeys(asked):
-            parts = self.samples[index].parts
+            parts = self.samples[index]._replace(text=None)
             # At test the captions of one picture share it; in training every sample draws its own.
             known = seed is None and parts in stills
             read[index] = stills[parts] = stills[parts] if known else self._read(index, seed)
@@ -255,7 +259,7 @@ def read(
     moment = 0.5 if random is None else float(torch.rand((), generator=random))
     inputs = {}
     for name in view.modalities:
-        source = (getattr(sample, name) or sample.video) if name != "text" else None
+        source = sample.sources.get(name)
         if name == "text":
             pass  # tokenized for the whole mini-batch at once
         elif source is None:

@@ -185,7 +185,7 @@ def _decode_all(
             for column in ("image", "audio", "video"):
                 path = getattr(sample, column)
                 if path is not None:
-                    tasks[path] = _needs(column, dataset.view)
+                    tasks[path] = _needs(column, dataset.view, sample.silent)
     paths = list(tasks)
     if limit is not None and len(paths) > limit:
         paths = [paths[i * len(paths) // limit] for i in range(limit)]
@@ -195,10 +195,10 @@ def _decode_all(
     return found, len(paths)
 
 
-def _needs(column: str, view: View) -> tuple[str, ...]:
+def _needs(column: str, view: View, silent: bool) -> tuple[str, ...]:
     """Return what training would read of a file."""
     if column == "video":
-        parts = {"frame": "image", "sound": "audio"}
+        parts = {"frame": "image"} if silent else {"frame": "image", "sound": "audio"}
         return tuple(part for part, modality in parts.items() if modality in view.modalities)
     return ("picture",) if column == "image" else ("sound",)
 

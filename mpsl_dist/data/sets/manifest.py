@@ -16,7 +16,8 @@ Columns, in any order and any case; each may be left out:
 ``client``
     Who owns the row: a natural federation instead of a drawn one.
 
-An empty cell (csv) or a null (jsonl) means that the sample lacks this part, which is no fault; a
+``none`` as ``audio`` says that the row's ``video`` has no sound, which is no fault then. An empty
+cell (csv) or a null (jsonl) means that the sample lacks this part, which is no fault; a
 cell that names a file which is not there is one, see ``data.on_error``.
 """
 
@@ -41,6 +42,8 @@ from mpsl_dist.errors import DataError
 FILES = ("image", "audio", "video")
 COLUMNS = (*FILES, "text", "label", "split", "client")
 _UNUSED = frozenset({"val", "valid", "validation", "dev"})
+#: In the column ``audio``: the row's clip has no sound.
+_SILENT = "none"
 #: Mistakes listed in one message.
 _LISTED = 10
 
@@ -260,8 +263,10 @@ def _table(
     samples, labels = [], []
     for row in rows:
         cells = row.cells
-        paths = {name: str(folder / cells[name]) for name in FILES if name in cells}
-        samples.append(Sample(**paths, text=cells.get("text")))
+        silent = cells.get("audio", "").lower() == _SILENT
+        named = [name for name in FILES if name in cells and not (silent and name == "audio")]
+        paths = {name: str(folder / cells[name]) for name in named}
+        samples.append(Sample(**paths, text=cells.get("text"), silent=silent))
         if "label" in columns:
             labels.append(number[cells["label"]])
         else:
@@ -272,9 +277,10 @@ def _table(
 
 def _modalities(samples: Sequence[Sample]) -> list[str]:
     """Return the modalities that the samples have, in the order image, audio, text."""
-    clip = next((sample.video for sample in samples if sample.video is not None), None)
+    sounding = (sample.video for sample in samples if sample.video and not sample.silent)
+    clip = next(sounding, None)
     found = []
-    if clip is not None or any(sample.image is not None for sample in samples):
+    if any(sample.sources["image"] is not None for sample in samples):
         found.append("image")
     if any(sample.audio is not None for sample in samples) or (clip and _has_sound(clip)):
         found.append("audio")
