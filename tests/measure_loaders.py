@@ -2,7 +2,7 @@
 
     python tests/measure_loaders.py [--clients 4] [--epochs 5] [--seconds-of-model 0.1]
 
-Pictures of 640x480 with a question each are read step by step, as the clients of one worker do;
+Pictures of 320x240 with a question each are read step by step, as the clients of one worker do;
 after every step the process waits as long as a model would compute elsewhere.
 """
 
@@ -33,7 +33,7 @@ def pictures(folder: Path, count: int) -> FileDataset:
     for n in range(count):
         pixels = noise.integers(0, 255, (48, 64, 3), dtype=np.uint8)
         path = folder / f"{n}.jpg"
-        Image.fromarray(pixels).resize((640, 480)).save(path)
+        Image.fromarray(pixels).resize((320, 240)).save(path)
         samples.append(Sample(image=str(path), text=f"what is in picture {n}"))
     labels = torch.zeros(count, dtype=torch.long)
     return FileDataset(samples, labels, View(("image", "text"), text_length=77))

@@ -34,7 +34,8 @@ class Data:
     #: ``manifest`` and plugins' datasets that have a choice: what to read, in the order of fusion;
     #: null is all that there is.
     modalities: list[str] | None = None
-    #: Loader processes per client; 0 loads in the worker itself.
+    #: Loader processes for each client, shared by the clients of a process (one a core is enough);
+    #: 0 loads in the worker itself.
     loaders: int = 0
     #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's
     #: own.

@@ -42,7 +42,8 @@ class Dataset(Protocol):
     """A split: samples by position, and the labels of all of them.
 
     It may also have ``clients``, a sequence with the owner's name of every sample; then
-    ``data.partition.kind=natural`` makes every owner a client.
+    ``data.partition.kind=natural`` makes every owner a client; and ``missing``, the files that are
+    listed and not there, whose samples are left out.
     """
 
     #: (samples,) int64.

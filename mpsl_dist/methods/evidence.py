@@ -76,12 +76,12 @@ def sentences(found: dict[str, Any]) -> list[str]:
     classes = f", {found['classes']} classes" if found["classes"] else ""
     lines = [f"data: {train['samples']} training samples, {test['samples']} for testing{classes}"]
     done = {
-        "train": f"another sample stood in {train['samples_replaced']} times",
-        "test": f"{test['samples_left_out']} samples are left out of every result",
+        "train": f"times that another sample stood in: {train['samples_replaced']}",
+        "test": f"samples left out of every result: {test['samples_left_out']}",
     }
     for split, what in done.items():
         missing, damaged = found[split]["files_missing"], found[split]["files_damaged"]
         if missing or damaged:
-            said = f"{missing} files missing, {damaged} damaged"
+            said = f"missing files: {missing}, damaged: {damaged}"
             lines.append(f"{split} data: {said}{f'; {what}' if damaged else ''}")
     return lines

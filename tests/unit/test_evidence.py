@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.config import Experiment, from_dict, to_dict
+from mpsl_dist.data import Batch
+from mpsl_dist.data.decode.samples import FileDataset
 from mpsl_dist.errors import DataError
 from mpsl_dist.methods import centralized, fedavg, loop
 from mpsl_dist.methods.evidence import sentences
@@ -132,6 +135,26 @@ def test_everyones_own_accuracy_leaves_it_out_too(pictures: Path, place: str) ->
 
 
 @pytest.mark.parametrize("place", ["server", "clients"])
+def test_a_test_batch_is_read_once_for_all_tokenizers_and_in_the_middle(
+    pictures: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = to_dict(experiment(pictures, test_at=place))
+    values["training"]["evaluate_own"] = True
+    method = build(from_dict(values))
+    read: list[int] = []
+    fetch = FileDataset.fetch
+
+    def seen(self: FileDataset, indices: Sequence[int], seed: int | None = None) -> Batch:
+        assert seed is None, "a view of training"
+        read.extend(indices)
+        return fetch(self, indices, seed)
+
+    monkeypatch.setattr(FileDataset, "fetch", seen)
+    method.evaluate()
+    assert sorted(read) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("place", ["server", "clients"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_damaged_test_file_ends_the_run_before_its_first_step(
     pictures: Path, method: str, place: str
@@ -193,6 +216,6 @@ def test_the_console_says_sizes_and_faults() -> None:
     train |= {"files_damaged": 2, "samples_replaced": 9}
     test |= {"files_missing": 1, "files_damaged": 1, "samples_left_out": 4}
     assert sentences(whole)[1:] == [
-        "train data: 0 files missing, 2 damaged; another sample stood in 9 times",
-        "test data: 1 files missing, 1 damaged; 4 samples are left out of every result",
+        "train data: missing files: 0, damaged: 2; times that another sample stood in: 9",
+        "test data: missing files: 1, damaged: 1; samples left out of every result: 4",
     ]
