@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mpsl_dist.data.decode import media, samples, text
 from mpsl_dist.data.decode.cache import Cache
 from mpsl_dist.data.decode.samples import FileDataset, Sample, View
 from mpsl_dist.data.fetch.check import check
-from mpsl_dist.data.loading import Loaders
+from mpsl_dist.data.loading import Loaders, Reader
 from mpsl_dist.data.sets import manifest, tables
 
 CLIP = View(("image", "audio"), image_size=32, crop=True, audio_frames=20)
@@ -133,8 +134,22 @@ def test_loader_processes_last_over_epochs_and_serve_all_readers() -> None:
                     assert batch.labels.tolist() == [10 * epoch + step, 30 * number]
                     assert readers[number].batch(step) is batch
                     seen |= set(batch.inputs["process"].tolist())
-    cores = len(os.sched_getaffinity(0))
-    assert len(seen - {os.getpid()}) <= min(3, cores), "one pool, forked once"
+    assert len(seen - {os.getpid()}) <= min(3, os.cpu_count()), "one pool, forked once"
+
+
+@pytest.mark.parametrize("each", [0, 1])
+def test_readers_may_ask_from_threads_of_their_own(each: int) -> None:
+    loaders = Loaders([dataset := Whose()], each)
+    readers = [loaders.reader(dataset) for _ in range(4)]
+    for number, reader in enumerate(readers):
+        reader.plan({step: [10 * step + number] for step in range(8)}, seed=1)
+
+    def labels(reader: Reader) -> list[int]:
+        return [int(reader.batch(step).labels) for step in range(8)]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(labels, readers))
+    assert found == [[10 * step + number for step in range(8)] for number in range(4)]
 
 
 def test_what_reading_needs_is_built_before_the_fork(
