@@ -24,6 +24,9 @@ class ConfigError(UserError):
 class DataError(UserError):
     """Data that is missing, damaged or too small."""
 
+    #: The file whose fault it is, where it is that of one.
+    file: str | None = None
+
 
 class WeightsError(UserError):
     """Initial weights that cannot be had, or do not fit the model."""

@@ -12,6 +12,8 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
                           ``contrastive: global``, in place of a loss)
 ``tokenize_test``         smashed activations (evaluation, where clients hold the test set)
 ``score``                 how many of its test predictions were right
+``read_test``             how many samples of a test batch can be read
+``damage_met``            how many of its files and samples could not be read
 ``tokenizer_weights``     its trained tokenizer parameters, for FedAvg
 ``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``)
 ``hand_over``             its trained tokenizer parameters and its optimizer's state, for a client
@@ -40,7 +42,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mpsl_dist.actors.local_data import LocalData
+from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.data import Batch
 from mpsl_dist.models.average import load_trainable, trainable_state
@@ -72,7 +74,8 @@ class Client:
     ----------
     number : int
         From 0.
-    data, test_data : LocalData
+    data : LocalData
+    test_data : TestData
         Its own samples; ``test_data`` may be empty.
     tokenizers : Reference
         Its reference to its :class:`Tokenizers`.
@@ -88,7 +91,7 @@ class Client:
         self,
         number: int,
         data: LocalData,
-        test_data: LocalData,
+        test_data: TestData,
         tokenizers: Reference,
         stepper: Stepper,
         fusion: str,
@@ -151,15 +154,36 @@ class Client:
         """
         return self.data.batch(step).labels.unique(return_inverse=True)[1]
 
-    def tokenize_test(self, step: int) -> list[Tensor]:
-        """Tokenize its test batch ``step`` with the tokenizers of :meth:`begin_test`."""
-        assert self._visiting is not None
+    def tokenize_test(self, step: int, own: bool = False) -> list[Tensor]:
+        """Tokenize what can be read of its test batch ``step``.
+
+        Parameters
+        ----------
+        own : bool
+            Whether with its own tokenizers, or those of :meth:`begin_test`.
+        """
+        tokenizers = self.tokenizers.local_value() if own else self._visiting
+        assert tokenizers is not None
         with torch.no_grad():
-            return self._smash(self._visiting, self.test_data.batch(step))
+            return self._smash(tokenizers, self.test_data.batch(step))
 
     def score(self, step: int, predictions_bk: Tensor) -> int:
         """Return how many predictions (b, k) of its test batch ``step`` are right."""
         return self.task.score(predictions_bk, self.test_data.batch(step).labels)
+
+    def read_test(self, step: int) -> int:
+        """Return how many samples of its test batch ``step`` can be read.
+
+        Raises
+        ------
+        DataError
+            If a file cannot be read and ``data.on_error`` is ``raise``.
+        """
+        return len(self.test_data.batch(step))
+
+    def damage_met(self) -> Damage:
+        """Return how much of its data could not be read so far."""
+        return Damage.of(self.data.unread, self.test_data.unread)
 
     def tokenizer_weights(self) -> dict[str, Tensor]:
         """Return its trained tokenizer parameters by name, on CPU, for an average."""
@@ -243,7 +267,7 @@ class Client:
         if weights is not None:
             self._visiting = copy_of(self._visiting)
             load_trainable(self._visiting, weights)
-        self.test_data.begin_epoch(0, counts)
+        self.test_data.lay_out(counts)
 
     # -- checkpoints, written where the client is ------------------------------------------
 
@@ -253,6 +277,7 @@ class Client:
             "tokenizers": trainable_state(self.tokenizers.local_value()),
             "optimizer": self.stepper.state(),
             "accumulated": self._accumulated,
+            "unread": self.data.unread.state(),
         }
         return state.save(self._file(folder), parts)
 
@@ -272,6 +297,7 @@ class Client:
             self.set_tokenizer_weights(parts["tokenizers"])
             self.stepper.load(parts["optimizer"])
             self._accumulated = parts["accumulated"]
+            self.data.unread.load(parts.get("unread"))
 
     # -- its own business ------------------------------------------------------------------
 

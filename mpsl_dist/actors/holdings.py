@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpsl_dist import data
-from mpsl_dist.actors.local_data import LocalData
+from mpsl_dist.actors.choices import pixels_of
+from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.data.decode.samples import PIXELS, with_colours
+from mpsl_dist.data.loading import Loaders
 from mpsl_dist.data.partition import Dealt, deal, partition
 from mpsl_dist.errors import ConfigError
 
@@ -28,7 +31,15 @@ def load_data(experiment: Experiment) -> Splits:
         If it is unknown, missing or damaged, or has no use for an option.
     """
     chosen = experiment.data
-    return data.load(chosen.name, chosen.root, chosen.text_length, **data_options(experiment))
+    splits = data.load(chosen.name, chosen.root, chosen.text_length, **data_options(experiment))
+    colours = PIXELS.get(pixels_of(experiment))
+    train, test = (with_colours(split, colours) for split in (splits.train, splits.test))
+    return replace(splits, train=train, test=test)
+
+
+def loaders_of(experiment: Experiment, splits: Splits) -> Loaders:
+    """Return what reads ahead in this process, as ``data.loaders`` asks for it."""
+    return Loaders((splits.train, splits.test), experiment.data.loaders)
 
 
 def data_options(experiment: Experiment) -> dict[str, Any]:
@@ -48,12 +59,15 @@ class Holdings:
         Training samples, and the rule that they were dealt by.
     tests : tuple of array
         (samples,) positions in the test split by client; all empty where the server has them.
+    loaders : Loaders
+        Read for everyone in this process.
     """
 
     experiment: Experiment
     splits: Splits
     dealt: Dealt
     tests: tuple[NDArray[np.int64], ...]
+    loaders: Loaders
 
     @classmethod
     def deal(cls, experiment: Experiment, splits: Splits) -> Holdings:
@@ -74,7 +88,7 @@ class Holdings:
         tests = [np.empty(0, dtype=np.int64)] * clients
         if experiment.data.test_at == "clients":
             tests = partition(splits.test.labels, clients, "iid", 1.0, 1, seed)
-        return cls(experiment, splits, dealt, tuple(tests))
+        return cls(experiment, splits, dealt, tuple(tests), loaders_of(experiment, splits))
 
     @classmethod
     def load(cls, experiment: Experiment) -> Holdings:
@@ -86,11 +100,11 @@ class Holdings:
         """Training samples of every client."""
         return [len(part) for part in self.dealt.parts]
 
-    def of(self, number: int) -> tuple[LocalData, LocalData]:
+    def of(self, number: int) -> tuple[LocalData, TestData]:
         """Return a client's own training and test samples."""
-        seed, loaders = self.experiment.seed, self.experiment.data.loaders
-        train = LocalData(self.splits.train, self.dealt.parts[number], seed, number, loaders)
-        return train, LocalData(self.splits.test, self.tests[number], seed, number)
+        part, seed = self.dealt.parts[number], self.experiment.seed
+        train = LocalData(self.splits.train, part, seed, number, self.loaders)
+        return train, TestData(self.splits.test, self.tests[number], self.loaders)
 
     def log(self) -> None:
         """Log who holds how much, by which rule."""

@@ -34,13 +34,19 @@ class Data:
     #: ``manifest`` and plugins' datasets that have a choice: what to read, in the order of fusion;
     #: null is all that there is.
     modalities: list[str] | None = None
-    #: Loader processes per client; 0 loads in the worker itself.
+    #: Loader processes for each client, shared by the clients of a process (one a core is enough);
+    #: 0 loads in the worker itself.
     loaders: int = 0
     #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's
     #: own, a manifest's as long as its sounds.
     image_size: int | None = None
     audio_frames: int | None = None
-    #: ``skip`` replaces a file that cannot be read by another sample, and counts it.
+    #: Mean and deviation that are taken out of pixels: ``imagenet``'s, ``clip``'s, ``half`` (both
+    #: 0.5), or as the paper has it (``imagenet`` for pictures, none for frames of clips). Null
+    #: takes those of ``weights.image``, and the paper's where it is ``random`` or a file.
+    pixels: Literal["paper", "imagenet", "clip", "half"] | None = None
+    #: ``skip`` counts files that cannot be read: in training another sample stands in, tests
+    #: leave theirs out.
     on_error: Literal["raise", "skip"] | None = None
     #: With ``skip``: the share of a split's samples whose files may be missing, 0 to 1; null is
     #: 0.01.

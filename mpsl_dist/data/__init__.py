@@ -8,7 +8,7 @@ from typing import Any
 
 from mpsl_dist.data import catalog
 from mpsl_dist.data.catalog import DatasetFacts
-from mpsl_dist.data.dataset import Batch, Dataset, Splits, TensorDataset, load_batches
+from mpsl_dist.data.dataset import Batch, Dataset, Splits, TensorDataset
 from mpsl_dist.errors import DataError
 from mpsl_dist.plugins import options as checked_options
 from mpsl_dist.plugins import resolve
@@ -21,7 +21,6 @@ __all__ = [
     "Splits",
     "TensorDataset",
     "load",
-    "load_batches",
 ]
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mpsl_dist.actors.client import Description
 from mpsl_dist.actors.federated_client import Update
+from mpsl_dist.actors.local_data import Damage
 from mpsl_dist.config import Faults
-from mpsl_dist.errors import DiskError, DivergedError, RemoteError
+from mpsl_dist.errors import DataError, DiskError, DivergedError, RemoteError
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic, nbytes
@@ -105,6 +106,8 @@ class Link:
         DiskError
             If a client's disk is full: that costs checkpoints, not a client, and is the user's to
             mend.
+        DataError
+            If a client cannot read its data and ``data.on_error`` is ``raise``.
         DivergedError
             If a client's own training has diverged and ``faults.on_nonfinite`` is ``stop``;
             otherwise only this answer of it is left out.
@@ -114,6 +117,8 @@ class Link:
         first, kinds = str(error), {why.kind for why in error.by_client.values()}
         if DiskError.__name__ in kinds:
             raise DiskError(first) from error
+        if DataError.__name__ in kinds:
+            raise DataError(first) from error
         if DivergedError.__name__ in kinds and self.faults.on_nonfinite == "stop":
             raise DivergedError(first) from error
         for client, why in error.by_client.items():
@@ -210,6 +215,10 @@ class Link:
         """Ask how many samples every client holds."""
         return self.start("describe", self.everyone(), needed=True)()
 
+    def damage_met(self) -> Damage:
+        """Ask how much of the clients' data could not be read so far; of the lost, nobody knows."""
+        return Damage.all(self.start("damage_met", self.everyone())().values())
+
     def save(self, folder: str, own: Callable[[], str]) -> dict[str, str]:
         """Have every client write its part of a checkpoint, where it is.
 
@@ -301,9 +310,20 @@ class RoundLink(Link):
         where = f"round {round_}"
         return self.start("train_round", sent, where, down="model_down", up="model_up")()
 
+    def read_tests(self, batch_size: int, clients: Sequence[int]) -> dict[int, int]:
+        """Have clients read their test samples; returns how many of them they can read."""
+        asked = dict.fromkeys(clients, (batch_size,))
+        return self.start("read_tests", asked, "the look at the test data")()
+
     def test(
         self, weights: Mapping[str, Tensor], batch_size: int, clients: Sequence[int]
-    ) -> dict[int, int]:
-        """Have clients count right predictions of the server's model on their test samples."""
+    ) -> dict[int, tuple[int, int]]:
+        """Have clients count right predictions of the server's model on their test samples.
+
+        Returns
+        -------
+        dict of int to tuple of int
+            Client -> right predictions, and samples that could be read.
+        """
         sent = dict.fromkeys(clients, (weights, batch_size))
         return self.start("test", sent, "evaluation", down="test_weights_down")()

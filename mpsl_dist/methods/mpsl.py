@@ -8,18 +8,21 @@ steps its own optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
 from mpsl_dist.actors.choices import device_of, task_of
 from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.actors.holdings import loaders_of
+from mpsl_dist.actors.local_data import Damage, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
+from mpsl_dist.data.loading import Unread
 from mpsl_dist.data.partition import shares
 from mpsl_dist.errors import NonFiniteError
 from mpsl_dist.methods import hosting, testing
@@ -62,6 +65,7 @@ class Mpsl:
         self.server = server
         self.clients = clients
         self.tokenizers = tokenizers
+        self.tests = TestData(splits.test, loaders=loaders_of(experiment, splits))
         self.task = task_of(splits)
         self.objective = objective_of(experiment, self.task)
         self.sync = sync_of(experiment)
@@ -148,6 +152,16 @@ class Mpsl:
         answers = wait()
         if due:
             self.sync.meet(self.clients, answers, step.number, self.sizes)
+
+    def read_tests(self) -> Iterator[int]:
+        """Read every test sample once, and yield how many can be read, batch by batch."""
+        if self.experiment.data.test_at == "clients":
+            return testing.read_at_clients(self)
+        return map(len, self.tests.batches(self.experiment.training.test_batch_size))
+
+    def damage_met(self) -> Damage:
+        """Return how much of the data could not be read so far, by all that hold some."""
+        return Damage.all([self.clients.damage_met(), Damage.of(Unread(), self.tests.unread)])
 
     def evaluate(self) -> dict[str, float]:
         """Test the server's model with the averaged tokenizers (section 3.3), or each client's own.

@@ -96,9 +96,15 @@ class SplitLink(Link):
         told = {n: (weights, counts[n]) for n in counts}
         self.start("begin_test", told, "evaluation", down="test_weights_down")()
 
-    def tokenize_test(self, batch: int, clients: Sequence[int]) -> Smashed:
-        """Have clients tokenize a batch of their test samples."""
-        asked = dict.fromkeys(clients, (batch,))
+    def read_test(self, batch: int, clients: Sequence[int]) -> dict[int, int]:
+        """Have clients read a batch of their test samples; returns how many of it they can read."""
+        return self.start(
+            "read_test", dict.fromkeys(clients, (batch,)), "the look at the test data"
+        )()
+
+    def tokenize_test(self, batch: int, clients: Sequence[int], own: bool = False) -> Smashed:
+        """Have clients tokenize a batch of their test samples, maybe with their own tokenizers."""
+        asked = dict.fromkeys(clients, (batch, own))
         return self.start("tokenize_test", asked, "evaluation", up="test_activations")()
 
     def score(self, batch: int, predictions: Mapping[int, Tensor]) -> dict[int, int]:

@@ -14,6 +14,7 @@ from media_files import write_clip, write_csv, write_picture, write_sound
 
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import load_data
+from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.data import DataError, Splits
 from mpsl_dist.data.sets import manifest
 
@@ -173,4 +174,4 @@ def test_a_trained_model_is_given_what_its_data_decided(tmp_path: Path) -> None:
     model, experiment, _ = deployable.load(tmp_path / "model", words)
     again = load_data(experiment)
     assert again.shapes == splits.shapes == {"audio": (49, 128)}
-    assert "accuracy" in model.test(again.test, 4)
+    assert "accuracy" in model.test(TestData(again.test), 4)

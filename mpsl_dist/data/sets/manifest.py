@@ -17,7 +17,8 @@ Columns, in any order and any case; each may be left out:
 ``client``
     Who owns the row: a natural federation instead of a drawn one.
 
-An empty cell (csv) or a null (jsonl) means that the sample lacks this part, which is no fault; a
+``none`` as ``audio`` says that the row's ``video`` has no sound, which is no fault then. An empty
+cell (csv) or a null (jsonl) means that the sample lacks this part, which is no fault; a
 cell that names a file which is not there is one, see ``data.on_error``.
 """
 
