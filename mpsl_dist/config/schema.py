@@ -234,9 +234,9 @@ class Faults:
     #: A client whose loss or gradient is no finite number: ``stop`` ends the run,
     #: ``skip_client`` repeats the step without it.
     on_nonfinite: Literal["stop", "skip_client"] = "stop"
-    #: Seconds after which a worker without a sign of life is killed; and from a stop signal, or the
-    #: launching process's death, until every process is gone: time to end the step and write a
-    #: checkpoint.
+    #: Seconds after which a worker without a sign of life is killed, and workers leave a server
+    #: without one; and from a stop signal, or the launching process's death, until every process is
+    #: gone: time to end the step and write a checkpoint.
     exit_timeout: float = 30.0
 
 

@@ -66,7 +66,8 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     join(experiment, launched)
     if supervisor.is_child():
         supervisor.beat()
-    patience = min(60.0, experiment.runtime.rpc_timeout)
+    # Three pings without an answer, and the waits between them, are faults.exit_timeout.
+    patience = max(5.0, experiment.faults.exit_timeout / 4)
 
     def ping() -> bool:
         return world.ping(0, patience)

@@ -119,8 +119,8 @@ def follow_server(ping: Callable[[], bool]) -> None:
 def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[], None]:
     """End this worker when the server is gone, whatever else it is doing.
 
-    Runs on a thread of its own. Three missed answers in a row count as gone, so that a busy server
-    is not taken for a dead one; a closed connection answers at once.
+    Runs on a thread of its own. Three missed answers in a row count as gone, so that a run that was
+    suspended and goes on is not taken for a dead one; a closed connection answers at once.
 
     Parameters
     ----------
