@@ -21,6 +21,7 @@ from mpsl_dist.data import Splits
 from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import environment, world
+from mpsl_dist.runtime.answers import name_clients
 from mpsl_dist.runtime.fleet import Fleet
 from mpsl_dist.runtime.placement import gpu_of, place
 
@@ -147,6 +148,10 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
         rank: (experiment, clients, rank, setup.worker_threads, build)
         for rank, clients in enumerate(placed, 1)
     }
-    hosts = world.create(host_clients, arguments, experiment.runtime.start_timeout)
+
+    def who(rank: int) -> str:
+        return f"{world.rank_name(rank)} ({name_clients(placed[rank - 1])})"
+
+    hosts = world.create(host_clients, arguments, experiment.runtime.start_timeout, who)
     hosted = {world.rank_name(rank): clients for rank, clients in enumerate(placed, 1)}
     return Fleet(hosts, hosted, timeout or timeout_of(experiment))

@@ -152,7 +152,10 @@ def pong() -> bool:
 
 
 def create(
-    function: Callable[..., Any], arguments: Mapping[int, Sequence[Any]], timeout: float
+    function: Callable[..., Any],
+    arguments: Mapping[int, Sequence[Any]],
+    timeout: float,
+    who: Callable[[int], str] = rank_name,
 ) -> dict[str, rpc.RRef]:
     """Call ``function`` on workers, all at once; the objects that it returns stay there.
 
@@ -164,6 +167,8 @@ def create(
         Rank -> positional arguments.
     timeout : float
         Seconds until it counts as failed; building clients takes longer than a step.
+    who : callable
+        Returns a rank in the user's words.
 
     Returns
     -------
@@ -176,21 +181,19 @@ def create(
         If it fails on any.
     """
     futures = {
-        rank_name(rank): rpc.rpc_async(
-            rank_name(rank), _own, args=(function, tuple(values)), timeout=timeout
-        )
+        rank: rpc.rpc_async(rank_name(rank), _own, args=(function, tuple(values)), timeout=timeout)
         for rank, values in arguments.items()
     }
     owned = {}
-    for worker, future in futures.items():
+    for rank, future in futures.items():
         try:
             answer = future.wait()
         except RuntimeError as error:
-            raise RemoteError(f"{worker}: lost in set-up: {brief(error)}") from error
+            raise RemoteError(f"{who(rank)}: lost in set-up: {brief(error)}") from error
         if isinstance(answer, Failure):
-            message = f"{worker}: set-up: {answer.message}"
+            message = f"{who(rank)}: set-up: {answer.message}"
             raise RemoteError(message, answer.details, answer.user_error)
-        owned[worker] = answer
+        owned[rank_name(rank)] = answer
     return owned
 
 
