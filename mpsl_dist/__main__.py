@@ -119,7 +119,7 @@ def _train(options: argparse.Namespace) -> int:
     experiment = config.load(options.config, options.overrides)
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
-    from mpsl_dist.config.methods import goes_on, processes_of
+    from mpsl_dist.config.methods import comes_back, goes_on, processes_of
     from mpsl_dist.runtime import environment, launch, supervisor
 
     # RPC tells of every lost connection in a line of its own; the run says what it means.
@@ -134,7 +134,8 @@ def _train(options: argparse.Namespace) -> int:
     worker = launched is not None and launched.rank > 0
     if worker and goes_on(experiment) and not supervisor.is_child():
         # Before torch is imported: the rank itself stays small.
-        return supervisor.supervise(options.again, patience, bool(launched.folder))
+        restarts = experiment.faults.restarts if comes_back(experiment) else 0
+        return supervisor.supervise(options.again, patience, restarts, bool(launched.folder))
     from mpsl_dist.methods import processes
 
     if worker:

@@ -14,6 +14,8 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 ``score``                 how many of its test predictions were right
 ``tokenizer_weights``     its trained tokenizer parameters, for FedAvg
 ``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``)
+``hand_over``             its trained tokenizer parameters and its optimizer's state, for a client that
+                          comes back (``tokenizer_sync: gradients`` alone, where all have the same)
 ``save``                  the SHA-256 of the file that it wrote of its state, as a text
 ``damage``                what is wrong with that file: a text with the file's name, or nothing
 ========================  =====================================================================
@@ -29,6 +31,7 @@ one number per trained tokenizer parameter.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +183,11 @@ class Client:
         vector, self._accumulated = self._accumulated, None
         return vector
 
+    def hand_over(self) -> dict[str, Any]:
+        """Return what a client that comes back continues from, where all clients are the same."""
+        weights = trainable_state(self.tokenizers.local_value())
+        return {"tokenizers": weights, "optimizer": self.stepper.copied_state()}
+
     # -- what a client is told -------------------------------------------------------------
 
     def begin_training(self, steps_per_epoch: int, epochs: int) -> None:
@@ -225,6 +233,12 @@ class Client:
     def set_tokenizer_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replace its tokenizers' trained parameters, as by an average."""
         load_trainable(self.tokenizers.local_value(), weights)
+
+    def take_over(self, parts: Mapping[str, Any]) -> None:
+        """Continue from what another client has handed over."""
+        self.set_tokenizer_weights(parts["tokenizers"])
+        self.stepper.load(copy.deepcopy(parts["optimizer"]))
+        self._accumulated = None
 
     def begin_test(self, weights: Mapping[str, Tensor] | None, counts: Sequence[int]) -> None:
         """Lay out its test batches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -60,6 +61,13 @@ class Stepper:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""
         return self.optimizer.state_dict() if self.optimizer else {}
+
+    def copied_state(self) -> dict[str, Any]:
+        """Return :meth:`state` as a copy on CPU, to be sent."""
+        state = copy.deepcopy(self.state())
+        for values in state.get("state", {}).values():
+            values |= {name: x.cpu() for name, x in values.items() if isinstance(x, Tensor)}
+        return state
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state`."""

@@ -96,6 +96,7 @@ def _too_small(experiment: Experiment) -> list[str]:
             "data.audio_frames": data.audio_frames,
             "checkpoint.keep": experiment.checkpoint.keep,
             "faults.min_clients": experiment.faults.min_clients,
+            "faults.save_clients_every": experiment.faults.save_clients_every,
             "runtime.server_threads": runtime.server_threads,
             "runtime.worker_threads": runtime.worker_threads,
         },
@@ -107,6 +108,7 @@ def _too_small(experiment: Experiment) -> list[str]:
             "training.client.warmup_steps": training.client.warmup_steps,
             "checkpoint.every_epochs": experiment.checkpoint.every_epochs,
             "checkpoint.every_steps": experiment.checkpoint.every_steps,
+            "faults.restarts": experiment.faults.restarts,
         },
         # Start and end of a text, and something between.
         3: {"data.text_length": data.text_length},

@@ -56,7 +56,16 @@ class MethodFacts:
 
 #: What a method reads that goes on without lost clients.
 _FAULTS = tuple(
-    f"faults.{key}" for key in ("on_loss", "min_clients", "client_timeout", "on_nonfinite")
+    f"faults.{key}"
+    for key in (
+        "on_loss",
+        "min_clients",
+        "client_timeout",
+        "on_nonfinite",
+        "rejoin",
+        "restarts",
+        "save_clients_every",
+    )
 )
 _REMOTE = (
     "clients_per_worker",
@@ -117,6 +126,12 @@ def processes_of(experiment: Experiment) -> int:
 def goes_on(experiment: Experiment) -> bool:
     """Return whether a run goes on without clients that are lost."""
     return facts_of(experiment).tolerant and experiment.faults.on_loss == "continue"
+
+
+def comes_back(experiment: Experiment) -> bool:
+    """Return whether workers that are lost may come back into the run."""
+    faults = experiment.faults
+    return goes_on(experiment) and faults.rejoin != "never" and faults.restarts > 0
 
 
 def unread(experiment: Experiment) -> list[str]:

@@ -234,6 +234,14 @@ class Faults:
     #: A client whose loss or gradient is no finite number: ``stop`` ends the run,
     #: ``skip_client`` repeats the step without it.
     on_nonfinite: Literal["stop", "skip_client"] = "stop"
+    #: When a worker that was started again is let in: before the next ``epoch``, ``now`` (before
+    #: the next step), or ``never``.
+    rejoin: Literal["epoch", "now", "never"] = "epoch"
+    #: How often a worker's process that was lost is started again.
+    restarts: int = 3
+    #: Every so many steps clients write their own state, for their return; null leaves it to the
+    #: others' tokenizers.
+    save_clients_every: int | None = None
     #: Seconds after which a worker without a sign of life is killed, and workers leave a server
     #: without one; and from a stop signal, or the launching process's death, until every process is
     #: gone: time to end the step and write a checkpoint.

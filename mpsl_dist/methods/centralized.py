@@ -49,7 +49,7 @@ class Centralized:
         self.splits = holdings.splits
         self.learner = learner
         self.traffic = Traffic(experiment.clients)  # nothing ever crosses
-        self.lost: set[int] = set()
+        self.clients = None
         self.repeated = 0
         self.held = [holdings.of(client)[0] for client in range(experiment.clients)]
         sizes = [len(data) for data in self.held]

@@ -63,15 +63,15 @@ class FedAvg:
         self.test_sizes = {n: held[n].test_samples for n in held if held[n].test_samples}
         local_epochs = experiment.federated.local_epochs
         self.plan = np.array([list(self.sizes.values())]) * local_epochs
-        self._plan_local_batches()
+        self._plan_local_batches(list(self.sizes))
 
-    def _plan_local_batches(self) -> None:
+    def _plan_local_batches(self, clients: Sequence[int]) -> None:
         sizes, training = list(self.sizes.values()), self.experiment.training
         plan = shares(sizes, training.batch_size, self.experiment.client_share)
         own = self.experiment.federated.batch_size
-        counts = {n: plan[:, n].tolist() for n in self.sizes}
+        counts = {n: plan[:, n].tolist() for n in clients}
         if own is not None:
-            counts = {n: list(shares([m], own, "equal")[:, 0]) for n, m in self.sizes.items()}
+            counts = {n: list(shares([self.sizes[n]], own, "equal")[:, 0]) for n in clients}
         self.clients.begin_training(counts, len(plan), training.epochs)
 
     @property
@@ -79,10 +79,10 @@ class FedAvg:
         """Every byte that crossed."""
         return self.clients.traffic
 
-    @property
-    def lost(self) -> set[int]:
-        """Clients that were lost on the way."""
-        return self.clients.lost
+    def welcome(self, clients: list[int]) -> None:
+        """Let clients go on that have come back, as they were at the start of the run."""
+        self._plan_local_batches(clients)
+        self.clients.restore_kept(clients)
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Nothing to lay out: clients do, when their round begins."""
@@ -93,7 +93,8 @@ class FedAvg:
         Updates of clients that are lost on the way are left out; None if there is none at all.
         """
         fraction, seed = self.experiment.federated.fraction, self.experiment.seed
-        drawn = [n for n in draw(len(self.sizes), fraction, seed, step) if n not in self.lost]
+        lost = self.clients.lost
+        drawn = [n for n in draw(len(self.sizes), fraction, seed, step) if n not in lost]
         updates = self.clients.train_round(step, trainable_state(self.model), drawn)
         if not updates:
             return None
@@ -106,7 +107,7 @@ class FedAvg:
         size = self.experiment.training.test_batch_size
         if self.experiment.data.test_at == "server":
             return self.model.test(self.splits.test, size)
-        holders = [n for n in self.test_sizes if n not in self.lost]
+        holders = [n for n in self.test_sizes if n not in self.clients.lost]
         right = self.clients.test(trainable_state(self.model), size, holders)
         return {"accuracy": sum(right.values()) / sum(self.test_sizes[n] for n in right)}
 

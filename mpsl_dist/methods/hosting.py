@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,13 @@ from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
+from mpsl_dist.errors import RemoteError
 from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import environment, world
 from mpsl_dist.runtime.answers import name_clients
 from mpsl_dist.runtime.fleet import Fleet
+from mpsl_dist.runtime.generations import Generations
 from mpsl_dist.runtime.placement import gpu_of, place
 
 #: ``build(experiment, numbers, holdings, reference)`` returns clients that live in the process that
@@ -40,6 +42,8 @@ class Setup:
         Who has which samples; no training sample is read here but by centralized training.
     worker_threads : int
         Compute threads of every worker.
+    generations : Generations, optional
+        Of the joined world, where lost workers may come back.
     options : object
         The method's own options: ``method_options`` as the dataclass of its
         :class:`~mpsl_dist.config.methods.MethodFacts`, checked; None where it has none.
@@ -48,6 +52,7 @@ class Setup:
     experiment: Experiment
     holdings: Holdings
     worker_threads: int
+    generations: Generations | None = None
     options: Any = None
 
     @property
@@ -97,13 +102,13 @@ def build_clients(
 
 
 def host_clients(
-    experiment: Experiment, numbers: list[int], rank: int, threads: int, build: BuildClients
+    experiment: Experiment, numbers: Sequence[int], rank: int, threads: int, build: BuildClients
 ) -> Host:
     """Build clients on a worker, where this runs.
 
     Parameters
     ----------
-    numbers : list of int
+    numbers : sequence of int
         Which of the experiment's clients.
     rank, threads : int
         The worker's rank and its compute threads.
@@ -143,15 +148,17 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
         If a worker fails or is lost.
     """
     experiment = setup.experiment
-    placed = place(setup.holdings.sizes, experiment.workers)
-    arguments = {
-        rank: (experiment, clients, rank, setup.worker_threads, build)
-        for rank, clients in enumerate(placed, 1)
-    }
+    placed = dict(enumerate(place(setup.holdings.sizes, experiment.workers), 1))
 
     def who(rank: int) -> str:
-        return f"{world.rank_name(rank)} ({name_clients(placed[rank - 1])})"
+        return f"{world.rank_name(rank)} ({name_clients(placed[rank])})"
 
-    hosts = world.create(host_clients, arguments, experiment.runtime.start_timeout, who)
-    hosted = {world.rank_name(rank): clients for rank, clients in enumerate(placed, 1)}
-    return Fleet(hosts, hosted, timeout or timeout_of(experiment))
+    def host(
+        hosted: Mapping[int, Sequence[int]], number: int | None
+    ) -> tuple[int, dict[int, RemoteError]]:
+        arguments = {
+            rank: (experiment, hosted[rank], rank, setup.worker_threads, build) for rank in hosted
+        }
+        return world.create(host_clients, arguments, experiment.runtime.start_timeout, number, who)
+
+    return Fleet(placed, host, timeout or timeout_of(experiment), setup.generations)

@@ -23,7 +23,7 @@ from mpsl_dist.errors import DiskError, DivergedError, RemoteError
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic, nbytes
-from mpsl_dist.runtime.answers import Answers, ClientsLost
+from mpsl_dist.runtime.answers import Answers, ClientsLost, name_clients
 
 #: Waits for the answers to a message and returns them by client.
 Wait = Callable[[], dict[int, Any]]
@@ -61,6 +61,10 @@ class Transport(Protocol):
         """Open what the gradients of one backward through these clients live in."""
         ...
 
+    def returned(self) -> list[int]:
+        """Take back workers that had been lost; return their clients, as new."""
+        ...
+
 
 class Link:
     """Messages that every kind of client understands.
@@ -78,8 +82,12 @@ class Link:
         self.fleet = fleet
         self.traffic = traffic
         self.faults = faults or Faults(on_loss="stop")
-        #: Clients that are no longer there.
+        #: Clients that are not there at this moment.
         self.lost: set[int] = set()
+        #: How many clients have come back so far.
+        self.returned = 0
+        #: Client -> folder and digest of what it last kept for its return.
+        self._kept: dict[int, tuple[str, str]] = {}
 
     def __len__(self) -> int:
         return len(self.fleet.clients)
@@ -163,6 +171,35 @@ class Link:
     def everyone(self, *arguments: Any) -> dict[int, tuple[Any, ...]]:
         """Return the same arguments for every client that is there."""
         return dict.fromkeys(self.present, arguments)
+
+    def readmit(self) -> list[int]:
+        """Take back the clients of workers that have come back; return their numbers.
+
+        They are as they were at the start of the run.
+        """
+        if not self.lost:
+            return []
+        back = [client for client in self.fleet.returned() if client in self.lost]
+        self.lost -= set(back)
+        self.returned += len(back)
+        if back:
+            warn(f"{name_clients(back)} came back")
+        return back
+
+    def keep(self, folder: str) -> None:
+        """Have every client write its state where it is, for its own return."""
+        digests = self.start("save", self.everyone(folder), "keeping")()
+        self._kept |= {client: (folder, digest) for client, digest in digests.items()}
+
+    def restore_kept(self, clients: Sequence[int]) -> list[int]:
+        """Have clients that came back continue from :meth:`keep`; return those that do."""
+        asked = {n: self._kept[n] for n in clients if n in self._kept}
+        damaged = self.start("damage", asked, "return")()
+        for client, found in damaged.items():
+            if found:
+                warn(f"client {client} comes back without its own state: {found}")
+        whole = {n: (asked[n][0],) for n in damaged if damaged[n] is None}
+        return list(self.start("restore", whole, "return")())
 
     def describe(self) -> dict[int, Description]:
         """Ask how many samples every client holds."""

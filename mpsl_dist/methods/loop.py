@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsl_dist.actors.deployable import Deployable
-from mpsl_dist.config import Experiment, to_dict
+from mpsl_dist.config import Experiment, Faults, to_dict
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import DiskError, RemoteError, ResumeError, RunError
+from mpsl_dist.methods.link import Link
 from mpsl_dist.methods.progress import Progress, warn
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.checkpoint import Manifest
@@ -28,17 +29,22 @@ _log = logging.getLogger("mpsl_dist")
 
 
 class Method(Protocol):
-    """What the loop asks of a method.
-
-    A method with workers also has ``clients``, its :class:`mpsl_dist.methods.link.Link`.
-    """
+    """What the loop asks of a method."""
 
     #: (steps, clients): samples of every client in every step of an epoch.
     plan: NDArray[np.int64]
     traffic: Traffic
-    #: Clients that were lost on the way, and steps that were begun again without a client.
-    lost: set[int]
+    #: None where there are no workers.
+    clients: Link | None
+    #: Steps that were begun again without a client.
     repeated: int
+
+    def welcome(self, clients: list[int]) -> None:
+        """Let clients go on that have come back, as they were at the start of the run.
+
+        Asked only of a method that goes on without the lost (``tolerant``).
+        """
+        ...
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Lay out the epoch's mini-batches, from ``first_step`` on."""
@@ -111,13 +117,17 @@ def train(
     """
     at = _resume(experiment, method, run)
     started = time.perf_counter() - at.seconds
-    steps, epochs = len(method.plan), experiment.training.epochs
+    steps, epochs, faults = len(method.plan), experiment.training.epochs, experiment.faults
     samples = int(method.plan.sum())
     with Progress(epochs * steps, at.step, samples / steps) as progress:
         while at.epoch < epochs and not stop:
+            _welcome_returned(method)
             method.begin_epoch(at.epoch, at.epoch_step)
             while at.epoch_step < steps and not stop:
+                if faults.rejoin == "now" and _welcome_returned(method):
+                    method.begin_epoch(at.epoch, at.epoch_step)
                 _one_step(method, run, at, progress)
+                _keep(faults, method, run, at)
                 at.seconds = time.perf_counter() - started
                 if _due_within(experiment, at, steps):
                     _save(experiment, method, run, at)
@@ -170,6 +180,8 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
             at.loss = at.loss if line["loss"] is None else line["loss"]
             at.step_seconds.append(line["seconds"])
             method.repeated = line.get("steps_repeated", 0)
+            if method.clients:
+                method.clients.returned = line.get("clients_returned", 0)
     _log.info("resumed at step %d, epoch %d, from %s", at.step, at.epoch, folder)
     return at
 
@@ -186,6 +198,30 @@ def _mismatch(
     return None
 
 
+def _welcome_returned(method: Method) -> bool:
+    """Take back clients whose workers have come back; return whether there are any."""
+    back = method.clients.readmit() if method.clients else []
+    if back:
+        method.welcome(back)
+    return bool(back)
+
+
+def _keep(faults: Faults, method: Method, run: RunDirectory, at: _Position) -> None:
+    """Have clients write their own state for their return, if it is time."""
+    every = faults.save_clients_every
+    if every and method.clients and at.step % every == 0:
+        method.clients.keep(str((run.path / "clients").absolute()))
+
+
+def _counts(method: Method) -> dict[str, int]:
+    link = method.clients
+    return {
+        "clients_lost": len(link.lost) if link else 0,
+        "clients_returned": link.returned if link else 0,
+        "steps_repeated": method.repeated,
+    }
+
+
 def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
     before = method.traffic.totals()
     started = time.perf_counter()
@@ -200,8 +236,7 @@ def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progre
         split="train",
         loss=loss,
         metric={},
-        clients_lost=len(method.lost),
-        steps_repeated=method.repeated,
+        **_counts(method),
         seconds=round(seconds, 6),
         bytes=method.traffic.since(before),
     )
@@ -273,30 +308,32 @@ def summarize(
     """Return what ``summary.json`` holds of a run that has ended with this status."""
     epochs = at.step / len(method.plan)
     per = experiment.clients * epochs if epochs else 1
-    return _about(experiment) | {
-        "epochs_completed": at.epoch,
-        "steps_completed": at.step,
-        "loss": at.loss,
-        "test": at.test,
-        "baselines": dict(splits.baselines),
-        "trainable_parameters": method.trainable_parameters(),
-        "communication": {
-            "up_bytes_per_client_per_epoch": method.traffic.total("up", "training") / per,
-            "down_bytes_per_client_per_epoch": method.traffic.total("down", "training") / per,
-            "bytes_by_phase": method.traffic.by_phase(),
-            "bytes_by_kind_and_client": method.traffic.by_kind(),
-            "total_bytes_by_kind": {
-                kind: sum(counts) for kind, counts in method.traffic.by_kind().items()
+    return (
+        _about(experiment)
+        | {
+            "epochs_completed": at.epoch,
+            "steps_completed": at.step,
+            "loss": at.loss,
+            "test": at.test,
+            "baselines": dict(splits.baselines),
+            "trainable_parameters": method.trainable_parameters(),
+            "communication": {
+                "up_bytes_per_client_per_epoch": method.traffic.total("up", "training") / per,
+                "down_bytes_per_client_per_epoch": method.traffic.total("down", "training") / per,
+                "bytes_by_phase": method.traffic.by_phase(),
+                "bytes_by_kind_and_client": method.traffic.by_kind(),
+                "total_bytes_by_kind": {
+                    kind: sum(counts) for kind, counts in method.traffic.by_kind().items()
+                },
             },
-        },
-        "seconds": {
-            "total": round(at.seconds, 3),
-            "step_median": statistics.median(at.step_seconds) if at.step_seconds else None,
-        },
-        "clients_lost": len(method.lost),
-        "steps_repeated": method.repeated,
-        "status": status,
-    }
+            "seconds": {
+                "total": round(at.seconds, 3),
+                "step_median": statistics.median(at.step_seconds) if at.step_seconds else None,
+            },
+            "status": status,
+        }
+        | _counts(method)
+    )
 
 
 def _about(experiment: Experiment) -> dict[str, Any]:
@@ -351,6 +388,8 @@ def failed_summary(
             "step_median": statistics.median(seconds) if seconds else None,
         },
         "clients_lost": clients_lost,
+        "clients_returned": trained[-1].get("clients_returned", 0) if trained else 0,
+        "steps_repeated": trained[-1].get("steps_repeated", 0) if trained else 0,
         "status": "failed",
         "reason": reason,
     }

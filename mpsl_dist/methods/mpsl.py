@@ -81,10 +81,22 @@ class Mpsl:
         """Every byte that crossed."""
         return self.clients.traffic
 
-    @property
-    def lost(self) -> set[int]:
-        """Clients that were lost on the way."""
-        return self.clients.lost
+    def welcome(self, clients: list[int]) -> None:
+        """Let clients go on that have come back, as they were at the start of the run."""
+        steps, epochs = len(self.plan), self.experiment.training.epochs
+        self.clients.begin_training(steps, epochs, clients)
+        own = [] if self.sync.identical else self.clients.restore_kept(clients)
+        self._begin_like_others([n for n in clients if n not in own])
+
+    def _begin_like_others(self, clients: list[int]) -> None:
+        """Have clients that have no state of their own continue from that of the others."""
+        there = [n for n in self.clients.present if n not in clients]
+        if self.sync.identical:
+            self.clients.hand_over(there, clients)
+        elif clients and there:
+            weights = self.clients.tokenizer_weights(there, "return", "sync_up")
+            mean = average(list(weights.values()), [self.sizes[n] for n in weights])
+            self.clients.set_tokenizer_weights(mean, "return", clients)
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Tell every client its part of each step of the epoch."""
@@ -172,12 +184,8 @@ class Mpsl:
     def restore(self, folder: str, files: Mapping[str, str]) -> None:
         """Have every owner continue from :meth:`save`."""
         self.clients.restore(folder, files, lambda: self.server.restore(folder))
-        absent = [n for n in self.sizes if absent_from(files, n)]
-        if absent:  # lost when the checkpoint was made: they begin with the others' average
-            there = [n for n in self.sizes if n not in absent]
-            weights = self.clients.tokenizer_weights(there, "resume", "sync_up")
-            mean = average(list(weights.values()), [self.sizes[n] for n in weights])
-            self.clients.set_tokenizer_weights(mean, "resume", absent)
+        # Who was lost when the checkpoint was made.
+        self._begin_like_others([n for n in self.sizes if absent_from(files, n)])
 
 
 def build(setup: Setup, method: type[Mpsl] = Mpsl) -> Mpsl:

@@ -13,12 +13,18 @@ from mpsl_dist.actors.choices import describe, device_of, head_of, unread_by_hea
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data, refusals_without_data
 from mpsl_dist.config import Experiment, to_dict
-from mpsl_dist.config.methods import facts_of, options_of, processes_of, unread
+from mpsl_dist.config.methods import (
+    comes_back,
+    facts_of,
+    options_of,
+    processes_of,
+    unread,
+)
 from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
-from mpsl_dist.runtime import environment, launch, process, supervisor, world
+from mpsl_dist.runtime import environment, generations, launch, process, supervisor, world
 from mpsl_dist.runtime.environment import Environment
 
 _log = logging.getLogger("mpsl_dist")
@@ -62,25 +68,36 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
 
 
 def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
-    """Host clients until the server ends the world."""
-    join(experiment, launched)
-    if supervisor.is_child():
-        supervisor.beat()
+    """Host clients until the server ends the world, through all of its generations."""
+    joined, returns = reach(experiment, launched), supervisor.returns()
     # Three pings without an answer, and the waits between them, are faults.exit_timeout.
     patience = max(5.0, experiment.faults.exit_timeout / 4)
 
     def ping() -> bool:
         return world.ping(0, patience)
 
+    if returns:
+        supervisor.beat()
+        if not generations.come_back(joined, returns):
+            process.leave(0)
+    else:
+        joined.start()
+        if supervisor.is_child():
+            supervisor.beat()
     if launched.folder:
         process.follow_server(ping)
     else:
         process.leave_stopping_to_server()
-    end_watch = process.watch_server(ping)
-    together = world.await_end()
-    # A ping that outlived RPC would take the server's orderly end for its death, or abort Python's.
-    end_watch()
-    if not together:
+    while True:
+        end_watch = process.watch_server(ping)
+        word, number = world.await_word()
+        # A ping that outlived RPC would take the server's orderly end for its death, or abort
+        # Python's.
+        end_watch()
+        if word == "end":
+            break
+        generations.follow(joined, number)
+    if not number:  # not together
         process.leave(0)
     world.stop()
 
@@ -93,9 +110,8 @@ def train_as_server(
     stop: process.StopRequest,
 ) -> dict[str, Any]:
     """Train with the clients of all workers, and return what ``summary.json`` holds."""
-    if launched.world > 1:
-        join(experiment, launched)
-    method = connect(experiment, launched, holdings)
+    joined = join(experiment, launched) if launched.world > 1 else None
+    method = connect(experiment, launched, holdings, joined)
     if launched.folder:
         stop.listen()
     device = describe(device_of(experiment))
@@ -115,8 +131,8 @@ def train_as_server(
         _say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)
-    if launched.world > 1:
-        world.dismiss(launched.world, together=not method.lost)
+    if joined:
+        joined.dismiss(together=not method.clients.lost)
     return summary
 
 
@@ -125,13 +141,26 @@ def _say(line: str) -> None:
     _log.info(line)
 
 
-def connect(experiment: Experiment, launched: Environment, holdings: Holdings) -> loop.Method:
-    """Build the server here and the clients on the workers of a joined world."""
+def connect(
+    experiment: Experiment,
+    launched: Environment,
+    holdings: Holdings,
+    joined: world.World | None = None,
+) -> loop.Method:
+    """Build the server here and the clients on the workers of a joined world.
+
+    Parameters
+    ----------
+    joined : World, optional
+        What :func:`join` returned, where lost workers may come back.
+    """
     server_threads, worker_threads = _threads(experiment, launched)
     world.set_threads(server_threads)
     holdings.log()
     build = plugins.resolve(facts_of(experiment).build)
-    return build(Setup(experiment, holdings, worker_threads, options_of(experiment)))
+    back = joined is not None and comes_back(experiment)
+    renewed = generations.Generations(joined) if back else None
+    return build(Setup(experiment, holdings, worker_threads, renewed, options_of(experiment)))
 
 
 def checked_data(experiment: Experiment) -> Holdings:
@@ -172,7 +201,7 @@ def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirect
     return run
 
 
-def join(experiment: Experiment, launched: Environment) -> None:
+def join(experiment: Experiment, launched: Environment) -> world.World:
     """Enter the RPC world, and return when every rank is there.
 
     Raises
@@ -182,14 +211,22 @@ def join(experiment: Experiment, launched: Environment) -> None:
     LaunchError
         If no network interface leads to the others.
     """
+    joined = reach(experiment, launched)
+    joined.start()
+    return joined
+
+
+def reach(experiment: Experiment, launched: Environment) -> world.World:
+    """Reach the place where the ranks meet, as :func:`join`, without entering."""
     settings = experiment.runtime
-    world.start(
+    place = world.Place(
         launched,
         timeout_of(experiment),
         settings.start_timeout,
         launched.interface(settings.interface),
         settings.channels == "tcp",
     )
+    return world.World(place)
 
 
 def _threads(experiment: Experiment, launched: Environment) -> tuple[int, int]:

@@ -27,9 +27,21 @@ Smashed = dict[int, list[Tensor]]
 class SplitLink(Link):
     """Messages to clients that hold tokenizers (:class:`mpsl_dist.actors.client.Client`)."""
 
-    def begin_training(self, steps_per_epoch: int, epochs: int) -> None:
-        """Tell the clients what their schedules span."""
-        self.start("begin_training", self.everyone(steps_per_epoch, epochs))()
+    def begin_training(
+        self, steps_per_epoch: int, epochs: int, clients: Sequence[int] | None = None
+    ) -> None:
+        """Tell these clients, by default all, what their schedules span."""
+        told = self.present if clients is None else clients
+        self.start("begin_training", dict.fromkeys(told, (steps_per_epoch, epochs)))()
+
+    def hand_over(self, clients: Sequence[int], to: Sequence[int]) -> None:
+        """Have the first of these clients that is there give its tokenizers and optimizer to others."""
+        for client in clients:
+            parts = self.start("hand_over", {client: ()}, "return", up="sync_up")()
+            if parts:
+                told = dict.fromkeys(to, (parts[client],))
+                self.start("take_over", told, "return", down="sync_down")()
+                return
 
     def begin_epoch(self, epoch: int, counts: Mapping[int, list[int]], first_step: int) -> None:
         """Tell every client how many samples it gives to each step of the epoch."""

@@ -6,7 +6,8 @@ per worker and phase serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,16 @@ from torch.distributed import rpc
 
 from mpsl_dist.errors import Failure, RemoteError
 from mpsl_dist.runtime.answers import Answers, ClientsLost, Lost, name_clients
+from mpsl_dist.runtime.generations import Generations
 from mpsl_dist.runtime.network import host_name
 from mpsl_dist.runtime.watchdog import Watchdog
-from mpsl_dist.runtime.world import SERVER, brief, pong
+from mpsl_dist.runtime.world import SERVER, brief, pong, rank_name, resident
+
+#: Builds hosts of these clients by rank, as :func:`mpsl_dist.runtime.world.create` does.
+BuildHosts = Callable[
+    [Mapping[int, Sequence[int]], int | None], tuple[int, Mapping[int, RemoteError]]
+]
+_log = logging.getLogger("mpsl_dist")
 
 
 @dataclass(frozen=True)
@@ -66,33 +74,74 @@ class Autograd:
 
 
 class Fleet:
-    """The server's references to the hosts of all clients, and the one way to call them.
+    """The server's way to the hosts of all clients, and the one way to call them.
 
     Parameters
     ----------
-    hosts : mapping of str to RRef
-        Worker -> reference to its :class:`~mpsl_dist.actors.host.Host`.
-    hosted : mapping of str to sequence of int
-        Worker -> numbers of the clients that it hosts.
+    hosted : mapping of int to sequence of int
+        Rank of a worker -> numbers of the clients that it hosts.
+    host : callable
+        ``host(hosted, number)`` builds :class:`~mpsl_dist.actors.host.Host` objects on workers, as
+        :func:`mpsl_dist.runtime.world.create` has it.
     timeout : float
         Seconds until a call counts as failed.
+    generations : Generations, optional
+        Of the world, which is made anew for workers that come back; None where none does.
+
+    Raises
+    ------
+    RemoteError
+        If a worker fails or is lost.
     """
 
     def __init__(
-        self, hosts: Mapping[str, rpc.RRef], hosted: Mapping[str, Sequence[int]], timeout: float
+        self,
+        hosted: Mapping[int, Sequence[int]],
+        host: BuildHosts,
+        timeout: float,
+        generations: Generations | None = None,
     ) -> None:
-        self.hosts = dict(hosts)
-        self.hosted = {worker: sorted(clients) for worker, clients in hosted.items()}
+        self._ranks = {rank_name(rank): rank for rank in hosted}
+        self.hosted = {rank_name(rank): sorted(hosted[rank]) for rank in hosted}
         #: Numbers of all clients, ascending.
         self.clients = sorted(client for clients in hosted.values() for client in clients)
         self.timeout = timeout
         self.watchdog = Watchdog(timeout)
         self.watchdog.start()
-        asked = {w: rpc.rpc_async(w, _about, args=(host,)) for w, host in self.hosts.items()}
-        about = {worker: future.wait() for worker, future in asked.items()}
+        self._host, self._generations = host, generations
+        self._number, failed = host(hosted, None)
+        for error in failed.values():
+            raise error
         #: Worker -> node, for the errors that name it; worker -> device.
-        self.nodes = {worker: node for worker, (node, _) in about.items()}
-        self.devices = {worker: device for worker, (_, device) in about.items()}
+        self.nodes: dict[str, str] = {}
+        self.devices: dict[str, str] = {}
+        self._ask_where(self.hosted)
+
+    def _ask_where(self, workers: Iterable[str]) -> None:
+        asked = {w: rpc.rpc_async(w, _about, args=(self._number,)) for w in workers}
+        for worker, future in asked.items():
+            self.nodes[worker], self.devices[worker] = future.wait()
+
+    def returned(self) -> list[int]:
+        """Make the world anew if lost workers have come back; return the clients that they host.
+
+        They are as they were at the start of the run. Who dies meanwhile is lost at its next call.
+
+        Raises
+        ------
+        RemoteError
+            If the world can't be made anew.
+        """
+        back = self._generations.waiting() if self._generations else set()
+        if not back:
+            return []
+        assert self._generations is not None
+        back &= self._generations.renew(back)
+        hosted = {r: self.hosted[name] for name, r in self._ranks.items() if r in back}
+        _, failed = self._host(hosted, self._number)
+        for error in failed.values():
+            _log.warning("%s", error)
+        return sorted(n for rank in hosted if rank not in failed for n in hosted[rank])
 
     def start(
         self,
@@ -120,8 +169,7 @@ class Fleet:
         for worker, clients in self.hosted.items():
             own = {client: tuple(arguments[client]) for client in clients if client in arguments}
             if own:
-                words = (self.hosts[worker], message, own, number)
-                # Not rref.rpc_async(): its first use loses the autograd context.
+                words = (self._number, message, own, number)
                 future = rpc.rpc_async(worker, _serve, args=words, timeout=self.timeout)
                 call = self.watchdog.expect(self._who(worker, list(own)), phase)
                 future.add_done_callback(lambda _, call=call: self.watchdog.done(call))
@@ -203,15 +251,15 @@ class Fleet:
         return f"{worker} on {self.nodes[worker]}" if several else worker
 
 
-def _about(host: rpc.RRef) -> tuple[str, str]:
-    return host_name(), host.local_value().device
+def _about(host: int) -> tuple[str, str]:
+    return host_name(), resident(host).device
 
 
 def _serve(
-    host: rpc.RRef, message: str, arguments: dict[int, tuple[Any, ...]], number: int | None
+    host: int, message: str, arguments: dict[int, tuple[Any, ...]], number: int | None
 ) -> dict[int, Any]:
     gradients = None if number is None else _gradients(number)
-    return host.local_value().serve(message, arguments, gradients)
+    return resident(host).serve(message, arguments, gradients)
 
 
 def _gradients(number: int) -> dict[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -160,3 +161,18 @@ def leave(status: int, *streams: Any) -> NoReturn:
     for stream in (sys.stdout, sys.stderr, *streams):
         stream.flush()
     os._exit(status)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the one that started it ends, where it can (Linux).
+
+    Parameters
+    ----------
+    parent : int
+        Its process id: if it has ended already, so does this one.
+    """
+    if sys.platform.startswith("linux"):
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

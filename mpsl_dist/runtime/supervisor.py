@@ -8,7 +8,6 @@ pipe: one that is stopped, or hangs, is killed.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -18,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from mpsl_dist.runtime.process import SERVER_GONE, leave_stopping_to_server
+from mpsl_dist.runtime.process import SERVER_GONE, end_with_parent, leave_stopping_to_server
 
 #: In the child's environment: where it beats, and its parent's process id.
 _MARK = "MPSL_DIST_SUPERVISED"
@@ -30,8 +29,10 @@ def is_child() -> bool:
     return _MARK in os.environ
 
 
-def supervise(command: Sequence[str], patience: float, ends_on_signal: bool = False) -> int:
-    """Run the command in a child process that hosts the clients, and wait for its end.
+def supervise(
+    command: Sequence[str], patience: float, restarts: int, ends_on_signal: bool = False
+) -> int:
+    """Run the command in a child process that hosts the clients, again whenever it is lost.
 
     Parameters
     ----------
@@ -39,6 +40,8 @@ def supervise(command: Sequence[str], patience: float, ends_on_signal: bool = Fa
         What is given to Python: ``("-m", "mpsl_dist", "train", ...)``.
     patience : float
         Seconds without a beat after which a child that has joined the run is killed.
+    restarts : int
+        How often a child that is lost in the middle of the run is started again.
     ends_on_signal : bool
         Whether a stop signal ends the rank: its launcher sends one when the run is over.
 
@@ -49,23 +52,36 @@ def supervise(command: Sequence[str], patience: float, ends_on_signal: bool = Fa
     """
     if not ends_on_signal:
         leave_stopping_to_server()
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
+    for count in range(restarts + 1):
+        status, joined = _run(command, patience, count)
+        if count and (status == 0 or not joined):
+            return 0  # the run was over when it came back, or goes on without it
+        if status == SERVER_GONE:
+            return 1
+        if status == 0 or not joined:
+            return status if status >= 0 else 128 - status
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        again = f"started again, {count + 1} of {restarts} times (faults.restarts)"
+        what = again if count < restarts else "the run goes on without it"
+        print(f"worker{rank} ended {how}; {what}", file=sys.stderr, flush=True)
+    return 0
+
+
+def _run(command: Sequence[str], patience: float, count: int) -> tuple[int, bool]:
+    """Run a child to its end; return its status, and whether it had joined the run."""
     reading, writing = os.pipe()
     child = subprocess.Popen(
         [sys.executable, *command],
-        env=os.environ | {_MARK: f"{writing} {os.getpid()}"},
+        env=os.environ | {_MARK: f"{writing} {os.getpid()} {count}"},
         pass_fds=[writing],
     )
     os.close(writing)
-    joined = _follow(reading, child, patience)
-    status = child.wait()
-    if status == SERVER_GONE:
-        return 1
-    if status == 0 or not joined:
-        return status if status >= 0 else 128 - status
-    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
-    print(f"worker{rank} ended {how}; the run goes on without it", file=sys.stderr, flush=True)
-    return 0
+    try:
+        joined = _follow(reading, child, patience)
+    finally:
+        os.close(reading)
+    return child.wait(), joined
 
 
 def _follow(reading: int, child: subprocess.Popen, patience: float) -> bool:
@@ -96,9 +112,9 @@ def beat() -> None:
 
 def follow_parent() -> None:
     """Have the kernel kill this process when its supervisor ends, where it can (Linux)."""
-    parent = int(os.environ[_MARK].split()[1])
-    if sys.platform.startswith("linux"):
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with_parent(int(os.environ[_MARK].split()[1]))
+
+
+def returns() -> int:
+    """Return how often this worker's process has been started again."""
+    return int(os.environ[_MARK].split()[2]) if is_child() else 0

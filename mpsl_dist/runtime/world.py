@@ -5,10 +5,13 @@ Server and workers are named ``server`` and ``worker1`` ... ``workerW`` after th
 
 from __future__ import annotations
 
+import itertools
 import os
-import threading
+import queue
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +19,21 @@ from torch.distributed import rpc
 
 from mpsl_dist.errors import Failure, RemoteError
 from mpsl_dist.runtime.environment import Environment
-from mpsl_dist.runtime.meeting import know_loopback
+from mpsl_dist.runtime.meeting import GENERATION, Notices, number_generation, open_store
 
 SERVER = "server"
-#: The server's word that the run is over, and whether all workers are there to leave together; a
-#: call from afar finds only what a module names.
-_ended = threading.Event()
-_together = threading.Event()
-#: Seconds for a worker to take note of the end.
+#: What the server tells a worker's main thread: ``("end", together)`` or ``("meet", generation)``;
+#: a call from afar finds only what a module names.
+Word = tuple[str, int]
+_words: queue.SimpleQueue[Word] = queue.SimpleQueue()
+#: What :func:`create` made here, by the number that the server knows it by.
+_residents: dict[int, Any] = {}
+_numbers = itertools.count()
+#: Seconds for a worker to take note of a word.
 _FAREWELL = 10.0
+#: Seconds for which a generation's agent is kept after it was left: torch goes on for about 13 s to
+#: tell a lost worker that a backward is over, and aborts the process if the agent is gone by then.
+_AFTERLIFE = 60.0
 
 
 def rank_name(rank: int) -> str:
@@ -32,100 +41,165 @@ def rank_name(rank: int) -> str:
     return SERVER if rank == 0 else f"worker{rank}"
 
 
-def start(
-    environment: Environment, timeout: float, start_timeout: float, interface: str, tcp_only: bool
-) -> None:
-    """Join the RPC world; returns when every rank has joined.
+@dataclass(frozen=True)
+class Place:
+    """Where a process of the world stands, and how it speaks.
 
-    Parameters
+    Attributes
     ----------
+    launched : Environment
+        Its rank, and where the ranks meet.
     timeout, start_timeout : float
-        Seconds for a call, and for all ranks to meet.
+        Seconds for a call, and for all ranks to meet at the start.
     interface : str
         Network interface that TensorPipe listens on.
     tcp_only : bool
         Keep same-host payloads on the socket instead of process-memory reads.
-
-    Raises
-    ------
-    RemoteError
-        If not all ranks meet in time.
     """
-    os.environ["TP_SOCKET_IFNAME"] = interface
-    # RPC's start meets in a gloo group, which would else go by what the host's name resolves to.
-    os.environ["GLOO_SOCKET_IFNAME"] = interface
-    # RPC's own barrier uses a process group in a way that warns its user, who cannot mend it.
-    warnings.filterwarnings("ignore", message="You are using a Backend", category=UserWarning)
-    know_loopback()
-    # Shared memory can fail with more than 18 workers on one host: sockets always.
-    options = rpc.TensorPipeRpcBackendOptions(
-        num_worker_threads=16,
-        rpc_timeout=start_timeout,
-        init_method=environment.init_method,
-        _transports=["uv"],
-        _channels=["basic"] if tcp_only else None,
-    )
-    try:
-        rpc.init_rpc(
-            rank_name(environment.rank),
-            rank=environment.rank,
-            world_size=environment.world,
-            rpc_backend_options=options,
-        )
-    except RuntimeError as error:
-        raise RemoteError(
-            f"the {environment.world} processes did not all meet at {environment.address} within "
-            f"{start_timeout:.0f} s (runtime.start_timeout), seen from rank {environment.rank}: "
-            f"{brief(error)}"
-        ) from error
-    rpc._set_rpc_timeout(timeout)
+
+    launched: Environment
+    timeout: float
+    start_timeout: float
+    interface: str
+    tcp_only: bool
 
 
-def dismiss(ranks: int, together: bool = True) -> None:
-    """Tell the workers of a world of so many ranks that the run is over, and leave with them.
+class World:
+    """This process's part in the RPC world, through all of its generations.
 
     Parameters
     ----------
-    together : bool
-        Whether all are there. Otherwise nobody waits for the others, and who does not answer is
-        left behind. RPC is then still on: torch aborts a process that takes it down while a call
-        to the lost is under way, so the caller ends by :func:`mpsl_dist.runtime.process.leave`.
+    place : Place
+    generation : int
+        How often the world has been made anew before.
 
     Raises
     ------
     RemoteError
-        If ``together`` and a worker does not answer.
+        If the store where the ranks meet is not reached in time.
     """
-    told = {
-        rank: rpc.rpc_async(rank_name(rank), _end, args=(together,), timeout=_FAREWELL)
-        for rank in range(1, ranks)
+
+    def __init__(self, place: Place, generation: int = 0) -> None:
+        self.place = place
+        self.launched = place.launched
+        self.generation = generation
+        self._left: list[tuple[Any, float]] = []
+        os.environ["TP_SOCKET_IFNAME"] = place.interface
+        # RPC's start meets in a gloo group, which else goes by what the host's name resolves to.
+        os.environ["GLOO_SOCKET_IFNAME"] = place.interface
+        # RPC's own barrier uses a process group in a way that warns its user, who can't mend it.
+        warnings.filterwarnings("ignore", message="You are using a Backend", category=UserWarning)
+        try:
+            self.notices = Notices(open_store(self.launched, place.start_timeout))
+        except RuntimeError as error:
+            raise self._not_met(error, place.start_timeout) from error
+
+    @property
+    def workers(self) -> range:
+        """The ranks of all workers."""
+        return range(1, self.launched.world)
+
+    def start(self, seconds: float | None = None) -> None:
+        """Join this generation; returns when every rank has joined.
+
+        Parameters
+        ----------
+        seconds : float, optional
+            For all to meet, if not the place's.
+
+        Raises
+        ------
+        RemoteError
+            If not all ranks meet in time.
+        """
+        seconds = seconds or self.place.start_timeout
+        number_generation(self.generation, seconds)
+        # Shared memory can fail with more than 18 workers on one host: sockets always.
+        options = rpc.TensorPipeRpcBackendOptions(
+            num_worker_threads=16,
+            rpc_timeout=seconds,
+            init_method=f"{GENERATION}://{self.generation}",
+            _transports=["uv"],
+            _channels=["basic"] if self.place.tcp_only else None,
+        )
+        try:
+            rpc.init_rpc(
+                rank_name(self.launched.rank),
+                rank=self.launched.rank,
+                world_size=self.launched.world,
+                rpc_backend_options=options,
+            )
+        except RuntimeError as error:
+            raise self._not_met(error, seconds) from error
+        rpc._set_rpc_timeout(self.place.timeout)
+
+    def leave(self) -> None:
+        """Leave this generation by oneself, if one is in it."""
+        if rpc.api._is_current_rpc_agent_set():
+            now = time.monotonic()
+            self._left = [(agent, at) for agent, at in self._left if now - at < _AFTERLIFE]
+            self._left.append((rpc.api._get_current_rpc_agent(), now))
+            rpc.shutdown(graceful=False)
+
+    def dismiss(self, together: bool = True) -> None:
+        """Tell the workers, as the server, that the run is over, and leave with them.
+
+        Parameters
+        ----------
+        together : bool
+            Whether all are there. Otherwise nobody waits for the others, and who does not answer
+            is left behind. RPC is then still on: torch aborts a process that takes it down while a
+            call to the lost is under way, so the caller ends by
+            :func:`mpsl_dist.runtime.process.leave`.
+
+        Raises
+        ------
+        RemoteError
+            If ``together`` and a worker does not answer.
+        """
+        self.notices.say("over")
+        told = tell(self.workers, ("end", together))
+        if together:
+            silent = [rank_name(rank) for rank in self.workers if rank not in told]
+            if silent:
+                raise RemoteError(f"{', '.join(silent)}: lost at the end of the run")
+            stop()
+
+    def _not_met(self, error: RuntimeError, seconds: float) -> RemoteError:
+        return RemoteError(
+            f"the {self.launched.world} processes did not all meet at {self.launched.address} "
+            f"within {seconds:.0f} s (runtime.start_timeout), seen from rank "
+            f"{self.launched.rank}: {brief(error)}"
+        )
+
+
+def tell(ranks: Iterable[int], word: Word) -> set[int]:
+    """Tell workers a word; return the ranks that took note of it."""
+    asked = {
+        rank: rpc.rpc_async(rank_name(rank), _hear, args=(word,), timeout=_FAREWELL)
+        for rank in ranks
     }
-    for rank, answer in told.items():
+    told = set()
+    for rank, answer in asked.items():
         try:
             answer.wait()
-        except RuntimeError as error:
-            if together:
-                raise RemoteError(
-                    f"{rank_name(rank)}: lost at the end of the run: {brief(error)}"
-                ) from error
-    if together:
-        stop()
+            told.add(rank)
+        except RuntimeError:
+            continue
+    return told
 
 
-def await_end() -> bool:
-    """Wait until rank 0 says that the run is over; return whether all leave together."""
-    _ended.wait()
-    return _together.is_set()
+def _hear(word: Word) -> None:
+    _words.put(word)
 
 
-def _end(together: bool) -> None:
-    if together:
-        _together.set()
-    _ended.set()
+def await_word() -> Word:
+    """Return the server's next word to this worker, when there is one."""
+    return _words.get()
 
 
 def stop() -> None:
-    """Leave the RPC world once every rank does; a worker's, after :func:`await_end`."""
+    """Leave the RPC world once every rank does; a worker's, after the word ``end``."""
     rpc.shutdown(graceful=True)
 
 
@@ -155,8 +229,9 @@ def create(
     function: Callable[..., Any],
     arguments: Mapping[int, Sequence[Any]],
     timeout: float,
+    number: int | None = None,
     who: Callable[[int], str] = rank_name,
-) -> dict[str, rpc.RRef]:
+) -> tuple[int, dict[int, RemoteError]]:
     """Call ``function`` on workers, all at once; the objects that it returns stay there.
 
     Parameters
@@ -167,41 +242,59 @@ def create(
         Rank -> positional arguments.
     timeout : float
         Seconds until it counts as failed; building clients takes longer than a step.
+    number : int, optional
+        Of an earlier call, whose objects these join.
     who : callable
         Returns a rank in the user's words.
 
     Returns
     -------
-    dict of str to RRef
-        Worker -> reference to its object.
-
-    Raises
-    ------
-    RemoteError
-        If it fails on any.
+    number : int
+        What every worker knows its object by, see :func:`resident`.
+    failed : dict of int to RemoteError
+        Rank -> why there is none.
     """
+    number = next(_numbers) if number is None else number
     futures = {
-        rank: rpc.rpc_async(rank_name(rank), _own, args=(function, tuple(values)), timeout=timeout)
+        rank: rpc.rpc_async(
+            rank_name(rank), _keep, args=(number, function, tuple(values)), timeout=timeout
+        )
         for rank, values in arguments.items()
     }
-    owned = {}
+    failed = {}
     for rank, future in futures.items():
         try:
             answer = future.wait()
         except RuntimeError as error:
-            raise RemoteError(f"{who(rank)}: lost in set-up: {brief(error)}") from error
+            failed[rank] = RemoteError(f"{who(rank)}: lost in set-up: {brief(error)}")
+            continue
         if isinstance(answer, Failure):
-            message = f"{who(rank)}: set-up: {answer.message}"
-            raise RemoteError(message, answer.details, answer.user_error)
-        owned[rank_name(rank)] = answer
-    return owned
+            words = f"{who(rank)}: set-up: {answer.message}"
+            failed[rank] = RemoteError(words, answer.details, answer.user_error)
+    return number, failed
 
 
-def _own(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _keep(number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Failure | None:
     try:
-        return rpc.RRef(function(*arguments))
+        _residents[number] = function(*arguments)
     except Exception as error:
         return Failure.of(error)
+    return None
+
+
+def resident(number: int) -> Any:
+    """Return what :func:`create` made in this process.
+
+    Not by RRefs, which do not outlive the generation of the world that they were made in.
+
+    Raises
+    ------
+    RuntimeError
+        If there is none: this process stands in for a worker that is missing.
+    """
+    if number not in _residents:
+        raise RuntimeError("no clients are hosted here")
+    return _residents[number]
 
 
 def brief(error: BaseException) -> str:

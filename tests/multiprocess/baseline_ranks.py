@@ -18,7 +18,7 @@ from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.methods import processes
 from mpsl_dist.models.average import trainable_state
-from mpsl_dist.runtime import environment, world
+from mpsl_dist.runtime import environment
 
 
 def train_and_tell(experiment: Experiment, launched: environment.Environment, steps: int) -> dict:
@@ -67,7 +67,7 @@ def main() -> None:
     if launched.rank > 0:
         processes.serve_as_worker(toys.experiment(), launched)
         return
-    processes.join(toys.experiment(), launched)
+    joined = processes.join(toys.experiment(), launched)
     task = json.loads(path.read_text())
     experiments = [from_dict(e) for e in task["experiments"]]
     if task.get("side_by_side"):
@@ -75,7 +75,7 @@ def main() -> None:
     else:
         told = [train_and_tell(experiment, launched, task["steps"]) for experiment in experiments]
     torch.save(told, path.with_suffix(".pt"))
-    world.dismiss(launched.world)
+    joined.dismiss()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import toys
 
 from mpsl_dist.config import from_dict
 from mpsl_dist.methods import loop, processes
-from mpsl_dist.runtime import environment, process, world
+from mpsl_dist.runtime import environment, process
 
 
 def main() -> None:
@@ -21,14 +21,14 @@ def main() -> None:
     if launched.rank > 0:
         processes.serve_as_worker(toys.experiment(), launched)
         return
-    processes.join(toys.experiment(), launched)
+    joined = processes.join(toys.experiment(), launched)
     for values in json.loads(Path(sys.argv[1]).read_text()):
         experiment = from_dict(values)
         holdings = processes.checked_data(experiment)
         run = processes.open_run(experiment, resume=False, overwrite=False)
         method = processes.connect(experiment, launched, holdings)
         loop.train(experiment, holdings.splits, method, run, process.StopRequest())
-    world.dismiss(launched.world)
+    joined.dismiss()
 
 
 if __name__ == "__main__":

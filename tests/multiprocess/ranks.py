@@ -23,7 +23,7 @@ from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.methods import processes
 from mpsl_dist.methods.mpsl import Mpsl
-from mpsl_dist.runtime import environment, process, world
+from mpsl_dist.runtime import environment, process
 from mpsl_dist.runtime.answers import Answers
 from mpsl_dist.runtime.fleet import Fleet
 
@@ -156,10 +156,10 @@ def main() -> None:
         if task != "gold":
             torch.save(sent, argument.with_name(f"sent-by-{launched.rank}.pt"))
         return
-    processes.join(toys.experiment(), launched)
+    joined = processes.join(toys.experiment(), launched)
     tasks = {"gold": gold, "end": lambda *_: None}
     tasks.get(task, record)(argument, launched)
-    world.dismiss(launched.world)
+    joined.dismiss()
 
 
 if __name__ == "__main__":

@@ -79,10 +79,10 @@ def main() -> None:
         processes.serve_as_worker(toys.experiment(), launched)
         return
     watch_calls()
-    processes.join(toys.experiment(), launched)
+    joined = processes.join(toys.experiment(), launched)
     experiments = [from_dict(values) for values in json.loads(path.read_text())]
     torch.save([train_and_tell(e, launched) for e in experiments], path.with_suffix(".pt"))
-    world.dismiss(launched.world)
+    joined.dismiss()
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_a_step_that_loses_a_client_is_repeated_without_it(
         losses = train(method)
     expected = reference.train(chosen, STEPS, absent=lambda n, step: n == GONE and step >= AT)
     assert_survivors_equal(method, expected, losses)
-    assert (method.lost, method.repeated) == ({GONE}, 1)
+    assert (method.clients.lost, method.repeated) == ({GONE}, 1)
     told = [r.getMessage() for r in caplog.records if "is lost" in r.getMessage()]
     assert len(told) == 1 and f"{message}, step {AT}" in told[0], told
 
@@ -101,7 +101,7 @@ def test_a_client_lost_after_the_backward_costs_its_own_state_alone() -> None:
     # It took part in its last step: only its own optimizer did not move.
     expected = reference.train(chosen, STEPS, absent=lambda n, step: n == GONE and step > AT)
     assert_survivors_equal(method, expected, losses)
-    assert (method.lost, method.repeated) == ({GONE}, 0)
+    assert (method.clients.lost, method.repeated) == ({GONE}, 0)
 
 
 @pytest.mark.parametrize("mode", ["gradients", "weights"])
@@ -114,7 +114,7 @@ def test_tokenizers_of_the_others_still_meet(mode: str, message: str) -> None:
     one, *others = [method.clients.references[n].tokenizer_weights() for n in (0, 1, 3)]
     for key, value in one.items():
         assert all(torch.equal(value, other[key]) for other in others), key
-    assert method.lost <= {GONE}
+    assert method.clients.lost <= {GONE}
 
 
 @pytest.mark.parametrize("place", ["server", "clients"])
@@ -131,11 +131,11 @@ def test_a_test_goes_on_without_a_lost_client(place: str, message: str) -> None:
 def test_a_client_lost_at_an_epochs_begin_or_a_checkpoint_is_left_out(tmp_path) -> None:
     method = dying(experiment(), "begin_epoch", step=-1)
     train(method, 3)
-    assert method.lost == {GONE}
+    assert method.clients.lost == {GONE}
     method = dying(experiment(), "save", step=-1)
     train(method, 3)
     method.save(str(tmp_path))
-    assert method.lost == {GONE} and len(list(tmp_path.glob("client-*.pt"))) == 3
+    assert method.clients.lost == {GONE} and len(list(tmp_path.glob("client-*.pt"))) == 3
 
 
 def test_by_default_a_step_with_one_client_left_still_trains_and_with_none_the_run_stops() -> None:
@@ -198,7 +198,7 @@ def test_what_is_no_number_stops_the_run_or_skips_the_client(what: str) -> None:
     losses = train(method)
     expected = reference.train(chosen, STEPS, absent=lambda n, step: (n, step) == (GONE, AT))
     assert_survivors_equal(method, expected, losses)
-    assert (method.lost, method.repeated) == (set(), 1)
+    assert (method.clients.lost, method.repeated) == (set(), 1)
 
 
 #: Whose numbers are spoiled at a message, as the user reads it.
@@ -288,7 +288,7 @@ def test_the_steps_repeated_go_on_counting_where_a_run_resumes(tmp_path) -> None
     checkpoint.complete(run.checkpoints, manifest, keep=1)
     again = in_one_process(experiment())
     assert loop._resume(again.experiment, again, run).step == STEPS
-    assert (again.repeated, again.lost) == (1, set())
+    assert (again.repeated, again.clients.lost) == (1, set())
 
 
 # -- FedAvg ------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_a_federated_round_goes_on_without_a_lost_client() -> None:
     # The same where it was never there.
     others.clients.lost.add(GONE)
     assert train_rounds(method) == train_rounds(others)
-    assert method.lost == {GONE}
+    assert method.clients.lost == {GONE}
     ours, theirs = trainable_state(method.model), trainable_state(others.model)
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
@@ -334,7 +334,7 @@ def test_a_federated_client_that_diverges_ends_the_run_with_advice_or_is_left_ou
     with pytest.raises(DivergedError, match=rf"client {GONE}: .*Lower training\.server\.lr"):
         train_rounds(diverging(rounds(), 1))
     method = diverging(rounds(on_nonfinite="skip_client"), 1)
-    assert None not in train_rounds(method) and method.lost == set()
+    assert None not in train_rounds(method) and method.clients.lost == set()
     assert method.clients.calls[-1] == ("train_round", [0, 1, 2, 3])
 
 
@@ -342,7 +342,7 @@ def test_an_error_that_names_no_present_client_is_never_taken_for_a_loss_again()
     """A backward fails for another reason while a client is gone already: no endless repetition."""
     method = dying(experiment(), "tokenize", step=0)
     train(method, 1)
-    assert method.lost == {GONE}
+    assert method.clients.lost == {GONE}
 
     class Failing:
         def backward(self, loss: torch.Tensor, where: str) -> None:

@@ -99,7 +99,7 @@ def test_one_clients_error_costs_no_neighbour_its_answer() -> None:
     before = trainable_state(method.server.model)
     with pytest.raises(RemoteError, match="step 0: client 2: OSError: clip_0042") as error:
         method.step(0, 0)
-    assert error.value.lost == (2,) and method.lost == {2}
+    assert error.value.lost == (2,) and method.clients.lost == {2}
     after = trainable_state(method.server.model)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
