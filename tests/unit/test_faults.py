@@ -249,7 +249,7 @@ def test_numbers_that_would_spoil_the_tokenizers_stop_the_run_or_are_left_out_on
 
     rule = {"stuck" if message == "step" else "missing": then}
     assert_survivors_equal(method, reference.train(chosen, STEPS, **rule), losses)
-    assert (method.lost, method.repeated) == (set(), 0)
+    assert (method.clients.lost, method.repeated) == (set(), 0)
 
 
 def test_a_run_whose_tokenizers_are_all_no_numbers_is_at_its_end() -> None:
