@@ -89,7 +89,7 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     else:
         process.leave_stopping_to_server()
     while True:
-        end_watch = process.watch_server(ping)
+        end_watch = process.watch_server(ping, lambda: launch.miss_server(launched))
         word, number = world.await_word()
         # A ping that outlived RPC would take the server's orderly end for its death, or abort
         # Python's.
