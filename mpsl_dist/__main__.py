@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpsl_dist.errors import ConfigError, DiskError, ResumeError, UserError
+from mpsl_dist.errors import ConfigError, DiskError, RefusedError, ResumeError, UserError
 
 if TYPE_CHECKING:
     from mpsl_dist.actors.holdings import Holdings
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command |= {"data": _data, "partition": _partition}
         return command[options.command](options)
     except UserError as error:
-        return _user_error(str(error))
+        return _user_error(str(error), told=isinstance(error, RefusedError))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,8 +103,9 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
     partition.add_argument("--out", metavar="FILE.png", help="default: partition-<name>.png")
 
 
-def _user_error(message: str) -> int:
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+def _user_error(message: str, told: bool) -> int:
+    """Print a mistake and return the exit status; ``told`` if rank 0 has told its own user."""
+    if not told and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         # Rank 0 meets the same error. Ending first would make a launcher end rank 0 before it can
         # say so; then the launcher ends this process. Where rank 0 meets no error (this host lacks
         # a plugin or a file), it waits for this process.

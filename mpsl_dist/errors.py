@@ -41,6 +41,10 @@ class LaunchError(UserError):
     """Processes that cannot find themselves or each other; the message says what to set."""
 
 
+class RefusedError(LaunchError):
+    """A worker that no server lets into its run; the server's user reads of it there."""
+
+
 class DiskError(OSError):
     """A file that the disk did not take; the message names it and says what to do."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,19 @@ from mpsl_dist.runtime.local import LocalFleet
 
 
 class WatchedFleet(LocalFleet):
-    """Remembers (message, clients) of every call."""
+    """Remembers (message, clients) of every call; clients come back as ``rebuild`` makes them."""
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
         self.calls: list[tuple[str, list[int]]] = []
+        self.rebuild: Callable[[list[int]], Sequence[Any]] | None = None
+        self.back: list[int] = []
+
+    def returned(self, lost: Collection[int]) -> list[int]:
+        back, self.back = self.back, []
+        if back:
+            self.host.clients |= {c.number: c for c in self.rebuild(back)}
+        return back
 
     def start(
         self,
@@ -64,4 +72,5 @@ def in_one_process(chosen: Experiment, kind: type[Mpsl] = Mpsl) -> Mpsl:
     model = build_server_model(chosen, holdings.splits, tokenizers.lengths)
     server = Server(model, Stepper(model.parameters(), chosen.training.server))
     clients = LocalSplit(build_clients(chosen, range(chosen.clients), holdings), chosen.faults)
+    clients.fleet.rebuild = lambda numbers: build_clients(chosen, numbers, holdings)
     return kind(chosen, holdings.splits, server, clients, tokenizers)

@@ -30,6 +30,7 @@ def train(
     experiment: Experiment,
     steps: int,
     absent: Rule = _never,
+    before: Callable[[int, list, list], None] = lambda step, clients, optimizers: None,
     stuck: Rule = _never,
     missing: Rule = _never,
 ) -> dict[str, Any]:
@@ -37,6 +38,8 @@ def train(
 
     A client that is ``absent`` takes no part in a step; one that is ``stuck`` took part, and makes
     no use of its own gradients; what is ``missing`` is not heard when tokenizers meet after it.
+    ``before(step, clients, optimizers)`` may change the clients' tokenizers and optimizers before a
+    step.
 
     On one thread, as the toys' server and clients: sums then run in the same order.
     """
@@ -60,6 +63,7 @@ def train(
     told: dict[str, Any] = {"losses": [], "cut_gradients": []}
     for step in range(steps):
         epoch, epoch_step = divmod(step, len(plan))
+        before(step, clients, optimizers)
         batches = {}
         for n, part in enumerate(parts):
             start, count = plan[:epoch_step, n].sum(), plan[epoch_step, n]
@@ -105,6 +109,7 @@ def train(
             _meet(sync.mode, clients, optimizers, heard, kept, [len(p) for p in parts])
         for module in (server, *clients):
             module.zero_grad()
+    told["sizes"] = [len(part) for part in parts]
     told["server"] = {k: v.cpu() for k, v in server.state_dict().items()}
     told["clients"] = {
         n: {k: p.detach().cpu() for k, p in c.named_parameters() if p.requires_grad}

@@ -14,8 +14,8 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 ``score``                 how many of its test predictions were right
 ``tokenizer_weights``     its trained tokenizer parameters, for FedAvg
 ``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``)
-``hand_over``             its trained tokenizer parameters and its optimizer's state, for a client that
-                          comes back (``tokenizer_sync: gradients`` alone, where all have the same)
+``hand_over``             its trained tokenizer parameters and its optimizer's state, for a client
+                          that comes back (``tokenizer_sync: gradients`` alone: all have the same)
 ``save``                  the SHA-256 of the file that it wrote of its state, as a text
 ``damage``                what is wrong with that file: a text with the file's name, or nothing
 ========================  =====================================================================

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
 from mpsl_dist.actors.choices import device_of, task_of
 from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.loading import override
-from mpsl_dist.data import Dataset, Splits, load_batches
-from mpsl_dist.errors import ConfigError, DiskError, RunError
+from mpsl_dist.data import Dataset, Splits, catalog, load_batches
+from mpsl_dist.errors import ConfigError, DiskError, RunError, UserError
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task, Tested
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
@@ -171,7 +172,24 @@ def _read_description(
     except ConfigError as error:
         lines = str(error).splitlines()
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from error
-    return experiment, shapes, classes
+    return _as_trained(experiment, shapes), shapes, classes
+
+
+def _as_trained(experiment: Experiment, shapes: Mapping[str, tuple[int, ...]]) -> Experiment:
+    """Return the experiment with what its data decided then; other data may decide otherwise."""
+    decided: dict[str, Any] = {"modalities": list(shapes)}
+    if "audio" in shapes:
+        decided["audio_frames"] = shapes["audio"][0]
+    try:
+        reads = catalog.find(experiment.data.name, experiment.plugins).reads
+    except UserError:
+        return experiment  # a model predicts without its dataset, too
+    left_open = {
+        key: value
+        for key, value in decided.items()
+        if key in reads and getattr(experiment.data, key) is None
+    }
+    return replace(experiment, data=replace(experiment.data, **left_open))
 
 
 class _Nothing:

@@ -33,7 +33,7 @@ def load_data(experiment: Experiment) -> Splits:
 
 def data_options(experiment: Experiment) -> dict[str, Any]:
     """Return what the experiment asks of its dataset, as :func:`mpsl_dist.data.load` takes it."""
-    names = ("image_size", "audio_frames", "modalities", "on_error", "cache")
+    names = ("image_size", "audio_frames", "modalities", "on_error", "max_missing", "cache")
     common = {name: getattr(experiment.data, name) for name in names}
     return common | {"plugins": experiment.plugins, "own_options": experiment.data.options}
 

@@ -29,19 +29,22 @@ class Data:
     #: Who holds the test set: the server (a public benchmark), or the clients, a part each.
     test_at: Literal["server", "clients"] = "server"
     partition: Partition = field(default_factory=Partition)
-    #: Length of a text in CLIP byte-pair tokens, start and end included.
-    text_length: int = 16
+    #: Length of a text in CLIP byte-pair tokens, start and end included; null is the dataset's own.
+    text_length: int | None = None
     #: ``manifest`` and plugins' datasets that have a choice: what to read, in the order of fusion;
     #: null is all that there is.
     modalities: list[str] | None = None
     #: Loader processes per client; 0 loads in the worker itself.
     loaders: int = 0
     #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's
-    #: own.
+    #: own, a manifest's as long as its sounds.
     image_size: int | None = None
     audio_frames: int | None = None
     #: ``skip`` replaces a file that cannot be read by another sample, and counts it.
     on_error: Literal["raise", "skip"] | None = None
+    #: With ``skip``: the share of a split's samples whose files may be missing, 0 to 1; null is
+    #: 0.01.
+    max_missing: float | None = None
     #: Folder that keeps decoded inputs between epochs and runs.
     cache: str | None = None
     #: Options of a plugin's dataset.

@@ -28,7 +28,7 @@ __all__ = [
 def load(
     name: str,
     root: str | Path | None = None,
-    text_length: int = 16,
+    text_length: int | None = None,
     *,
     plugins: Sequence[str] = (),
     own_options: Mapping[str, Any] | None = None,
@@ -42,15 +42,16 @@ def load(
         One of ours (:data:`mpsl_dist.data.catalog.DATASETS`), or of a plugin.
     root : str or Path, optional
         Folder or file that it is read from; not needed by datasets that are built in.
-    text_length : int
-        Byte-pair tokens of a text; of no effect where there are no texts.
+    text_length : int, optional
+        Byte-pair tokens of a text; of no effect where there are no texts. None leaves the
+        dataset's own default.
     plugins : sequence of str
         Modules that may define further datasets.
     own_options : mapping, optional
         Options that only this dataset has, by name.
     options
-        ``image_size``, ``audio_frames``, ``modalities``, ``on_error`` and ``cache``; None leaves
-        the dataset's own default.
+        ``image_size``, ``audio_frames``, ``modalities``, ``on_error``, ``max_missing`` and
+        ``cache``; None leaves the dataset's own default.
 
     Raises
     ------
@@ -65,7 +66,7 @@ def load(
     useless = sorted(given.keys() - set(facts.reads))
     if useless:
         raise DataError("\n".join(f"data.{option}: {name} has no use for it" for option in useless))
-    if "text_length" in facts.reads:
+    if "text_length" in facts.reads and text_length is not None:
         given["text_length"] = text_length
     if "on_error" in facts.reads:
         given.setdefault("on_error", facts.on_error)

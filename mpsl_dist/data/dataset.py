@@ -71,6 +71,8 @@ class Splits:
         Class names in label order.
     baselines : mapping of str to float
         Test accuracies that need no model, by name.
+    notes : tuple of str
+        What was decided in reading the data, and likely mistakes in it, for people.
     """
 
     train: Dataset
@@ -78,6 +80,7 @@ class Splits:
     shapes: Mapping[str, tuple[int, ...]]
     classes: tuple[str, ...]
     baselines: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def retrieval(self) -> bool:

@@ -9,7 +9,7 @@ every other message goes on without them, or ends the run, as ``faults`` has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,8 +61,8 @@ class Transport(Protocol):
         """Open what the gradients of one backward through these clients live in."""
         ...
 
-    def returned(self) -> list[int]:
-        """Take back workers that had been lost; return their clients, as new."""
+    def returned(self, lost: Collection[int]) -> list[int]:
+        """Take back workers of lost clients that are there again; return their clients, as new."""
         ...
 
 
@@ -172,23 +172,28 @@ class Link:
         """Return the same arguments for every client that is there."""
         return dict.fromkeys(self.present, arguments)
 
-    def readmit(self) -> list[int]:
+    def readmit(self, where: str) -> list[int]:
         """Take back the clients of workers that have come back; return their numbers.
 
         They are as they were at the start of the run.
+
+        Parameters
+        ----------
+        where : str
+            What the user should read of it, as "step 17".
         """
         if not self.lost:
             return []
-        back = [client for client in self.fleet.returned() if client in self.lost]
+        back = [client for client in self.fleet.returned(self.lost) if client in self.lost]
         self.lost -= set(back)
         self.returned += len(back)
         if back:
-            warn(f"{name_clients(back)} came back")
+            warn(f"{name_clients(back)} came back, {where}")
         return back
 
-    def keep(self, folder: str) -> None:
+    def keep(self, folder: str, where: str) -> None:
         """Have every client write its state where it is, for its own return."""
-        digests = self.start("save", self.everyone(folder), "keeping")()
+        digests = self.start("save", self.everyone(folder), where)()
         self._kept |= {client: (folder, digest) for client, digest in digests.items()}
 
     def restore_kept(self, clients: Sequence[int]) -> list[int]:

@@ -121,10 +121,10 @@ def train(
     samples = int(method.plan.sum())
     with Progress(epochs * steps, at.step, samples / steps) as progress:
         while at.epoch < epochs and not stop:
-            _welcome_returned(method)
+            _welcome_returned(method, at)
             method.begin_epoch(at.epoch, at.epoch_step)
             while at.epoch_step < steps and not stop:
-                if faults.rejoin == "now" and _welcome_returned(method):
+                if faults.rejoin == "now" and _welcome_returned(method, at):
                     method.begin_epoch(at.epoch, at.epoch_step)
                 _one_step(method, run, at, progress)
                 _keep(faults, method, run, at)
@@ -198,9 +198,9 @@ def _mismatch(
     return None
 
 
-def _welcome_returned(method: Method) -> bool:
+def _welcome_returned(method: Method, at: _Position) -> bool:
     """Take back clients whose workers have come back; return whether there are any."""
-    back = method.clients.readmit() if method.clients else []
+    back = method.clients.readmit(f"step {at.step}") if method.clients else []
     if back:
         method.welcome(back)
     return bool(back)
@@ -210,7 +210,7 @@ def _keep(faults: Faults, method: Method, run: RunDirectory, at: _Position) -> N
     """Have clients write their own state for their return, if it is time."""
     every = faults.save_clients_every
     if every and method.clients and at.step % every == 0:
-        method.clients.keep(str((run.path / "clients").absolute()))
+        method.clients.keep(str((run.path / "clients").absolute()), f"step {at.step}")
 
 
 def _counts(method: Method) -> dict[str, int]:

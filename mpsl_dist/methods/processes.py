@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from mpsl_dist import plugins
@@ -20,14 +22,28 @@ from mpsl_dist.config.methods import (
     processes_of,
     unread,
 )
-from mpsl_dist.errors import ConfigError, UserError
+from mpsl_dist.data.remarks import remarks
+from mpsl_dist.errors import ConfigError, LaunchError, UserError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
-from mpsl_dist.runtime import environment, generations, launch, process, supervisor, world
+from mpsl_dist.runtime import (
+    admission,
+    environment,
+    generations,
+    launch,
+    network,
+    process,
+    supervisor,
+    world,
+)
 from mpsl_dist.runtime.environment import Environment
+from mpsl_dist.runtime.token import TOKEN_FILE, read_token
+from mpsl_dist.typed import flatten
 
 _log = logging.getLogger("mpsl_dist")
+#: Seconds that a worker that came back between two steps waits for others that were lost with it.
+_HOLD = 30.0
 
 
 def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
@@ -69,7 +85,7 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
 
 def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     """Host clients until the server ends the world, through all of its generations."""
-    joined, returns = reach(experiment, launched), supervisor.returns()
+    returns = supervisor.returns()
     # Three pings without an answer, and the waits between them, are faults.exit_timeout.
     patience = max(5.0, experiment.faults.exit_timeout / 4)
 
@@ -78,10 +94,11 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
 
     if returns:
         supervisor.beat()
-        if not generations.come_back(joined, returns):
+        joined, enter = reach(experiment, launched), partial(prove, experiment, launched)
+        if not generations.come_back(joined, returns, enter):
             process.leave(0)
     else:
-        joined.start()
+        joined = join(experiment, launched)
         if supervisor.is_child():
             supervisor.beat()
     if launched.folder:
@@ -129,6 +146,8 @@ def train_as_server(
     if ignored:
         kind, _ = head_of(experiment, holdings.splits)
         _say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
+    for remark in remarks(holdings.splits):
+        _say(remark)
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)
     if joined:
@@ -159,7 +178,9 @@ def connect(
     holdings.log()
     build = plugins.resolve(facts_of(experiment).build)
     back = joined is not None and comes_back(experiment)
-    renewed = generations.Generations(joined) if back else None
+    admit = partial(prove, experiment, launched)
+    hold = _HOLD if experiment.faults.rejoin == "now" else 0.0
+    renewed = generations.Generations(joined, admit, hold) if back else None
     return build(Setup(experiment, holdings, worker_threads, renewed, options_of(experiment)))
 
 
@@ -204,13 +225,18 @@ def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirect
 def join(experiment: Experiment, launched: Environment) -> world.World:
     """Enter the RPC world, and return when every rank is there.
 
+    On several hosts, server and workers first prove to each other that they belong together.
+
     Raises
     ------
     RemoteError
         If not all ranks meet in time.
     LaunchError
-        If no network interface leads to the others.
+        If no network interface leads to the others, or a worker is refused.
     """
+    if launched.rank == 0 and launched.init_method == "env://":
+        _say("torchrun's own store listens on every interface: docs/clusters.md#security")
+    prove(experiment, launched, range(1, launched.world))
     joined = reach(experiment, launched)
     joined.start()
     return joined
@@ -227,6 +253,52 @@ def reach(experiment: Experiment, launched: Environment) -> world.World:
         settings.channels == "tcp",
     )
     return world.World(place)
+
+
+def prove(
+    experiment: Experiment,
+    launched: Environment,
+    workers: Collection[int],
+    patience: float | None = None,
+) -> None:
+    """Let these workers in, or enter as one of them, by the run's token; on several hosts alone.
+
+    Parameters
+    ----------
+    patience : float, optional
+        Seconds for all to come, if not ``runtime.start_timeout``.
+
+    Raises
+    ------
+    LaunchError, RemoteError
+        As :func:`mpsl_dist.runtime.admission.admit` and ``enter`` have it.
+    """
+    if launched.one_host:
+        return
+    interface = launched.interface(experiment.runtime.interface)
+    versions = {name: importlib.metadata.version(name) for name in ("mpsl_dist", "torch")}
+    facts = {name: version.partition("+")[0] for name, version in versions.items()}
+    facts |= flatten(to_dict(experiment))
+    del facts["runtime.interface"]  # a host's own matter
+    card = admission.Card(launched.rank, network.host_name(), facts)
+    token, patience = read_token(os.environ), patience or experiment.runtime.start_timeout
+    port = launched.port + 1
+    if port > 65535:
+        raise LaunchError(f"MASTER_PORT={launched.port}: the token needs the port after it too")
+    if launched.rank:
+        admission.enter((launched.address, port), card, token, patience)
+        return
+    address = network.listening_address(launched.address)
+    _say(
+        f"the processes meet at {address}, ports {launched.port} and {port}, RPC listens on "
+        f"{interface}; "
+        + (
+            "who joins must prove the token"
+            if token
+            else f"no {TOKEN_FILE}: who reaches them joins"
+        )
+    )
+    admission.admit((address, port), workers, card, token, patience, _say)
 
 
 def _threads(experiment: Experiment, launched: Environment) -> tuple[int, int]:

@@ -35,7 +35,7 @@ class SplitLink(Link):
         self.start("begin_training", dict.fromkeys(told, (steps_per_epoch, epochs)))()
 
     def hand_over(self, clients: Sequence[int], to: Sequence[int]) -> None:
-        """Have the first of these clients that is there give its tokenizers and optimizer to others."""
+        """Have the first of these that answers give others its tokenizers and optimizer's state."""
         for client in clients:
             parts = self.start("hand_over", {client: ()}, "return", up="sync_up")()
             if parts:

@@ -33,7 +33,7 @@ SLURM_PORTS = range(15000, 25000)
 LAUNCH_FOLDER = "MPSL_DIST_LAUNCH_FOLDER"
 
 #: Scheme of :mod:`mpsl_dist.runtime.meeting`.
-LOOPBACK = "loopback"
+MEETING = "rank0"
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Environment:
     address, port : str, int
         Where the processes meet.
     init_method : str
-        The same as torch takes it: ``env://`` under torchrun, whose agent may host the store;
-        ``tcp://address:port`` under Slurm, where rank 0 hosts it; ``loopback://`` where rank 0
-        hosts it for this host alone; a file by our own command.
+        The same as torch takes it: ``env://`` under torchrun whose agent hosts the store;
+        ``rank0://address:port`` where rank 0 hosts it, on this address alone, which is loopback
+        on one host; a file by our own command.
     socket_interface : str or None
         ``TP_SOCKET_IFNAME``, where the user set it.
     folder : str or None
@@ -158,9 +158,11 @@ def _from_torchrun(variables: Mapping[str, str]) -> Environment:
     if local_world > world:
         raise LaunchError(f"LOCAL_WORLD_SIZE={local_world} exceeds WORLD_SIZE={world}")
     folder, port = variables.get(LAUNCH_FOLDER), _port(variables)
-    init_method = f"file://{folder}/world" if folder else "env://"
-    if not folder and nodes == 1 and variables.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
-        init_method = f"{LOOPBACK}://127.0.0.1:{port}"
+    init_method = _meeting(variables["MASTER_ADDR"] if nodes > 1 else "127.0.0.1", port)
+    if variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        init_method = "env://"
+    if folder:
+        init_method = f"file://{folder}/world"
     return Environment(
         launcher="mpsl_dist" if folder else "torchrun",
         rank=rank,
@@ -221,9 +223,7 @@ def _from_step(known: Mapping[str, str], world: int) -> Environment:
     address = known.get("MASTER_ADDR") or hosts[0]
     job, step = _number(known, "SLURM_JOB_ID"), _number(known, "SLURM_STEP_ID")
     port = _port(known) if known.get("MASTER_PORT") else slurm_port(job, step)
-    init_method = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
-    if len(hosts) == 1 and not known.get("MASTER_ADDR"):
-        init_method = f"{LOOPBACK}://127.0.0.1:{port}"
+    alone = len(hosts) == 1 and not known.get("MASTER_ADDR")
     return Environment(
         launcher="slurm",
         rank=rank,
@@ -234,9 +234,13 @@ def _from_step(known: Mapping[str, str], world: int) -> Environment:
         nodes=len(hosts),
         address=address,
         port=port,
-        init_method=init_method,
+        init_method=_meeting("127.0.0.1" if alone else address, port),
         socket_interface=known.get("TP_SOCKET_IFNAME") or None,
     )
+
+
+def _meeting(address: str, port: int) -> str:
+    return f"{MEETING}://[{address}]:{port}" if ":" in address else f"{MEETING}://{address}:{port}"
 
 
 def slurm_port(job: int, step: int) -> int:

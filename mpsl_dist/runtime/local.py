@@ -6,7 +6,7 @@ every message of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -101,6 +101,6 @@ class LocalFleet:
         """Open what the gradients of one backward through these clients live in."""
         yield LocalAutograd()
 
-    def returned(self) -> list[int]:
+    def returned(self, lost: Collection[int]) -> list[int]:
         """Return nobody: there are no workers to come back."""
         return []

@@ -2,14 +2,13 @@
 
 RPC's members are fixed once they have met, so when lost workers come back the world is made anew,
 by the same store: its next *generation*, with keys of its own
-(:mod:`mpsl_dist.runtime.generations`). The store of a run on one host listens on loopback alone;
+(:mod:`mpsl_dist.runtime.generations`). The store that rank 0 hosts listens on one address alone;
 torch's own listens on every interface.
 """
 
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -25,7 +24,8 @@ from torch.distributed import (
 )
 
 from mpsl_dist.errors import RemoteError
-from mpsl_dist.runtime.environment import LOOPBACK, Environment
+from mpsl_dist.runtime.environment import MEETING, Environment
+from mpsl_dist.runtime.network import listening_address
 
 #: Scheme of a generation's rendezvous: ``generation://0``.
 GENERATION = "generation"
@@ -47,7 +47,7 @@ def open_store(launched: Environment, seconds: float) -> Store:
     RuntimeError
         If it is not reached in time.
     """
-    _teach(LOOPBACK, _on_loopback)
+    _teach(MEETING, _at_rank0)
     _teach(GENERATION, _generation)
     meeting = rendezvous(
         launched.init_method, launched.rank, launched.world, timeout=timedelta(seconds=seconds)
@@ -109,15 +109,6 @@ class Notices:
             raise RemoteError(f"nobody said {key} within {seconds:g} s") from error
         return self._store.get(key).decode()
 
-    def gather(self, keys: dict[int, str], seconds: float) -> set[int]:
-        """Return whose keys were said within so many seconds; waits no longer than for all."""
-        deadline = time.monotonic() + seconds
-        while True:
-            here = {rank for rank, key in keys.items() if self._store.check([key])}
-            if len(here) == len(keys) or time.monotonic() > deadline:
-                return here
-            time.sleep(0.02)
-
 
 def _teach(scheme: str, handler: Any) -> None:
     try:
@@ -126,14 +117,17 @@ def _teach(scheme: str, handler: Any) -> None:
         return
 
 
-def _on_loopback(
+def _at_rank0(
     url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
 ) -> Iterator[tuple[Store, int, int]]:
-    """Meet at ``loopback://127.0.0.1:PORT``, where rank 0 hosts the store."""
+    """Meet at ``rank0://ADDRESS:PORT``, where rank 0 hosts the store."""
     place, (rank, world) = urlparse(url), _numbers(url)
     address, port = place.hostname or "", place.port or 0
-    hosts = rank == 0
-    door = socket.create_server((address, port)).detach() if hosts else None
+    hosts, door = rank == 0, None
+    if hosts:
+        address = listening_address(address)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        door = socket.create_server((address, port), family=family).detach()
     store = TCPStore(
         address, port, world, hosts, timeout, False, master_listen_fd=door, use_libuv=True
     )

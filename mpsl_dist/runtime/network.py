@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
 import struct
 import sys
+from typing import Any
 
 from mpsl_dist.errors import LaunchError
 
@@ -89,11 +91,37 @@ def interface_towards(address: str) -> str:
     )
 
 
+def listening_address(address: str) -> str:
+    """Return the one address of this host at which those arrive who go to ``address``.
+
+    It is ``address`` itself, unless that is a name which leads to loopback on this host alone, or
+    belongs to a router that translates it.
+
+    Raises
+    ------
+    LaunchError
+        If the address leads nowhere.
+    """
+    with contextlib.suppress(OSError):
+        family, _, _, _, own = _resolved(address)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((own[0], 0))
+        if not _is_loopback(own[0]) or address == "localhost" or _is_loopback(address):
+            return str(own[0])
+        return _local_address(_ELSEWHERE)
+    return _local_address(address)
+
+
+def _resolved(address: str) -> tuple[Any, ...]:
+    found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
+    return min(found, key=lambda entry: entry[0] != socket.AF_INET)
+
+
 def _local_address(address: str) -> str:
     """Return the address of this host from which packets to ``address`` would leave."""
     try:
-        target = socket.getaddrinfo(address, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        family, _, _, _, target = _resolved(address)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # chooses the route; a datagram socket sends nothing yet
             return str(probe.getsockname()[0])
     except OSError as error:

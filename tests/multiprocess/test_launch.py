@@ -56,6 +56,44 @@ def training(start: Start, tmp_path: Path) -> Start:
     return run
 
 
+def documented_torchrun() -> list[str]:
+    """The words of the line for one host in ``docs/clusters.md``, after torchrun's name."""
+    page = (ROOT / "docs" / "clusters.md").read_text("utf-8").replace("\\\n", "")
+    (line,) = re.findall(r"^ +TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun (.*)$", page, re.M)
+    words = line.split()
+    assert words[-4:] == ["-m", "mpsl_dist", "train", "CONFIG"]
+    return words[:-4]
+
+
+@pytest.fixture
+def under_torchrun(start: Start, launch: Launch, tmp_path: Path) -> Start:
+    """The same under torchrun, by the documented line."""
+
+    def run(*words: str, inside: tuple[str, ...] = ()) -> World:
+        line = [*inside, sys.executable, "-m", "torch.distributed.run", *documented_torchrun()]
+        endless = ["train", str(tmp_path / "toy.yaml"), "training.epochs=100000", *words]
+        world = launch([*line, COMMAND, *endless], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        until(lambda: steps_done(tmp_path / "runs" / "toy") >= 3, 200, "three steps")
+        return world
+
+    return run
+
+
+@pytest.fixture
+def quickstart(launch: Launch, tmp_path: Path) -> Start:
+    """What ``launch/quickstart.sh`` starts, once its processes have trained some steps."""
+
+    def run(inside: tuple[str, ...] = ()) -> World:
+        script = (ROOT / "launch" / "quickstart.sh").read_text()
+        (words,) = re.findall(r'^exec "\$venv/bin/python" (.*) "\$@"$', script, re.M)
+        *command, config = words.split()
+        world = launch([*inside, sys.executable, *command, str(ROOT / config)])
+        until(lambda: steps_done(tmp_path / "runs" / "quickstart") >= 3, 200, "three steps")
+        return world
+
+    return run
+
+
 def errors(output: str) -> list[str]:
     """The lines that tell what is wrong; there is no traceback beside them."""
     assert "Traceback" not in output, output
@@ -167,21 +205,24 @@ time.sleep(600)
 """
 
 
-def test_another_host_reaches_no_port_of_the_run(
-    training: Start,
+@pytest.mark.parametrize("way", ["quickstart", "under_torchrun"])
+def test_neither_another_host_nor_the_own_address_reaches_a_port_of_the_run(
+    way: str,
+    request: pytest.FixtureRequest,
     launch: Launch,
     cable: tuple[str, str],  # noqa: F811
 ) -> None:
     here, there = (("ip", "netns", "exec", name) for name in cable)
-    world = training(inside=here)
+    world = request.getfixturevalue(way)(inside=here)
     ports = {str(port) for _, port in listening(world)}
-    assert ports
+    assert len(world.members()) >= 4 and ports
     control = launch([*here, sys.executable, "-c", OPEN])
     until(lambda: control.output().endswith("\n"), 60, "an open port")
     known = control.output().strip()
-    line = [*there, sys.executable, "-c", REACH, ADDRESSES[0], known, *ports]
-    reached = subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()
-    assert reached == [known]
+    for caller in (there, here):
+        line = [*caller, sys.executable, "-c", REACH, ADDRESSES[0], known, *ports]
+        reached = subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()
+        assert reached == [known]
 
 
 def test_a_users_mistake_is_one_message_and_status_2(start: Start, tmp_path: Path) -> None:
@@ -335,21 +376,6 @@ def test_not_even_one_that_hangs(training: Start) -> None:
     until(lambda: len(world.members()) <= 1, 5, "processes outlive their launcher")
 
 
-def documented_torchrun() -> list[str]:
-    """The words of the line for one host in ``docs/clusters.md``, after torchrun's name."""
-    page = (ROOT / "docs" / "clusters.md").read_text("utf-8").replace("\\\n", "")
-    (line,) = re.findall(r"^ +TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun (.*)$", page, re.M)
-    words = line.split()
-    assert words[-4:] == ["-m", "mpsl_dist", "train", "CONFIG"]
-    return words[:-4]
-
-
-def test_the_line_for_torchrun_listens_on_loopback_alone(
-    launch: Launch, start: Start, tmp_path: Path
-) -> None:
-    line = [sys.executable, "-m", "torch.distributed.run", *documented_torchrun(), COMMAND]
-    words = ["train", str(tmp_path / "toy.yaml"), "training.epochs=100000"]
-    world = launch([*line, *words], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    until(lambda: steps_done(tmp_path / "runs" / "toy") >= 3, 200, "three steps")
-    found = listening(world)
+def test_the_line_for_torchrun_listens_on_loopback_alone(under_torchrun: Start) -> None:
+    found = listening(under_torchrun())
     assert found and {address for address, _ in found} <= {"127.0.0.1", "::1"}, found

@@ -15,6 +15,7 @@ from mpsl_dist.data.decode import media, samples
 from mpsl_dist.data.decode.cache import Cache
 from mpsl_dist.data.decode.samples import FileDataset, Sample, View
 from mpsl_dist.data.sets import tables
+from mpsl_dist.data.sets.tables import Files
 
 CLIP = View(("image", "audio"), image_size=32, crop=True, audio_frames=20)
 PICTURE = View(("image", "text"), image_size=32, text_length=12)
@@ -163,10 +164,25 @@ def test_missing_files_are_found_at_once(tmp_path: Path, caplog: pytest.LogCaptu
     listed = [Sample(image=str(write_picture(tmp_path / "a.png")))]
     listed += [Sample(image=str(tmp_path / f"{n}.png")) for n in range(3)]
     with pytest.raises(DataError, match=r"3 of 4 samples have no file.*0\.png.*the shop"):
-        tables.keep_existing(listed, "raise", "toys", "the shop")
+        tables.keep_existing(listed, Files("raise"), "toys", "the shop")
     with caplog.at_level(logging.WARNING):
-        kept, missing = tables.keep_existing(listed, "skip", "toys", "the shop")
+        kept, missing = tables.keep_existing(listed, Files("skip", 0.75), "toys", "the shop")
     assert kept == [0] and [Path(path).name for path in missing] == ["0.png", "1.png", "2.png"]
     assert "3 of 4" in caplog.text
     with pytest.raises(DataError, match="3 of 3"):
-        tables.keep_existing(listed[1:], "skip", "toys", "the shop")
+        tables.keep_existing(listed[1:], Files("skip", 1.0), "toys", "the shop")
+
+
+def test_more_missing_files_than_allowed_are_an_error(tmp_path: Path) -> None:
+    """A set of which almost nothing is there must not train on the rest without a word."""
+    write_picture(tmp_path / "a.png")
+    listed = [Sample(image=str(tmp_path / "a.png"))] * 99
+    listed += [Sample(image=str(tmp_path / f"{n}.png")) for n in range(5)]
+    assert len(tables.keep_existing(listed[:100], Files("skip"), "toys", "the shop")[0]) == 99
+    with pytest.raises(DataError) as caught:
+        tables.keep_existing(listed, Files("skip"), "toys", "the shop")
+    said = str(caught.value)
+    assert "toys: 5 of 104 samples have no file" in said and "0.png" in said and "2.png" in said
+    assert "more than data.max_missing=0.01 allows; the shop" in said
+    assert said.endswith("train without them with data.max_missing=0.049")
+    assert len(tables.keep_existing(listed, Files("skip", 0.049), "toys", "the shop")[0]) == 99

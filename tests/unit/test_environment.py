@@ -18,6 +18,7 @@ from mpsl_dist.runtime.environment import (
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
     "RANK": "5",
     "WORLD_SIZE": "8",
     "LOCAL_RANK": "1",
@@ -49,6 +50,11 @@ AGENT = {
     "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
+BY_HAND = {
+    name: value
+    for name, value in TORCHRUN.items()
+    if name.startswith(("RANK", "WORLD", "LOCAL", "MASTER"))
+}
 ONE_HOST = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "4", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
 SRUN_ON_ONE = {"SLURM_STEP_NODELIST": "gpu07", "SLURM_STEP_TASKS_PER_NODE": "4"}
 BATCH = {
@@ -70,11 +76,11 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
     [
         pytest.param(TORCHRUN, "torchrun", (5, 8, 1, 4, 1, 2), "env://", id="torchrun"),
         pytest.param(
-            without(TORCHRUN, "TORCHELASTIC_RUN_ID", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+            BY_HAND,
             "torchrun",
             (5, 8, 1, 4, 1, 2),
-            "env://",
-            id="another env:// launcher",
+            "rank0://10.0.0.1:29400",
+            id="another launcher",
         ),
         pytest.param(
             {**TORCHRUN, "GROUP_RANK": "2", "GROUP_WORLD_SIZE": "3"},
@@ -83,8 +89,8 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
             "env://",
             id="unequal nodes",
         ),
-        pytest.param(SRUN, "slurm", (2, 4, 0, 2, 1, 2), "tcp://gpu07:", id="srun"),
-        pytest.param(SUBMITIT, "slurm", (2, 4, 0, 2, 1, 2), "tcp://gpu07:", id="submitit"),
+        pytest.param(SRUN, "slurm", (2, 4, 0, 2, 1, 2), "rank0://gpu07:", id="srun"),
+        pytest.param(SUBMITIT, "slurm", (2, 4, 0, 2, 1, 2), "rank0://gpu07:", id="submitit"),
         pytest.param(
             {**AGENT, **TORCHRUN}, "torchrun", (5, 8, 1, 4, 1, 2), "env://", id="srun torchrun"
         ),
@@ -95,35 +101,35 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
             without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
             "slurm",
             (2, 4, 0, 2, 1, 2),
-            "tcp://gpu07:",
+            "rank0://gpu07:",
             id="srun with the job's shape only",
         ),
         pytest.param(
             {**SRUN, "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "gpu[01-08]"},
             "slurm",
             (2, 4, 0, 2, 1, 2),
-            "tcp://gpu07:",
+            "rank0://gpu07:",
             id="a step smaller than its job",
         ),
         pytest.param(
             {**SRUN, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"},
             "slurm",
             (2, 4, 0, 2, 1, 2),
-            "tcp://gpu07:",
+            "rank0://gpu07:",
             id="srun with the same ranks by hand",
         ),
         pytest.param(
             {**SRUN, "MASTER_ADDR": "192.168.0.7", "MASTER_PORT": "7777"},
             "slurm",
             (2, 4, 0, 2, 1, 2),
-            "tcp://192.168.0.7:7777",
+            "rank0://192.168.0.7:7777",
             id="srun with the meeting place by hand",
         ),
         pytest.param(
             {**SRUN, "MASTER_ADDR": "fd00::7", "MASTER_PORT": "7777"},
             "slurm",
             (2, 4, 0, 2, 1, 2),
-            "tcp://[fd00::7]:7777",
+            "rank0://[fd00::7]:7777",
             id="IPv6",
         ),
         pytest.param(
@@ -137,14 +143,21 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
             {**ONE_HOST, "TORCHELASTIC_USE_AGENT_STORE": "False"},
             "torchrun",
             (1, 4, 1, 4, 0, 1),
-            "loopback://127.0.0.1:29400",
+            "rank0://127.0.0.1:29400",
             id="torchrun on one host without its store",
+        ),
+        pytest.param(
+            {**BY_HAND, "WORLD_SIZE": "4", "RANK": "1"},
+            "torchrun",
+            (1, 4, 1, 4, 0, 1),
+            "rank0://127.0.0.1:29400",
+            id="another launcher on one host",
         ),
         pytest.param(
             {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "False"},
             "torchrun",
             (5, 8, 1, 4, 1, 2),
-            "env://",
+            "rank0://10.0.0.1:29400",
             id="torchrun without its store",
         ),
         pytest.param(
@@ -158,7 +171,7 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
             {**SRUN, "SLURM_NODEID": "0", **SRUN_ON_ONE},
             "slurm",
             (2, 4, 0, 4, 0, 1),
-            "loopback://127.0.0.1:",
+            "rank0://127.0.0.1:",
             id="srun on one host",
         ),
     ],
@@ -290,3 +303,19 @@ def test_interface_towards_the_master():
         assert several.interface() == network.loopback()
     with pytest.raises(LaunchError, match=r"host\.invalid.*MASTER_ADDR"):
         resolve({**TORCHRUN, "MASTER_ADDR": "host.invalid"}).interface()
+
+
+def test_where_rank_0_listens():
+    assert network.listening_address("127.0.0.1") == "127.0.0.1"
+    assert network.listening_address("127.0.0.2") == "127.0.0.2"
+    assert network.listening_address("localhost") == "127.0.0.1"
+    with pytest.raises(LaunchError, match=r"host\.invalid.*MASTER_ADDR"):
+        network.listening_address("host.invalid")
+
+
+def test_a_name_of_loopback_alone_is_not_where_others_arrive(monkeypatch):
+    towards = {"gpu07": "127.0.1.1", network._ELSEWHERE: "192.0.2.1"}
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, *a, **k: real(towards[name], *a, **k))
+    monkeypatch.setattr(network, "_local_address", lambda address: f"towards {address}")
+    assert network.listening_address("gpu07") == f"towards {network._ELSEWHERE}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from mpsl_dist.methods import loop
 from mpsl_dist.methods.fedavg import FedAvg, build_clients
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.models.average import trainable_state
-from mpsl_dist.records import checkpoint
+from mpsl_dist.records import checkpoint, state
 from mpsl_dist.records.checkpoint import Manifest
 from mpsl_dist.records.run_directory import RunDirectory
 
@@ -359,3 +361,122 @@ def test_an_error_that_names_no_present_client_is_never_taken_for_a_loss_again()
     with pytest.raises(RemoteError, match="backward failed, step 1"):
         method.step(1, 1)
     assert len(asked) == 1 and GONE not in asked[0]
+
+
+# -- clients that come back ------------------------------------------------------------------------
+
+BACK = 8
+
+
+def train_with_a_return(method: Mpsl, keep: Path | None = None, every: int = 2) -> list:
+    """As the loop: the lost client's worker comes back before step ``BACK``."""
+    losses = []
+    for step in range(STEPS):
+        epoch, epoch_step = divmod(step, len(method.plan))
+        if step == BACK:
+            method.clients.fleet.back = [GONE]
+        back = method.clients.readmit(f"step {step}")
+        if back:
+            assert back == [GONE]
+            method.welcome(back)
+        if back or epoch_step == 0:
+            method.begin_epoch(epoch, epoch_step)
+        losses.append(method.step(epoch_step, step))
+        if keep and (step + 1) % every == 0:
+            method.clients.keep(str(keep), f"step {step}")
+    return losses
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["the others' average", "its own state"])
+def test_a_client_that_comes_back_goes_on_from(keeps: bool, tmp_path: Path) -> None:
+    chosen = experiment()
+    method = dying(chosen, "loss")
+    losses = train_with_a_return(method, tmp_path if keeps else None)
+    sizes, kept = list(method.sizes.values()), {}
+
+    def before(step: int, clients: list, optimizers: list) -> None:
+        """Client ``GONE`` kept its state last after step 3, before it was lost in step 4."""
+        if keeps and step == AT:
+            kept["optimizer"] = copy.deepcopy(optimizers[GONE].state_dict())
+            kept["tokenizers"] = copy.deepcopy(clients[GONE].state_dict())
+        if step == BACK and keeps:
+            clients[GONE].load_state_dict(kept["tokenizers"])
+            optimizers[GONE].load_state_dict(kept["optimizer"])
+        elif step == BACK:
+            others = [n for n in range(len(clients)) if n != GONE]
+            total = sum(sizes[n] for n in others)
+            for parts in zip(*[c.parameters() for c in clients], strict=True):
+                mean = sum(parts[n].data * sizes[n] / total for n in others)
+                parts[GONE].data.copy_(mean)
+            optimizers[GONE].state.clear()
+
+    away = range(AT, BACK)
+    expected = reference.train(chosen, STEPS, lambda n, step: n == GONE and step in away, before)
+    assert_survivors_equal(method, expected, losses)
+    assert method.clients.present == [0, 1, 2, 3]
+    assert (method.clients.lost, method.clients.returned) == (set(), 1)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_where_all_tokenizers_are_the_same_they_are_after_a_return(every: int) -> None:
+    """Optimizer and all: they step on the same sums ever after."""
+    method = dying(experiment(tokenizer_sync={"mode": "gradients", "every": every}), "tokenize")
+    train_with_a_return(method)
+    assert method.clients.returned == 1
+    one, *others = [method.clients.references[n].hand_over() for n in range(4)]
+    for other in others:
+        for key, value in one["tokenizers"].items():
+            assert torch.equal(value, other["tokenizers"][key]), key
+        for number, values in one["optimizer"]["state"].items():
+            for key, value in values.items():
+                assert torch.equal(value, other["optimizer"]["state"][number][key]), key
+
+
+def test_a_state_that_was_damaged_while_the_client_was_away_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    method = dying(experiment(), "loss", step=1)
+    method.begin_epoch(0)
+    method.clients.keep(str(tmp_path), "step 0")
+    for step in range(3):
+        method.step(step, step)
+    (tmp_path / state.client_file(GONE)).write_bytes(b"damaged")
+    method.clients.fleet.back = [GONE]
+    with caplog.at_level(logging.WARNING, logger="mpsl_dist"):
+        method.welcome(method.clients.readmit("step 3"))
+    assert f"client {GONE} comes back without its own state" in caplog.text
+    one = method.clients.references[GONE].tokenizer_weights()
+    first = in_one_process(experiment()).clients.references[GONE].tokenizer_weights()
+    assert not all(torch.equal(one[key], first[key]) for key in one), "it is as at the start"
+
+
+def test_a_client_lost_again_on_its_way_back_is_lost() -> None:
+    method = dying(experiment(), "loss")
+    train(method, AT + 1)
+    rebuild = method.clients.fleet.rebuild
+
+    def worse(numbers: list[int]) -> list:
+        return [Dying(client, "set_tokenizer_weights", -1) for client in rebuild(numbers)]
+
+    method.clients.fleet.rebuild, method.clients.fleet.back = worse, [GONE]
+    method.welcome(method.clients.readmit("step 5"))
+    assert method.clients.lost == {GONE}
+    method.begin_epoch(1, 2)
+    assert method.step(2, AT + 1) is not None
+
+
+def test_a_resumed_run_gives_an_absent_client_the_optimizer_too_where_all_are_the_same(
+    tmp_path: Path,
+) -> None:
+    chosen = experiment(tokenizer_sync={"mode": "gradients", "every": 1})
+    method = dying(chosen, "tokenize")
+    train(method, 6)
+    files = method.save(str(tmp_path))
+    again = in_one_process(chosen)
+    again.restore(str(tmp_path), files)
+    again.begin_epoch(2)
+    for step in range(3):
+        again.step(step, 6 + step)
+    one, *others = [again.clients.references[n].tokenizer_weights() for n in range(4)]
+    for other in others:
+        assert all(torch.equal(one[key], other[key]) for key in one)

@@ -40,12 +40,15 @@ class Sample(NamedTuple):
         Paths; a clip stands for its picture and sound where there is no file of their own.
     text : str or None
         The text itself.
+    silent : bool
+        The clip is declared to have no sound: no fault, and nothing to look for.
     """
 
     image: str | None = None
     audio: str | None = None
     video: str | None = None
     text: str | None = None
+    silent: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -141,7 +144,9 @@ class FileDataset:
         """Which samples have a modality: (samples,) bool for each."""
         has = {
             "image": [s.image is not None or s.video is not None for s in self.samples],
-            "audio": [s.audio is not None or s.video is not None for s in self.samples],
+            "audio": [
+                s.audio is not None or (s.video is not None and not s.silent) for s in self.samples
+            ],
             "text": [s.text is not None for s in self.samples],
         }
         return {name: torch.tensor(has[name], dtype=torch.bool) for name in self.view.modalities}
@@ -149,9 +154,9 @@ class FileDataset:
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
         """Return these samples, decoded; see :class:`mpsl_dist.data.Dataset`."""
         read: dict[int, Mapping[str, Tensor] | None] = {}
-        stills: dict[tuple[str, ...], Mapping[str, Tensor] | None] = {}
+        stills: dict[tuple, Mapping[str, Tensor] | None] = {}
         for index in dict.fromkeys(map(int, indices)):
-            files = self.samples[index].files
+            files = (*self.samples[index].files, self.samples[index].silent)
             # At test the captions of one picture share it; in training every sample draws its own.
             known = seed is None and files in stills
             read[index] = stills[files] = stills[files] if known else self._read(index, seed)
@@ -225,6 +230,8 @@ def read(
     inputs = {}
     for name in view.modalities:
         source = (getattr(sample, name) or sample.video) if name != "text" else None
+        if name == "audio" and sample.silent:
+            source = None
         if name == "text":
             pass  # tokenized for the whole mini-batch at once
         elif source is None:
