@@ -65,7 +65,7 @@ class DiskError(OSError):
 
 
 class DivergedError(ArithmeticError):
-    """A loss that is no finite number, found before it changed any parameter."""
+    """A loss or gradient that is no finite number, or a parameter that it has spoiled."""
 
 
 class NonFiniteError(DivergedError):

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.data import Batch
+from mpsl_dist.errors import DivergedError
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, copy_of, fuse
@@ -222,7 +223,17 @@ class Client:
         self.data.begin_epoch(epoch, counts, first_step)
 
     def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Step its own optimizer at the run's step ``step``, on gradients by parameter."""
+        """Step its own optimizer at the run's step ``step``, on gradients by parameter.
+
+        Raises
+        ------
+        DivergedError
+            If one is no finite number; its parameters then stay as they are.
+        """
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+            raise DivergedError(
+                "a gradient of its tokenizers is no finite number. Lower training.client.lr"
+            )
         self.stepper.step(gradients, step)
 
     def accumulate(self, gradients: Mapping[Tensor, Tensor]) -> None:

@@ -251,9 +251,9 @@ class Faults:
     #: Every so many steps clients write their own state, for their return; null leaves it to the
     #: others' tokenizers.
     save_clients_every: int | None = None
-    #: Seconds after which a worker without a sign of life is killed; and from a stop signal, or the
-    #: launching process's death, until every process is gone: time to end the step and write a
-    #: checkpoint.
+    #: Seconds after which a worker without a sign of life is killed, and workers leave a server
+    #: without one; and from a stop signal, or the launching process's death, until every process is
+    #: gone: time to end the step and write a checkpoint.
     exit_timeout: float = 30.0
 
 

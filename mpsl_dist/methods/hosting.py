@@ -22,6 +22,7 @@ from mpsl_dist.errors import RemoteError
 from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import environment, world
+from mpsl_dist.runtime.answers import name_clients
 from mpsl_dist.runtime.fleet import Fleet
 from mpsl_dist.runtime.generations import Generations
 from mpsl_dist.runtime.placement import gpu_of, place
@@ -149,12 +150,15 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
     experiment = setup.experiment
     placed = dict(enumerate(place(setup.holdings.sizes, experiment.workers), 1))
 
+    def who(rank: int) -> str:
+        return f"{world.rank_name(rank)} ({name_clients(placed[rank])})"
+
     def host(
         hosted: Mapping[int, Sequence[int]], number: int | None
     ) -> tuple[int, dict[int, RemoteError]]:
         arguments = {
             rank: (experiment, hosted[rank], rank, setup.worker_threads, build) for rank in hosted
         }
-        return world.create(host_clients, arguments, experiment.runtime.start_timeout, number)
+        return world.create(host_clients, arguments, experiment.runtime.start_timeout, number, who)
 
     return Fleet(placed, host, timeout or timeout_of(experiment), setup.generations)

@@ -85,7 +85,9 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
 
 def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     """Host clients until the server ends the world, through all of its generations."""
-    returns, patience = supervisor.returns(), min(60.0, experiment.runtime.rpc_timeout)
+    returns = supervisor.returns()
+    # Three pings without an answer, and the waits between them, are faults.exit_timeout.
+    patience = max(5.0, experiment.faults.exit_timeout / 4)
 
     def ping() -> bool:
         return world.ping(0, patience)
@@ -104,7 +106,7 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     else:
         process.leave_stopping_to_server()
     while True:
-        end_watch = process.watch_server(ping)
+        end_watch = process.watch_server(ping, lambda: launch.miss_server(launched))
         word, number = world.await_word()
         # A ping that outlived RPC would take the server's orderly end for its death, or abort
         # Python's.

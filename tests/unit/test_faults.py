@@ -203,6 +203,66 @@ def test_what_is_no_number_stops_the_run_or_skips_the_client(what: str) -> None:
     assert (method.clients.lost, method.repeated) == (set(), 1)
 
 
+#: Whose numbers are spoiled at a message, as the user reads it.
+SENT = {
+    "step": ("none", "client 2: DivergedError: a gradient of its tokenizers is no finite number"),
+    "tokenizer_weights": ("weights", "the tokenizers of client 2 hold numbers that are not finite"),
+    "take_gradients": ("gradients", "the gradients of client 2 hold numbers that are not finite"),
+}
+
+
+def spoiling(chosen: Experiment, message: str) -> Mpsl:
+    """Client 2's own numbers are none at its second such message."""
+    method = in_one_process(chosen)
+    client = method.clients.references[GONE]
+    answer, calls = getattr(client, message), iter(range(1000))
+
+    def bad(*words: Any) -> Any:
+        if next(calls) != 1:
+            return answer(*words)
+        if message == "step":
+            return answer(words[0], {p: g * float("nan") for p, g in words[1].items()})
+        found = answer(*words)
+        if message == "take_gradients":
+            return found * float("nan")
+        return {key: x * float("nan") for key, x in found.items()}
+
+    setattr(client, message, bad)
+    return method
+
+
+@pytest.mark.parametrize("message", SENT)
+def test_numbers_that_would_spoil_the_tokenizers_stop_the_run_or_are_left_out_once(
+    message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mode, words = SENT[message]
+    sync = {"mode": mode, "every": 3}
+    with pytest.raises(DivergedError, match=words):
+        train(spoiling(experiment(tokenizer_sync=sync), message))
+    chosen = experiment(tokenizer_sync=sync, faults={"on_nonfinite": "skip_client"})
+    method = spoiling(chosen, message)
+    with caplog.at_level(logging.WARNING, logger="mpsl_dist"):
+        losses = train(method)
+    assert [r.getMessage() for r in caplog.records if words in r.getMessage()]
+    at = 1 if message == "step" else 5  # the tokenizers meet after steps 2 and 5
+
+    def then(client: int, step: int) -> bool:
+        return (client, step) == (GONE, at)
+
+    rule = {"stuck" if message == "step" else "missing": then}
+    assert_survivors_equal(method, reference.train(chosen, STEPS, **rule), losses)
+    assert (method.clients.lost, method.repeated) == (set(), 0)
+
+
+def test_a_run_whose_tokenizers_are_all_no_numbers_is_at_its_end() -> None:
+    method = in_one_process(experiment(faults={"on_nonfinite": "skip_client"}))
+    for client in method.clients.references.values():
+        with torch.no_grad():
+            client.parameters()[0].fill_(float("nan"))
+    with pytest.raises(DivergedError, match=r"the tokenizers of clients 0-3 hold numbers"):
+        method.evaluate()
+
+
 @pytest.mark.parametrize("after", ["step", "accumulate", "take_gradients"])
 def test_a_loss_after_the_backward_ends_a_run_of_too_few_and_never_repeats_the_step(
     after: str,
