@@ -114,6 +114,10 @@ class RemoteError(RuntimeError):
         self.lost = lost
 
 
+class BackwardError(RemoteError):
+    """A backward through all processes failed though all are there; nothing tells whose it was."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """An exception as it travels between processes, which would else keep only its text.

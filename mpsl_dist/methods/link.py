@@ -87,6 +87,8 @@ class Link:
         self.lost: set[int] = set()
         #: How many clients have come back so far.
         self.returned = 0
+        #: Steps of the run that are done: what the user reads of a loss between two steps.
+        self.done = 0
         #: Client -> folder and digest of what it last kept for its return.
         self._kept: dict[int, tuple[str, str]] = {}
 
@@ -121,13 +123,12 @@ class Link:
             raise DataError(first) from error
         if DivergedError.__name__ in kinds and self.faults.on_nonfinite == "stop":
             raise DivergedError(first) from error
+        gone = [n for n, why in error.by_client.items() if why.kind != DivergedError.__name__]
         for client, why in error.by_client.items():
-            diverged = why.kind == DivergedError.__name__
-            warn(f"client {client} is {'left out' if diverged else 'lost'}: {why.message}")
-            if not diverged:
-                self.lost.add(client)
+            warn(f"client {client} is {'lost' if client in gone else 'left out'}: {why.message}")
+        self.lost |= set(gone)
         few = len(self.present) < self.faults.min_clients
-        if self.faults.on_loss == "stop" or few:
+        if few or (gone and self.faults.on_loss == "stop"):
             left = f"{len(self.present)} clients are left, faults.min_clients is "
             words = f"{first} ({left}{self.faults.min_clients})" if few else first
             raise RemoteError(words, error.details, error.user_error, error.lost) from error
@@ -172,6 +173,11 @@ class Link:
             return outcome.all()
 
         return answers
+
+    @property
+    def in_test(self) -> str:
+        """What the user reads of a loss in a test."""
+        return f"evaluation, step {self.done}"
 
     def everyone(self, *arguments: Any) -> dict[int, tuple[Any, ...]]:
         """Return the same arguments for every client that is there."""
@@ -232,7 +238,7 @@ class Link:
         dict of str to str
             Name of every part -> its SHA-256.
         """
-        wait = self.start("save", self.everyone(folder), "checkpoint")
+        wait = self.start("save", self.everyone(folder), f"checkpoint, step {self.done}")
         try:
             digests = {state.SERVER: own()}
         finally:
@@ -326,4 +332,4 @@ class RoundLink(Link):
             Client -> right predictions, and samples that could be read.
         """
         sent = dict.fromkeys(clients, (weights, batch_size))
-        return self.start("test", sent, "evaluation", down="test_weights_down")()
+        return self.start("test", sent, self.in_test, down="test_weights_down")()

@@ -194,6 +194,7 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
             at.step_seconds.append(line["seconds"])
             method.repeated = line.get("steps_repeated", 0)
             if method.clients:
+                method.clients.done = at.step
                 method.clients.returned = line.get("clients_returned", 0)
     _log.info("resumed at step %d, epoch %d, from %s", at.step, at.epoch, folder)
     return at
@@ -242,6 +243,8 @@ def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progre
     at.loss = at.loss if loss is None else loss
     seconds = time.perf_counter() - started
     at.step, at.epoch_step = at.step + 1, at.epoch_step + 1
+    if method.clients:
+        method.clients.done = at.step
     at.step_seconds.append(seconds)
     run.append_metrics(
         step=at.step,

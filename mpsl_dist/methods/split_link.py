@@ -122,7 +122,7 @@ class SplitLink(Link):
             Client -> samples of each of its batches.
         """
         told = {n: (weights, counts[n]) for n in counts}
-        self.start("begin_test", told, "evaluation", down="test_weights_down")()
+        self.start("begin_test", told, self.in_test, down="test_weights_down")()
 
     def read_test(self, batch: int, clients: Sequence[int]) -> dict[int, int]:
         """Have clients read a batch of their test samples; returns how many of it they can read."""
@@ -133,12 +133,12 @@ class SplitLink(Link):
     def tokenize_test(self, batch: int, clients: Sequence[int], own: bool = False) -> Smashed:
         """Have clients tokenize a batch of their test samples, maybe with their own tokenizers."""
         asked = dict.fromkeys(clients, (batch, own))
-        return self.start("tokenize_test", asked, "evaluation", up="test_activations")()
+        return self.start("tokenize_test", asked, self.in_test, up="test_activations")()
 
     def score(self, batch: int, predictions: Mapping[int, Tensor]) -> dict[int, int]:
         """Have clients count the right predictions of a batch of their test samples."""
         asked = {n: (batch, predictions[n]) for n in predictions}
-        return self.start("score", asked, "evaluation", down="test_predictions")()
+        return self.start("score", asked, self.in_test, down="test_predictions")()
 
 
 class Step:

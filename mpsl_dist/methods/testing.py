@@ -80,7 +80,7 @@ def _fetch(method: SplitMethod, everyone: bool = False) -> dict[int, dict[str, T
     found: dict[int, dict[str, Tensor]] = {}
     while not found:  # again where the one that was asked was lost; too few left end the run
         asked = method.clients.present[: 1 if same else None]
-        found = method.clients.tokenizer_weights(asked, "evaluation", "test_weights_up")
+        found = method.clients.tokenizer_weights(asked, method.clients.in_test, "test_weights_up")
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
-from mpsl_dist.errors import Failure, RemoteError
+from mpsl_dist.errors import BackwardError, Failure, RemoteError
 from mpsl_dist.runtime.answers import Answers, ClientsLost, Lost, name_clients
 from mpsl_dist.runtime.generations import Generations
 from mpsl_dist.runtime.network import host_name
@@ -52,7 +52,7 @@ class Autograd:
         ------
         ClientsLost
             If a worker is gone.
-        RemoteError
+        BackwardError
             If all are there and it failed all the same.
         """
         try:
@@ -60,7 +60,7 @@ class Autograd:
         except RuntimeError as error:
             silent = self.fleet.silent(self.clients)
             if not silent:
-                raise RemoteError(f"backward failed: {error}, {where}") from error
+                raise BackwardError(f"backward failed: {error}, {where}") from error
             lost = {
                 client: Lost(f"{who}: lost in backward, {where}")
                 for who, clients in silent.items()

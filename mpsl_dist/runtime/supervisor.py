@@ -63,7 +63,7 @@ def supervise(
         # Who fails by itself before it has come back would fail again.
         ends = count == restarts or (not joined and status > 0)
         again = f"started again, {count + 1} of {restarts} times (faults.restarts)"
-        what = "the run goes on without it" if ends else again
+        what = "not started again" if ends else again
         print(f"worker{rank} ended {how}; {what}", file=sys.stderr, flush=True)
         if ends:
             break

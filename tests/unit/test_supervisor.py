@@ -64,7 +64,7 @@ def test_a_child_that_is_lost_is_started_again_so_often_and_the_rank_ends_well(
     assert said.splitlines() == [
         "worker2 ended by SIGKILL; started again, 1 of 2 times (faults.restarts)",
         "worker2 ended by SIGKILL; started again, 2 of 2 times (faults.restarts)",
-        "worker2 ended by SIGKILL; the run goes on without it",
+        "worker2 ended by SIGKILL; not started again",
     ]
 
 
@@ -76,7 +76,7 @@ def test_one_that_comes_back_and_is_killed_on_its_way_is_started_again(tmp_path:
 def test_one_that_fails_on_its_way_back_would_fail_again(tmp_path: Path) -> None:
     status, counts, said = supervise(tmp_path, 3, "joins killed", "1")
     assert (status, counts) == (0, [0, 1])
-    assert said.endswith("worker2 ended with status 1; the run goes on without it\n")
+    assert said.endswith("worker2 ended with status 1; not started again\n")
 
 
 def test_where_the_server_is_gone_the_rank_fails(tmp_path: Path) -> None:
