@@ -123,10 +123,11 @@ def _mismatch(
 
 def _welcome_returned(method: Method, at: Position) -> bool:
     """Take back clients whose workers have come back; return whether there are any."""
-    back = method.clients.readmit(f"step {at.step}") if method.clients else []
-    if back:
-        method.welcome(back)
-    return bool(back)
+    back = method.clients.readmit(f"step {at.step}") if method.clients else None
+    if not (back and back.clients):
+        return False
+    method.welcome(back)
+    return True
 
 
 def _keep(faults: Faults, method: Method, run: RunDirectory, at: Position) -> None:

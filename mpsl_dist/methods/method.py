@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.local_data import Damage
-from mpsl_dist.methods.link import Link
+from mpsl_dist.methods.link import Back, Link
 from mpsl_dist.records.traffic import Traffic
 
 
@@ -25,8 +25,8 @@ class Method(Protocol):
     #: Steps that were begun again without a client.
     repeated: int
 
-    def welcome(self, clients: list[int]) -> None:
-        """Let clients go on that have come back, as they were at the start of the run.
+    def welcome(self, back: Back) -> None:
+        """Let clients go on that have come back.
 
         Asked only of a method that goes on without the lost (``tolerant``).
         """
