@@ -78,3 +78,14 @@ def in_one_process(chosen: Experiment, kind: type[Mpsl] = Mpsl) -> Mpsl:
     clients = LocalSplit(build_clients(chosen, range(chosen.clients), holdings), chosen.faults)
     clients.fleet.rebuild = lambda numbers: build_clients(chosen, numbers, holdings)
     return kind(chosen, holdings.splits, server, clients, tokenizers)
+
+
+def steps_of(method: Any, steps: int) -> list[float | None]:
+    """Train so many steps; gives the losses."""
+    losses = []
+    for step in range(steps):
+        epoch, epoch_step = divmod(step, len(method.plan))
+        if epoch_step == 0:
+            method.begin_epoch(epoch)
+        losses.append(method.step(epoch_step, step))
+    return losses

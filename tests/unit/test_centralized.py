@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 import toys
+from local_fleet import steps_of
 
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment, to_dict
@@ -31,16 +32,6 @@ def experiment(**changes) -> Experiment:
 
 def build(chosen: Experiment) -> centralized.Centralized:
     return centralized.build(Setup(chosen, Holdings.load(chosen), 1))
-
-
-def steps_of(method: centralized.Centralized, steps: int) -> list[float]:
-    losses = []
-    for step in range(steps):
-        epoch, epoch_step = divmod(step, len(method.plan))
-        if epoch_step == 0:
-            method.begin_epoch(epoch)
-        losses.append(method.step(epoch_step, step))
-    return losses
 
 
 @pytest.mark.parametrize("share", ["proportional", "equal"])

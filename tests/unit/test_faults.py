@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 import toys
-from local_fleet import LocalRounds, in_one_process
+from local_fleet import LocalRounds, in_one_process, steps_of
 
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import Holdings
@@ -63,13 +63,7 @@ def dying(chosen: Experiment, message: str, client: int = GONE, step: int = AT) 
 
 
 def train(method: Mpsl, steps: int = STEPS) -> list[float | None]:
-    losses = []
-    for step in range(steps):
-        epoch, epoch_step = divmod(step, len(method.plan))
-        if epoch_step == 0:
-            method.begin_epoch(epoch)
-        losses.append(method.step(epoch_step, step))
-    return losses
+    return steps_of(method, steps)
 
 
 def assert_survivors_equal(method: Mpsl, expected: dict[str, Any], losses: list) -> None:

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import toys
-from local_fleet import in_one_process
+from local_fleet import in_one_process, steps_of
 
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.errors import RemoteError
@@ -30,13 +30,7 @@ def experiment(**changes) -> Experiment:
 
 
 def train(method: Mpsl, steps: int = STEPS) -> list[float]:
-    losses = []
-    for step in range(steps):
-        epoch, epoch_step = divmod(step, len(method.plan))
-        if epoch_step == 0:
-            method.begin_epoch(epoch)
-        losses.append(method.step(epoch_step, step))
-    return losses
+    return steps_of(method, steps)
 
 
 @pytest.mark.parametrize("case", CASES)
