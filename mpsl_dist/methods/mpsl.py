@@ -99,9 +99,11 @@ class Mpsl:
     def _begin_like_others(self, clients: list[int]) -> None:
         """Have clients that have no state of their own continue from that of the others."""
         there = [n for n in self.clients.present if n not in clients]
+        if not (clients and there):
+            return
         if self.sync.identical:
             self.clients.hand_over(there, clients)
-        elif clients and there:
+        else:
             weights = self.clients.tokenizer_weights(there, "return", "sync_up")
             mean = average(list(weights.values()), [self.sizes[n] for n in weights])
             self.clients.set_tokenizer_weights(mean, "return", clients)

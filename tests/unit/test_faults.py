@@ -576,3 +576,13 @@ def test_a_resumed_run_gives_an_absent_client_the_optimizer_too_where_all_are_th
     one, *others = [again.clients.references[n].tokenizer_weights() for n in range(4)]
     for other in others:
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("mode", ["none", "gradients", "weights"])
+def test_a_resumed_run_that_had_lost_nobody_sends_nothing_for_it(mode: str, tmp_path: Path) -> None:
+    chosen = experiment(tokenizer_sync={"mode": mode, "every": 1})
+    method = in_one_process(chosen)
+    train(method, 3)
+    again = in_one_process(chosen)
+    again.restore(str(tmp_path), method.save(str(tmp_path)))
+    assert sum(again.traffic.totals().values()) == 0
