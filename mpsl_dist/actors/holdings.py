@@ -1,8 +1,13 @@
-"""Who has which samples: the data of an experiment, dealt once a process."""
+"""Who has which samples: the data of an experiment, dealt once a process.
+
+Where data stay with their owners (``data.place: own``) a worker deals its own host's rows among its
+own clients, and the server knows of them what :mod:`mpsl_dist.actors.agreement` says.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsl_dist import data
+from mpsl_dist.actors.agreement import Agreement, Elsewhere, Offer, renumbered
 from mpsl_dist.actors.local_data import LocalData
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
@@ -19,16 +25,23 @@ from mpsl_dist.errors import ConfigError
 _log = logging.getLogger("mpsl_dist")
 
 
-def load_data(experiment: Experiment) -> Splits:
+def load_data(experiment: Experiment, needs: Sequence[str] = ("train", "test")) -> Splits:
     """Load the experiment's dataset.
+
+    Parameters
+    ----------
+    needs : sequence of str
+        The splits that will be used.
 
     Raises
     ------
     UserError
-        If it is unknown, missing or damaged, or has no use for an option.
+        If it is unknown, missing or damaged, has no use for an option, or has another label than
+        ``data.classes``.
     """
-    chosen = experiment.data
-    return data.load(chosen.name, chosen.root, chosen.text_length, **data_options(experiment))
+    chosen, options = experiment.data, data_options(experiment)
+    splits = data.load(chosen.name, chosen.root, chosen.text_length, needs=needs, **options)
+    return splits if chosen.classes is None else renumbered(splits, chosen.classes)
 
 
 def data_options(experiment: Experiment) -> dict[str, Any]:
@@ -48,33 +61,72 @@ class Holdings:
         Training samples, and the rule that they were dealt by.
     tests : tuple of array
         (samples,) positions in the test split by client; all empty where the server has them.
+    first : int
+        Number of the first client whose samples these are: 0, but on a worker that has its own.
+    agreement : Agreement, optional
+        What the hosts agreed on whose own data these are.
     """
 
     experiment: Experiment
     splits: Splits
     dealt: Dealt
     tests: tuple[NDArray[np.int64], ...]
+    first: int = 0
+    agreement: Agreement | None = None
 
     @classmethod
-    def deal(cls, experiment: Experiment, splits: Splits) -> Holdings:
+    def deal(
+        cls, experiment: Experiment, splits: Splits, clients: Sequence[int] | None = None
+    ) -> Holdings:
         """Deal the samples by the experiment's rule and seed.
+
+        Parameters
+        ----------
+        clients : sequence of int, optional
+            The numbers of those among whom they are dealt, in a row; by default all. One client
+            whose rows name no owner has them all, under ``natural`` too.
 
         Raises
         ------
         UserError
             If there are too few samples, or the data names another number of clients.
         """
-        rule, clients, seed = experiment.data.partition, experiment.clients, experiment.seed
-        dealt = deal(splits, clients, rule.kind, rule.alpha, rule.minimum, seed)
-        if len(dealt.parts) != clients:
+        rule, numbers = experiment.data.partition, clients or range(experiment.clients)
+        count, seed = len(numbers), experiment.seed + numbers[0]
+        nameless = getattr(splits.train, "clients", None) is None
+        kind = "iid" if clients and count == 1 and nameless else rule.kind
+        dealt = deal(splits, count, kind, rule.alpha, rule.minimum, seed)
+        if len(dealt.parts) != count:
+            key = "clients_per_worker" if clients else "clients"
             raise ConfigError(
-                f"clients: {clients}, but the data names {len(dealt.parts)} and "
-                f"data.partition.kind=natural takes each; set clients={len(dealt.parts)}"
+                f"{key}: {count}, but the data names {len(dealt.parts)} and "
+                f"data.partition.kind=natural takes each; set {key}={len(dealt.parts)}"
             )
-        tests = [np.empty(0, dtype=np.int64)] * clients
+        tests = [np.empty(0, dtype=np.int64)] * count
         if experiment.data.test_at == "clients":
-            tests = partition(splits.test.labels, clients, "iid", 1.0, 1, seed)
-        return cls(experiment, splits, dealt, tuple(tests))
+            tests = partition(splits.test.labels, count, "iid", 1.0, 1, seed)
+        return cls(experiment, splits, dealt, tuple(tests), numbers[0])
+
+    @classmethod
+    def elsewhere(
+        cls, experiment: Experiment, agreement: Agreement, own: Splits | None
+    ) -> Holdings:
+        """Return what the server knows of samples that lie on the workers' hosts.
+
+        Parameters
+        ----------
+        own : Splits, optional
+            Its own data, where it has the test set.
+        """
+        test = Elsewhere.of(agreement.test)
+        if own is not None:
+            test = renumbered(own, agreement.classes).test
+        sizes = agreement.train
+        splits = Splits(Elsewhere.of(sum(sizes)), test, agreement.shapes, agreement.classes)
+        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+        dealt = Dealt(parts, "own: every worker's host has its own data")
+        tests = (np.empty(0, dtype=np.int64),) * len(sizes)
+        return cls(experiment, splits, dealt, tests, agreement=agreement)
 
     @classmethod
     def load(cls, experiment: Experiment) -> Holdings:
@@ -89,8 +141,15 @@ class Holdings:
     def of(self, number: int) -> tuple[LocalData, LocalData]:
         """Return a client's own training and test samples."""
         seed, loaders = self.experiment.seed, self.experiment.data.loaders
-        train = LocalData(self.splits.train, self.dealt.parts[number], seed, number, loaders)
-        return train, LocalData(self.splits.test, self.tests[number], seed, number)
+        part, test = self.dealt.parts[number - self.first], self.tests[number - self.first]
+        train = LocalData(self.splits.train, part, seed, number, loaders)
+        return train, LocalData(self.splits.test, test, seed, number)
+
+    def offer(self, host: str) -> Offer:
+        """Return what a host says of these, its own."""
+        shapes, classes = dict(self.splits.shapes), tuple(self.splits.classes)
+        test = tuple(len(part) for part in self.tests)
+        return Offer(host, shapes, classes, tuple(self.sizes), test)
 
     def log(self) -> None:
         """Log who holds how much, by which rule."""
@@ -103,5 +162,5 @@ class Holdings:
             max(sizes),
             float(np.median(sizes)),
         )
-        for number, name in enumerate(self.dealt.names):
-            _log.info("client %d is '%s': %d samples", number, name, sizes[number])
+        for part, name in enumerate(self.dealt.names):
+            _log.info("client %d is '%s': %d samples", self.first + part, name, sizes[part])

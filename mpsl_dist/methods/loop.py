@@ -115,6 +115,8 @@ def train(
     RunError
         If a checkpoint or the metrics of the run directory do not fit this run.
     """
+    if method.clients and experiment.data.place == "own":
+        method.clients.run = run.path.absolute()
     at = _resume(experiment, method, run)
     started = time.perf_counter() - at.seconds
     steps, epochs, faults = len(method.plan), experiment.training.epochs, experiment.faults
@@ -299,6 +301,9 @@ def _save(experiment: Experiment, method: Method, run: RunDirectory, at: _Positi
         checkpoint.abandon(run.checkpoints, at.step)
         raise
     at.saved = at.step
+    if method.clients:
+        kept = [str(path.absolute()) for path in checkpoint.complete_ones(run.checkpoints)]
+        method.clients.prune(kept)
     _log.info("checkpoint at step %d", at.step)
 
 

@@ -6,15 +6,18 @@ import importlib.metadata
 import logging
 import os
 import shlex
-from collections.abc import Collection, Sequence
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from mpsl_dist import plugins
 from mpsl_dist.actors.choices import describe, device_of, head_of, unread_by_head
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data, refusals_without_data
 from mpsl_dist.config import Experiment, to_dict
+from mpsl_dist.config.loading import HOST_KEYS
 from mpsl_dist.config.methods import (
     comes_back,
     facts_of,
@@ -22,8 +25,9 @@ from mpsl_dist.config.methods import (
     processes_of,
     unread,
 )
+from mpsl_dist.data import Splits
 from mpsl_dist.errors import ConfigError, LaunchError, UserError
-from mpsl_dist.methods import loop
+from mpsl_dist.methods import federation, loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
 from mpsl_dist.runtime import (
@@ -55,13 +59,15 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
     Raises
     ------
     ConfigError
-        If the launcher started another number of processes.
+        If the launcher started another number of processes, or several of one host would read the
+        same data as their own.
     LaunchError
         If its variables contradict each other, or there is none and so many processes do not fit
         this machine.
     """
     needed = processes_of(experiment)
     found = environment.resolve(os.environ)
+    federation.refuse_shared_file(experiment, found)
     if found is None:
         launch.check_room(needed)
         return environment.alone()
@@ -83,6 +89,7 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
 def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     """Host clients until the server ends the world, through all of its generations."""
     returns, patience = supervisor.returns(), min(60.0, experiment.runtime.rpc_timeout)
+    world.settle(experiment)
 
     def ping() -> bool:
         return world.ping(0, patience)
@@ -94,7 +101,7 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
             process.leave(0)
     else:
         joined = join(experiment, launched)
-        if supervisor.is_child():
+        if supervisor.is_child() and not federation.is_own(experiment):
             supervisor.beat()
     if launched.folder:
         process.follow_server(ping)
@@ -108,21 +115,43 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
         end_watch()
         if word == "end":
             break
-        generations.follow(joined, number)
+        if word == "refused":
+            _leave_refused(number, ping)
+        elif word == "meet":
+            generations.follow(joined, number)
+        elif supervisor.is_child():  # agreed: from now on it is a loss if this process ends
+            supervisor.beat()
     if not number:  # not together
         process.leave(0)
     world.stop()
 
 
+def _leave_refused(why: str, ping: Callable[[], bool]) -> NoReturn:
+    """Say why this host cannot take part, and end after the server, which tells its own user."""
+    print("\n".join(f"error: {line}" for line in why.splitlines()), file=sys.stderr, flush=True)
+    while ping():
+        time.sleep(0.2)
+    process.leave(2)
+
+
 def train_as_server(
     experiment: Experiment,
     launched: Environment,
-    holdings: Holdings,
+    data: Holdings | Splits | None,
     run: RunDirectory,
     stop: process.StopRequest,
 ) -> dict[str, Any]:
-    """Train with the clients of all workers, and return what ``summary.json`` holds."""
+    """Train with the clients of all workers, and return what ``summary.json`` holds.
+
+    Parameters
+    ----------
+    data : Holdings, Splits or None
+        Of :func:`checked_data`.
+    """
     joined = join(experiment, launched) if launched.world > 1 else None
+    holdings = data
+    if federation.is_own(experiment):
+        holdings = federation.open_federation(experiment, data, joined)
     method = connect(experiment, launched, holdings, joined)
     if launched.folder:
         stop.listen()
@@ -176,8 +205,15 @@ def connect(
     return build(Setup(experiment, holdings, worker_threads, renewed, options_of(experiment)))
 
 
-def checked_data(experiment: Experiment) -> Holdings:
+def checked_data(experiment: Experiment) -> Holdings | Splits | None:
     """Load and deal the data; refuse what cannot work before any process waits for another.
+
+    Where data stay with their owners, only the server's own test set can be looked at now.
+
+    Returns
+    -------
+    Holdings, Splits or None
+        All data, dealt; with ``data.place: own`` the server's, None where it has none.
 
     Raises
     ------
@@ -188,6 +224,10 @@ def checked_data(experiment: Experiment) -> Holdings:
     """
     refusals = refusals_without_data(experiment)
     splits = holdings = None
+    if federation.is_own(experiment):
+        if refusals:
+            raise ConfigError("\n".join(refusals))
+        return federation.servers_data(experiment)
     try:
         splits = load_data(experiment)
         holdings = Holdings.deal(experiment, splits)
@@ -271,7 +311,8 @@ def prove(
     versions = {name: importlib.metadata.version(name) for name in ("mpsl_dist", "torch")}
     facts = {name: version.partition("+")[0] for name, version in versions.items()}
     facts |= flatten(to_dict(experiment))
-    del facts["runtime.interface"]  # a host's own matter
+    for key in HOST_KEYS if federation.is_own(experiment) else ("runtime.interface",):
+        del facts[key]
     card = admission.Card(launched.rank, network.host_name(), facts)
     token, patience = read_token(os.environ), patience or experiment.runtime.start_timeout
     port = launched.port + 1

@@ -40,6 +40,7 @@ from mpsl_dist.errors import DataError
 
 FILES = ("image", "audio", "video")
 COLUMNS = (*FILES, "text", "label", "split", "client")
+SPLITS = ("train", "test")
 _UNUSED = frozenset({"val", "valid", "validation", "dev"})
 #: Mistakes listed in one message.
 _LISTED = 10
@@ -63,6 +64,7 @@ def load(
     modalities: Sequence[str] | None = None,
     on_error: OnError = "raise",
     cache: str | Path | None = None,
+    needs: Sequence[str] = ("train", "test"),
 ) -> Splits:
     """Read the data that a manifest lists.
 
@@ -82,6 +84,9 @@ def load(
         columns hold; clips count as ``audio`` if the first one has a sound track.
     on_error, cache
         As in :func:`mpsl_dist.data.sets.image_text.load_coco_qa`.
+    needs : sequence of str
+        The splits that will be used. Rows of the other are passed over, and without a ``split``
+        column all rows are of the one that is needed.
 
     Returns
     -------
@@ -96,12 +101,15 @@ def load(
     path = _find(root)
     rows, columns = read_rows(path)
     _require_sound(path, rows, columns)
-    parts = _split(rows, columns)
+    parts = _split(rows, columns) if "split" in columns or len(needs) > 1 else (rows, rows)
+    parts = [part if name in needs else [] for name, part in zip(SPLITS, parts, strict=True)]
     labels = sorted({row.cells["label"] for part in parts for row in part if "label" in columns})
     if all(label.lstrip("-").isdigit() for label in labels):
         labels.sort(key=int)
     tables = [_table(path.parent, part, columns, labels) for part in parts]
-    chosen = tuple(modalities or _modalities(tables[0].samples))
+    chosen = tuple(
+        modalities or _modalities((tables[0] if "train" in needs else tables[1]).samples)
+    )
     _require_modalities(path, chosen, columns)
     view = View(
         modalities=chosen,
@@ -118,6 +126,7 @@ def load(
         on_error=on_error,
         cache=cache,
         source="correct the manifest or the files",
+        needs=needs,
     )
 
 

@@ -93,6 +93,7 @@ def build(
     on_error: OnError,
     cache: str | Path | None,
     source: str,
+    needs: Sequence[str] = ("train", "test"),
 ) -> Splits:
     """Return the splits of the listed samples, without those whose files are missing.
 
@@ -110,17 +111,20 @@ def build(
         Folder that keeps decoded inputs.
     source : str
         Where the files come from, for messages.
+    needs : sequence of str
+        The splits that must have samples.
 
     Raises
     ------
     DataError
-        If a split has no samples, or files are missing and ``on_error`` is ``raise``.
+        If a split that is needed has no samples, or files are missing and ``on_error`` is
+        ``raise``.
     """
     if on_error not in ("raise", "skip"):
         raise DataError(f"data.on_error: expected 'raise' or 'skip', found '{on_error}'")
     parts = []
     for split, table in (("train", train), ("test", test)):
-        if not table.samples:
+        if not table.samples and split in needs:
             raise DataError(f"{name}: the {split} split has no samples; {source}")
         kept, missing = keep_existing(table.samples, on_error, f"{name} ({split})", source)
         parts.append(
@@ -134,7 +138,7 @@ def build(
                 missing=missing,
             )
         )
-    baselines = {"majority": _majority(*parts)} if classes else {}
+    baselines = {"majority": _majority(*parts)} if classes and len(needs) > 1 else {}
     return Splits(parts[0], parts[1], view.shapes, tuple(classes), baselines)
 
 
