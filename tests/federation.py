@@ -47,7 +47,7 @@ def line_of(rank: int, root: Path | None) -> tuple[dict[str, str], list[str]]:
 def make_sites(root: Path, label: str = "wren") -> tuple[Path, list[Path]]:
     """The same rows twice: one manifest with all and their owners; one manifest for every owner.
 
-    Three classes, of which no owner has all; 17 rows for training and 7 for testing.
+    Three classes, of which no owner has all; 18 rows for training and 6 for testing.
 
     Parameters
     ----------
