@@ -75,7 +75,7 @@ class Cluster:
             "signal_delay_s": self.signal_seconds,
             "setup": self.setup_lines(),
             # A lost rank is the server's to report, with a name; Slurm would end it before.
-            "srun_args": ["--kill-on-bad-exit=0"],
+            "srun_args": ["--kill-on-bad-exit=0", "--no-kill"],
             "additional_parameters": {"ntasks": processes, "requeue": True, **self.sbatch},
         }
         if self.cpus_per_task:

@@ -282,11 +282,15 @@ def _leave(status: int) -> NoReturn:
 
 
 def _report(summary: dict[str, Any], path: Path) -> None:
+    from mpsl_dist.methods.evidence import sentences
+
     test = ", ".join(f"{name} {value:.3f}" for name, value in summary["test"].items())
     against = ", ".join(f"{name} {value:.3f}" for name, value in summary["baselines"].items())
     print(f"{summary['status']}: test {test or 'not yet'}")
     if against:
         print(f"baselines: {against}")
+    for line in sentences(summary["data"])[1:]:
+        print(line)
     traffic = summary["communication"]
     print(
         f"{summary['clients']} clients, {summary['epochs_completed']} epochs, "
@@ -351,7 +355,8 @@ def _cost(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from mpsl_dist.actors import deployable
     from mpsl_dist.actors.agreement import renumbered
-    from mpsl_dist.actors.holdings import load_data
+    from mpsl_dist.actors.holdings import load_data, loaders_of
+    from mpsl_dist.actors.local_data import TestData
 
     folder = Path(options.run) / "model"
     if not (folder / "config.json").is_file():
@@ -360,7 +365,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     own = experiment.data.place == "own"
     splits = renumbered(load_data(experiment, ("test",) if own else ("train", "test")), classes)
     print(f"the test set of {experiment.data.name}:")
-    results = model.test(splits.test, experiment.training.test_batch_size)
+    held = TestData(splits.test, loaders=loaders_of(experiment, splits))
+    results = model.test(held, experiment.training.test_batch_size)
+    if held.unread.positions:
+        print(f"left out, as they cannot be read: {len(held.unread.positions)} of {len(held)}")
     for name, value in results.items():
         print(f"{name} {value:.4f}")
     for name, value in splits.baselines.items():

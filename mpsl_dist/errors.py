@@ -24,6 +24,9 @@ class ConfigError(UserError):
 class DataError(UserError):
     """Data that is missing, damaged or too small."""
 
+    #: The file whose fault it is, where it is that of one.
+    file: str | None = None
+
 
 class WeightsError(UserError):
     """Initial weights that cannot be had, or do not fit the model."""
@@ -62,7 +65,7 @@ class DiskError(OSError):
 
 
 class DivergedError(ArithmeticError):
-    """A loss that is no finite number, found before it changed any parameter."""
+    """A loss or gradient that is no finite number, or a parameter that it has spoiled."""
 
 
 class NonFiniteError(DivergedError):
@@ -109,6 +112,10 @@ class RemoteError(RuntimeError):
         self.details = details
         self.user_error = user_error
         self.lost = lost
+
+
+class BackwardError(RemoteError):
+    """A backward through all processes failed though all are there; nothing tells whose it was."""
 
 
 @dataclass(frozen=True)

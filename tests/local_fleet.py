@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class WatchedFleet(LocalFleet):
         self.rebuild: Callable[[list[int]], Sequence[Any]] | None = None
         self.back: list[int] = []
 
-    def returned(self) -> list[int]:
+    def returned(self, lost: Collection[int]) -> list[int]:
         back, self.back = self.back, []
         if back:
             self.host.clients |= {c.number: c for c in self.rebuild(back)}

@@ -11,23 +11,35 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from mpsl_dist.actors import assembly, choices
 from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Experiment
 from mpsl_dist.data.partition import deal_pictures, epoch_order, partition, shares
 
+#: Whether something is so of a client at a step.
+Rule = Callable[[int, int], bool]
+
+
+def _never(client: int, step: int) -> bool:
+    return False
+
 
 def train(
     experiment: Experiment,
     steps: int,
-    absent: Callable[[int, int], bool] = lambda n, step: False,
+    absent: Rule = _never,
     before: Callable[[int, list, list], None] = lambda step, clients, optimizers: None,
+    stuck: Rule = _never,
+    missing: Rule = _never,
 ) -> dict[str, Any]:
     """Train some steps; give losses, cut-layer gradients and all parameters.
 
-    ``absent(client, step)``: whether a client takes no part in a step. ``before(step, clients,
-    optimizers)`` may change the clients' tokenizers and optimizers before a step.
+    A client that is ``absent`` takes no part in a step; one that is ``stuck`` took part, and makes
+    no use of its own gradients; what is ``missing`` is not heard when tokenizers meet after it.
+    ``before(step, clients, optimizers)`` may change the clients' tokenizers and optimizers before a
+    step.
 
     On one thread, as the toys' server and clients: sums then run in the same order.
     """
@@ -47,6 +59,7 @@ def train(
     optimizers = [_adamw(c, settings.client) for c in clients]
     server_optimizer = _adamw(server, settings.server)
     dtype = next(server.parameters()).dtype
+    sync, kept = experiment.tokenizer_sync, {}
     told: dict[str, Any] = {"losses": [], "cut_gradients": []}
     for step in range(steps):
         epoch, epoch_step = divmod(step, len(plan))
@@ -82,9 +95,20 @@ def train(
         told["cut_gradients"].append(
             {(n, i): t.grad.cpu() for n, tensors in cut.items() for i, t in enumerate(tensors)}
         )
-        for optimizer in (*[optimizers[n] for n in batches], server_optimizer):
-            optimizer.step()
-            optimizer.zero_grad()
+        server_optimizer.step()
+        moved = [n for n in batches if not stuck(n, step)]
+        if sync.mode == "gradients":
+            for n in moved:
+                vector = parameters_to_vector([p.grad for p in trained(clients[n])])
+                kept[n] = kept.get(n, 0) + vector
+        else:
+            for n in moved:
+                optimizers[n].step()
+        if sync.mode != "none" and ((step + 1) % sync.every == 0 or step + 1 == steps):
+            heard = [n for n in range(len(clients)) if not missing(n, step)]
+            _meet(sync.mode, clients, optimizers, heard, kept, [len(p) for p in parts])
+        for module in (server, *clients):
+            module.zero_grad()
     told["sizes"] = [len(part) for part in parts]
     told["server"] = {k: v.cpu() for k, v in server.state_dict().items()}
     told["clients"] = {
@@ -92,6 +116,35 @@ def train(
         for n, c in enumerate(clients)
     }
     return told
+
+
+def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _meet(
+    mode: str,
+    clients: list[torch.nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    heard: list[int],
+    kept: dict[int, torch.Tensor],
+    sizes: list[int],
+) -> None:
+    """Bring the clients' tokenizers together, as ``tokenizer_sync`` has it."""
+    if mode == "weights":
+        total = sum(sizes[n] for n in heard)
+        mean = sum(parameters_to_vector(trained(clients[n])) * (sizes[n] / total) for n in heard)
+        for client in clients:
+            vector_to_parameters(mean.detach().clone(), trained(client))
+        return
+    vector = sum(kept[n] for n in heard if n in kept)
+    kept.clear()
+    for client, optimizer in zip(clients, optimizers, strict=True):
+        parameters = trained(client)
+        parts = vector.split([p.numel() for p in parameters])
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad = part.view_as(p).clone()
+        optimizer.step()
 
 
 def _info_nce(embeddings: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
@@ -107,5 +160,4 @@ def _info_nce(embeddings: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _adamw(module: torch.nn.Module, settings: Any) -> torch.optim.Optimizer:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(trained(module), lr=settings.lr, weight_decay=settings.weight_decay)

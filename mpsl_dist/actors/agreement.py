@@ -36,6 +36,8 @@ class Offer:
         nothing of the data; in retrieval there are none.
     train, test : tuple of int
         Samples of each client that it hosts; of the server's offer, ``test`` is its test set's.
+    missing : tuple of int
+        Files for training and for testing that are listed but not there.
     refusal : str
         Why it has no data to offer; empty where it has.
     """
@@ -45,6 +47,7 @@ class Offer:
     classes: tuple[str, ...] = ()
     train: tuple[int, ...] = ()
     test: tuple[int, ...] = ()
+    missing: tuple[int, ...] = (0, 0)
     refusal: str = ""
 
 
@@ -79,6 +82,11 @@ class Agreement:
     def test(self) -> int:
         """Test samples of all hosts."""
         return sum(sum(offer.test) for offer in self.offers.values())
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Files of all hosts that are not there, for training and for testing."""
+        return tuple(map(sum, zip(*(offer.missing for offer in self.offers.values()), strict=True)))
 
 
 class Disagreement(DataError):
@@ -250,14 +258,17 @@ class Elsewhere:
     ----------
     labels : Tensor
         (samples,) int64, all -1: not known here.
+    missing : sequence of int
+        As many as there are files missing.
     """
 
     labels: Tensor
+    missing: Sequence[int]
 
     @classmethod
-    def of(cls, samples: int) -> Elsewhere:
-        """Return a split of so many samples."""
-        return cls(torch.full((samples,), -1))
+    def of(cls, samples: int, missing: int = 0) -> Elsewhere:
+        """Return a split of so many samples, and files that are not there."""
+        return cls(torch.full((samples,), -1), range(missing))
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
         """Fail: nothing of it is here."""

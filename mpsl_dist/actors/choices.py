@@ -9,9 +9,12 @@ import torch
 from mpsl_dist import plugins
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.data.decode.samples import PIXELS
+from mpsl_dist.errors import ConfigError
 from mpsl_dist.models.heads import HEADS, HeadFacts
 from mpsl_dist.models.server_model import SIZES
 from mpsl_dist.models.tasks import TASKS, Task
+from mpsl_dist.models.weight_sources import colours_of
 
 
 def device_of(experiment: Experiment) -> str:
@@ -54,6 +57,29 @@ def task_of(splits: Splits) -> Task:
 def fusion_of(experiment: Experiment, splits: Splits) -> str:
     """Return how modalities meet: the task's way, or else ``model.fusion``."""
     return task_of(splits).fusion or experiment.model.fusion
+
+
+def pixels_of(experiment: Experiment) -> str:
+    """Return what is taken out of pixels: ``data.pixels``, or what ``weights.image`` expects.
+
+    Raises
+    ------
+    ConfigError
+        If these weights expect values without a name here.
+    """
+    if experiment.data.pixels is not None:
+        return experiment.data.pixels
+    source = experiment.weights.image
+    mean = colours_of(source, experiment.model.encoder.size)
+    if mean is None:
+        return "paper"
+    for name, (known, _) in PIXELS.items():
+        if max(abs(a - b) for a, b in zip(mean, known, strict=True)) < 1e-3:
+            return name
+    raise ConfigError(
+        f"weights.image: {source} was trained on pixels with the mean {mean}; take another, or "
+        f"set data.pixels to one of paper, {', '.join(PIXELS)}"
+    )
 
 
 def head_of(experiment: Experiment, splits: Splits) -> tuple[str, HeadFacts]:

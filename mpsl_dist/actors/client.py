@@ -12,6 +12,8 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
                           ``contrastive: global``, in place of a loss)
 ``tokenize_test``         smashed activations (evaluation, where clients hold the test set)
 ``score``                 how many of its test predictions were right
+``read_test``             how many samples of a test batch can be read
+``damage_met``            how many of its files and samples could not be read
 ``tokenizer_weights``     its trained tokenizer parameters, for FedAvg
 ``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``)
 ``hand_over``             its trained tokenizer parameters and its optimizer's state, for a client
@@ -22,8 +24,8 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 
 Where data stay with their owners (``data.place: own``) its host says before all that, once, as an
 :class:`~mpsl_dist.actors.agreement.Offer`: its host's name, the shapes of its modalities, its class
-names (unless ``data.classes`` declares them) and each client's number of training and test samples;
-or why it has none to offer, which may name files and labels.
+names (unless ``data.classes`` declares them), each client's number of training and test samples and
+how many of its files are missing; or why it has none to offer, which may name files and labels.
 
 And, by distributed autograd in the backward, the gradient of its loss with respect to its
 predictions. In classification that gradient reads every label (softmax minus one-hot: the one
@@ -45,9 +47,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mpsl_dist.actors.local_data import LocalData
+from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.data import Batch
+from mpsl_dist.errors import DivergedError
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, copy_of, fuse
@@ -77,7 +80,8 @@ class Client:
     ----------
     number : int
         From 0.
-    data, test_data : LocalData
+    data : LocalData
+    test_data : TestData
         Its own samples; ``test_data`` may be empty.
     tokenizers : Reference
         Its reference to its :class:`Tokenizers`.
@@ -95,7 +99,7 @@ class Client:
         self,
         number: int,
         data: LocalData,
-        test_data: LocalData,
+        test_data: TestData,
         tokenizers: Reference,
         stepper: Stepper,
         fusion: str,
@@ -160,15 +164,36 @@ class Client:
         """
         return self.data.batch(step).labels.unique(return_inverse=True)[1]
 
-    def tokenize_test(self, step: int) -> list[Tensor]:
-        """Tokenize its test batch ``step`` with the tokenizers of :meth:`begin_test`."""
-        assert self._visiting is not None
+    def tokenize_test(self, step: int, own: bool = False) -> list[Tensor]:
+        """Tokenize what can be read of its test batch ``step``.
+
+        Parameters
+        ----------
+        own : bool
+            Whether with its own tokenizers, or those of :meth:`begin_test`.
+        """
+        tokenizers = self.tokenizers.local_value() if own else self._visiting
+        assert tokenizers is not None
         with torch.no_grad():
-            return self._smash(self._visiting, self.test_data.batch(step))
+            return self._smash(tokenizers, self.test_data.batch(step))
 
     def score(self, step: int, predictions_bk: Tensor) -> int:
         """Return how many predictions (b, k) of its test batch ``step`` are right."""
         return self.task.score(predictions_bk, self.test_data.batch(step).labels)
+
+    def read_test(self, step: int) -> int:
+        """Return how many samples of its test batch ``step`` can be read.
+
+        Raises
+        ------
+        DataError
+            If a file cannot be read and ``data.on_error`` is ``raise``.
+        """
+        return len(self.test_data.batch(step))
+
+    def damage_met(self) -> Damage:
+        """Return how much of its data could not be read so far."""
+        return Damage.of(self.data.unread, self.test_data.unread)
 
     def tokenizer_weights(self) -> dict[str, Tensor]:
         """Return its trained tokenizer parameters by name, on CPU, for an average."""
@@ -207,7 +232,17 @@ class Client:
         self.data.begin_epoch(epoch, counts, first_step)
 
     def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Step its own optimizer at the run's step ``step``, on gradients by parameter."""
+        """Step its own optimizer at the run's step ``step``, on gradients by parameter.
+
+        Raises
+        ------
+        DivergedError
+            If one is no finite number; its parameters then stay as they are.
+        """
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+            raise DivergedError(
+                "a gradient of its tokenizers is no finite number. Lower training.client.lr"
+            )
         self.stepper.step(gradients, step)
 
     def accumulate(self, gradients: Mapping[Tensor, Tensor]) -> None:
@@ -252,7 +287,7 @@ class Client:
         if weights is not None:
             self._visiting = copy_of(self._visiting)
             load_trainable(self._visiting, weights)
-        self.test_data.begin_epoch(0, counts)
+        self.test_data.lay_out(counts)
 
     # -- checkpoints, written where the client is ------------------------------------------
 
@@ -262,6 +297,7 @@ class Client:
             "tokenizers": trainable_state(self.tokenizers.local_value()),
             "optimizer": self.stepper.state(),
             "accumulated": self._accumulated,
+            "unread": self.data.unread.state(),
         }
         return state.save(self._file(folder), parts)
 
@@ -285,6 +321,7 @@ class Client:
             self.set_tokenizer_weights(parts["tokenizers"])
             self.stepper.load(parts["optimizer"])
             self._accumulated = parts["accumulated"]
+            self.data.unread.load(parts.get("unread"))
 
     # -- its own business ------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
-from mpsl_dist.actors.choices import device_of, task_of
+from mpsl_dist.actors.choices import device_of, pixels_of, task_of
+from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.loading import override
-from mpsl_dist.data import Dataset, Splits, load_batches
-from mpsl_dist.errors import ConfigError, DiskError, RunError
+from mpsl_dist.data import Batch, Splits, catalog
+from mpsl_dist.errors import ConfigError, DiskError, RunError, UserError
 from mpsl_dist.models.server_model import ServerModel
-from mpsl_dist.models.tasks import Task, Tested
+from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
 from mpsl_dist.reading import read_json
 
@@ -56,23 +58,23 @@ class Deployable(nn.Module):
             for name, x in inputs.items()
         }
 
-    def test(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
-        """Return the task's metrics over a whole split: ``accuracy``, or recalls."""
-        return self.task.metrics(self._predict(dataset, range(len(dataset.labels)), batch_size))
+    def test(self, held: TestData, batch_size: int) -> dict[str, float]:
+        """Return the task's metrics over all that can be read: ``accuracy``, or recalls."""
+        batches = filter(len, held.batches(batch_size))
+        return self.task.metrics((self._predict(batch), batch.labels) for batch in batches)
 
-    def right(self, dataset: Dataset, positions: Sequence[int], batch_size: int) -> int:
-        """Return how many of the samples at these positions of a split are predicted right."""
-        tested = self._predict(dataset, positions, batch_size)
-        return sum(self.task.score(predictions, labels_b) for predictions, labels_b in tested)
+    def right(self, held: TestData, batch_size: int) -> tuple[int, int]:
+        """Return how many of these samples are predicted right, and of how many."""
+        scores = [(self.score(batch), len(batch)) for batch in held.batches(batch_size)]
+        return sum(right for right, _ in scores), sum(samples for _, samples in scores)
 
-    def _predict(
-        self, dataset: Dataset, positions: Sequence[int], batch_size: int
-    ) -> Iterator[Tested]:
-        batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
-        for batch in load_batches(dataset, batches, seed=None):
-            with torch.no_grad():
-                predictions = self(self.to_own(batch.inputs)).cpu()
-            yield predictions, batch.labels
+    def score(self, batch: Batch) -> int:
+        """Return how many samples of a batch, which may be empty, are predicted right."""
+        return self.task.score(self._predict(batch), batch.labels) if len(batch) else 0
+
+    def _predict(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return self(self.to_own(batch.inputs)).cpu()
 
     def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
         """Write ``model.safetensors`` and ``config.json``.
@@ -84,8 +86,10 @@ class Deployable(nn.Module):
         """
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         partial = folder / "model.safetensors.partial"
+        # A model that is loaded knows no more where its weights came from.
+        told = replace(experiment.data, pixels=pixels_of(experiment))
         description = {
-            "experiment": to_dict(experiment),
+            "experiment": to_dict(replace(experiment, data=told)),
             "shapes": {name: list(shape) for name, shape in splits.shapes.items()},
             "classes": list(splits.classes),
         }
@@ -171,7 +175,24 @@ def _read_description(
     except ConfigError as error:
         lines = str(error).splitlines()
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from error
-    return experiment, shapes, classes
+    return _as_trained(experiment, shapes), shapes, classes
+
+
+def _as_trained(experiment: Experiment, shapes: Mapping[str, tuple[int, ...]]) -> Experiment:
+    """Return the experiment with what its data decided then; other data may decide otherwise."""
+    decided: dict[str, Any] = {"modalities": list(shapes)}
+    if "audio" in shapes:
+        decided["audio_frames"] = shapes["audio"][0]
+    try:
+        reads = catalog.find(experiment.data.name, experiment.plugins).reads
+    except UserError:
+        return experiment  # a model predicts without its dataset, too
+    left_open = {
+        key: value
+        for key, value in decided.items()
+        if key in reads and getattr(experiment.data, key) is None
+    }
+    return replace(experiment, data=replace(experiment.data, **left_open))
 
 
 class _Nothing:

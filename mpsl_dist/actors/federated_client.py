@@ -7,7 +7,9 @@ Everything that a client ever sends is what a method of :class:`FederatedClient`
 ===============  ==============================================================================
 ``describe``     how many training and test samples it holds
 ``train_round``  the trained parameters after its local epochs, its sample count, its mean loss
-``test``         how many of its test predictions were right
+``test``         how many of its test predictions were right, and of how many
+``read_tests``   how many of its test samples can be read
+``damage_met``   how many of its files and samples could not be read
 ``save``         the SHA-256 of the file that it wrote of its state, as a text
 ``damage``       what is wrong with that file: a text with the file's name, or nothing
 ===============  ==============================================================================
@@ -28,7 +30,7 @@ from torch import Tensor
 from mpsl_dist.actors.client import Description
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.learner import Learner
-from mpsl_dist.actors.local_data import LocalData
+from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.config import Training
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.records import state
@@ -60,7 +62,8 @@ class FederatedClient:
     ----------
     number : int
         From 0.
-    data, test_data : LocalData
+    data : LocalData
+    test_data : TestData
         Its own samples; ``test_data`` may be empty.
     model : Deployable
         Where it computes. Clients of one worker take turns on one model: every turn begins by
@@ -78,7 +81,7 @@ class FederatedClient:
         self,
         number: int,
         data: LocalData,
-        test_data: LocalData,
+        test_data: TestData,
         model: Deployable,
         training: Training,
         keep_optimizer: bool,
@@ -132,11 +135,24 @@ class FederatedClient:
         samples = len(self.data)
         return Update(trainable_state(self.model), samples, total / (samples * self.local_epochs))
 
-    def test(self, weights: Mapping[str, Tensor], batch_size: int) -> int:
-        """Return how many of its test samples the server's model predicts right."""
+    def test(self, weights: Mapping[str, Tensor], batch_size: int) -> tuple[int, int]:
+        """Return how many test samples the server's model predicts right, and of how many."""
         load_trainable(self.model, weights)
-        held = self.test_data
-        return self.model.right(held.dataset, held.indices.tolist(), batch_size)
+        return self.model.right(self.test_data, batch_size)
+
+    def read_tests(self, batch_size: int) -> int:
+        """Return how many of its test samples can be read.
+
+        Raises
+        ------
+        DataError
+            If a file cannot be read and ``data.on_error`` is ``raise``.
+        """
+        return sum(map(len, self.test_data.batches(batch_size)))
+
+    def damage_met(self) -> Damage:
+        """Return how much of its data could not be read so far."""
+        return Damage.of(self.data.unread, self.test_data.unread)
 
     # -- what a client is told -------------------------------------------------------------
 
@@ -161,7 +177,7 @@ class FederatedClient:
     def save(self, folder: str) -> str:
         """Write its optimizers' state, the model is the server's; return the file's SHA-256."""
         kept = self.learner.optimizer_state() if self.keep_optimizer else {}
-        return state.save(self._file(folder), kept)
+        return state.save(self._file(folder), kept | {"unread": self.data.unread.state()})
 
     def damage(self, folder: str, digest: str | None) -> str | None:
         """Say what is wrong with the file that :meth:`save` wrote; nothing if it is whole.
@@ -180,6 +196,7 @@ class FederatedClient:
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
         with state.continuing(self._file(folder)) as kept:
+            self.data.unread.load(kept.pop("unread", None))
             if kept:
                 self.learner.load_optimizer_state(kept)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 
 from mpsl_dist import data
 from mpsl_dist.actors.agreement import Agreement, Elsewhere, Offer, renumbered
-from mpsl_dist.actors.local_data import LocalData
+from mpsl_dist.actors.choices import pixels_of
+from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.data.decode.samples import PIXELS, with_colours
+from mpsl_dist.data.loading import Loaders
 from mpsl_dist.data.partition import Dealt, deal, partition
 from mpsl_dist.errors import ConfigError
 
@@ -41,12 +44,20 @@ def load_data(experiment: Experiment, needs: Sequence[str] = ("train", "test")) 
     """
     chosen, options = experiment.data, data_options(experiment)
     splits = data.load(chosen.name, chosen.root, chosen.text_length, needs=needs, **options)
+    colours = PIXELS.get(pixels_of(experiment))
+    train, test = (with_colours(split, colours) for split in (splits.train, splits.test))
+    splits = replace(splits, train=train, test=test)
     return splits if chosen.classes is None else renumbered(splits, chosen.classes)
+
+
+def loaders_of(experiment: Experiment, splits: Splits) -> Loaders:
+    """Return what reads ahead in this process, as ``data.loaders`` asks for it."""
+    return Loaders((splits.train, splits.test), experiment.data.loaders)
 
 
 def data_options(experiment: Experiment) -> dict[str, Any]:
     """Return what the experiment asks of its dataset, as :func:`mpsl_dist.data.load` takes it."""
-    names = ("image_size", "audio_frames", "modalities", "on_error", "cache")
+    names = ("image_size", "audio_frames", "modalities", "on_error", "max_missing", "cache")
     common = {name: getattr(experiment.data, name) for name in names}
     return common | {"plugins": experiment.plugins, "own_options": experiment.data.options}
 
@@ -61,6 +72,8 @@ class Holdings:
         Training samples, and the rule that they were dealt by.
     tests : tuple of array
         (samples,) positions in the test split by client; all empty where the server has them.
+    loaders : Loaders
+        Read for everyone in this process.
     first : int
         Number of the first client whose samples these are: 0, but on a worker that has its own.
     agreement : Agreement, optional
@@ -71,6 +84,7 @@ class Holdings:
     splits: Splits
     dealt: Dealt
     tests: tuple[NDArray[np.int64], ...]
+    loaders: Loaders
     first: int = 0
     agreement: Agreement | None = None
 
@@ -105,7 +119,8 @@ class Holdings:
         tests = [np.empty(0, dtype=np.int64)] * count
         if experiment.data.test_at == "clients":
             tests = partition(splits.test.labels, count, "iid", 1.0, 1, seed)
-        return cls(experiment, splits, dealt, tuple(tests), numbers[0])
+        loaders = loaders_of(experiment, splits)
+        return cls(experiment, splits, dealt, tuple(tests), loaders, numbers[0])
 
     @classmethod
     def elsewhere(
@@ -118,15 +133,17 @@ class Holdings:
         own : Splits, optional
             Its own data, where it has the test set.
         """
-        test = Elsewhere.of(agreement.test)
+        sizes = agreement.train
+        missing_train, missing_test = agreement.missing
+        test = Elsewhere.of(agreement.test, missing_test)
         if own is not None:
             test = renumbered(own, agreement.classes).test
-        sizes = agreement.train
-        splits = Splits(Elsewhere.of(sum(sizes)), test, agreement.shapes, agreement.classes)
+        train = Elsewhere.of(sum(sizes), missing_train)
+        splits = Splits(train, test, agreement.shapes, agreement.classes)
         parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
         dealt = Dealt(parts, "own: every worker's host has its own data")
-        tests = (np.empty(0, dtype=np.int64),) * len(sizes)
-        return cls(experiment, splits, dealt, tests, agreement=agreement)
+        tests, loaders = (np.empty(0, dtype=np.int64),) * len(sizes), loaders_of(experiment, splits)
+        return cls(experiment, splits, dealt, tests, loaders, agreement=agreement)
 
     @classmethod
     def load(cls, experiment: Experiment) -> Holdings:
@@ -138,18 +155,23 @@ class Holdings:
         """Training samples of every client."""
         return [len(part) for part in self.dealt.parts]
 
-    def of(self, number: int) -> tuple[LocalData, LocalData]:
+    def of(self, number: int) -> tuple[LocalData, TestData]:
         """Return a client's own training and test samples."""
-        seed, loaders = self.experiment.seed, self.experiment.data.loaders
         part, test = self.dealt.parts[number - self.first], self.tests[number - self.first]
-        train = LocalData(self.splits.train, part, seed, number, loaders)
-        return train, LocalData(self.splits.test, test, seed, number)
+        train = LocalData(self.splits.train, part, self.experiment.seed, number, self.loaders)
+        return train, TestData(self.splits.test, test, self.loaders)
+
+    def numbered(self, classes: Sequence[str]) -> Holdings:
+        """Return the same, labels numbered by this list of classes, which holds all of theirs."""
+        splits = renumbered(self.splits, classes)
+        return replace(self, splits=splits, loaders=loaders_of(self.experiment, splits))
 
     def offer(self, host: str) -> Offer:
         """Return what a host says of these, its own."""
-        shapes, classes = dict(self.splits.shapes), tuple(self.splits.classes)
-        test = tuple(len(part) for part in self.tests)
-        return Offer(host, shapes, classes, tuple(self.sizes), test)
+        splits, test = self.splits, tuple(len(part) for part in self.tests)
+        missing = tuple(len(getattr(part, "missing", ())) for part in (splits.train, splits.test))
+        shapes, classes = dict(splits.shapes), tuple(splits.classes)
+        return Offer(host, shapes, classes, tuple(self.sizes), test, missing)
 
     def log(self) -> None:
         """Log who holds how much, by which rule."""

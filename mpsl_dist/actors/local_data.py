@@ -1,18 +1,51 @@
-"""One client's own samples, epoch by epoch."""
+"""One owner's own samples: a client's to train on, epoch by epoch, and those to test with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsl_dist.data import Batch, Dataset, load_batches
+from mpsl_dist.data import Batch, Dataset
+from mpsl_dist.data.loading import Loaders, Unread
 from mpsl_dist.data.partition import epoch_order
 
 
+@dataclass(frozen=True)
+class Damage:
+    """How much of some owners' data could not be read, so far.
+
+    Attributes
+    ----------
+    train_files : int
+        Damaged files, each once for every owner that met it.
+    replaced : int
+        How often another sample of the mini-batch stood in for one that could not be read.
+    test_files : int
+    left_out : int
+        Test samples that count in no result.
+    """
+
+    train_files: int = 0
+    replaced: int = 0
+    test_files: int = 0
+    left_out: int = 0
+
+    @classmethod
+    def of(cls, train: Unread, test: Unread) -> Damage:
+        """Return what one owner has met."""
+        return cls(len(train.files), train.times, len(test.files), len(test.positions))
+
+    @classmethod
+    def all(cls, owners: Iterable[Damage]) -> Damage:
+        """Return the sum over owners."""
+        return cls(*map(sum, zip(*map(astuple, owners), strict=True)))
+
+
 class LocalData:
-    """The samples of one client and their order in every epoch.
+    """The training samples of one client and their order in every epoch.
 
     The order is a function of (seed, client, epoch) alone, so that a resumed run meets the same
     mini-batches without any saved generator.
@@ -25,24 +58,30 @@ class LocalData:
         (samples,) positions in ``dataset``.
     seed, client : int
         The experiment's seed and the client's number.
-    loaders : int
-        Processes that load samples ahead; 0 loads in this one.
+    loaders : Loaders, optional
+        Reads samples ahead; by default they are read when they are asked for.
     """
 
     def __init__(
-        self, dataset: Dataset, indices: NDArray[np.int64], seed: int, client: int, loaders: int = 0
+        self,
+        dataset: Dataset,
+        indices: NDArray[np.int64],
+        seed: int,
+        client: int,
+        loaders: Loaders | None = None,
     ) -> None:
-        self.dataset = dataset
         self.indices = indices
         self.seed = seed
         self.client = client
-        self.loaders = loaders
-        self._batches: Iterator[Batch] = iter(())
-        self._steps: list[int] = []
-        self._current: tuple[int, Batch] | None = None
+        self._reader = (loaders or Loaders([dataset])).reader(dataset)
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def unread(self) -> Unread:
+        """What could not be read so far."""
+        return self._reader.unread
 
     def begin_epoch(self, epoch: int, counts: Sequence[int], first_step: int = 0) -> None:
         """Lay out an epoch.
@@ -58,15 +97,79 @@ class LocalData:
         """
         order = self.indices[epoch_order(len(self.indices), self.seed, self.client, epoch)]
         ends = np.cumsum(counts)
-        self._steps = [s for s in range(first_step, len(counts)) if counts[s] > 0]
-        batches = [order[ends[s] - counts[s] : ends[s]].tolist() for s in self._steps]
+        steps = [s for s in range(first_step, len(counts)) if counts[s] > 0]
+        batches = {s: order[ends[s] - counts[s] : ends[s]].tolist() for s in steps}
         seed = int(np.random.default_rng([self.seed, self.client, epoch, 1]).integers(2**62))
-        self._batches = load_batches(self.dataset, batches, seed, self.loaders)
-        self._current = None
+        self._reader.plan(batches, seed)
 
     def batch(self, step: int) -> Batch:
-        """Return the mini-batch of this step of the epoch; the same one if asked again."""
-        while self._current is None or self._current[0] != step:
-            assert self._steps and self._steps[0] <= step, f"step {step} is past or empty"
-            self._current = (self._steps.pop(0), next(self._batches))
-        return self._current[1]
+        """Return the mini-batch of this step of the epoch; the same one if asked again.
+
+        Raises
+        ------
+        DataError
+            If a file cannot be read and ``data.on_error`` is ``raise``.
+        """
+        return self._reader.batch(step)
+
+
+class TestData:
+    """The test samples of one owner, in their order; what cannot be read is left out and counted.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The split.
+    indices : sequence of int, optional
+        Positions in it; by default all.
+    loaders : Loaders, optional
+        Reads samples ahead; by default they are read when they are asked for.
+    """
+
+    __test__ = False  # pytest: no test
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        indices: Sequence[int] | None = None,
+        loaders: Loaders | None = None,
+    ) -> None:
+        self.indices = range(len(dataset.labels)) if indices is None else [*map(int, indices)]
+        self._reader = (loaders or Loaders([dataset])).reader(dataset)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def unread(self) -> Unread:
+        """What could not be read so far."""
+        return self._reader.unread
+
+    def lay_out(self, counts: Sequence[int]) -> None:
+        """Begin a test with batches of these sizes."""
+        ends = np.cumsum(counts).tolist()
+        starts = [end - count for end, count in zip(ends, counts, strict=True)]
+        pairs = enumerate(zip(starts, ends, strict=True))
+        batches = {step: list(self.indices[start:end]) for step, (start, end) in pairs}
+        self._reader.plan(batches, seed=None)
+
+    def batch(self, step: int) -> Batch:
+        """Return what can be read of this batch, maybe nothing; the same if asked again.
+
+        Raises
+        ------
+        DataError
+            If a file cannot be read and ``data.on_error`` is ``raise``.
+        """
+        return self._reader.batch(step)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Read all samples, ``size`` at once; raises as :meth:`batch`."""
+        counts = batch_sizes(len(self), size)
+        self.lay_out(counts)
+        return map(self.batch, range(len(counts)))
+
+
+def batch_sizes(samples: int, size: int) -> list[int]:
+    """Return the sizes of the batches that samples are cut into, ``size`` and a rest."""
+    return [min(size, samples - start) for start in range(0, samples, size)]

@@ -8,15 +8,20 @@ import time
 from rich import progress as bar
 from rich.console import Console
 
-from mpsl_dist.actors.holdings import data_options
+from mpsl_dist.actors.holdings import Holdings, data_options
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data import DataError, catalog
 from mpsl_dist.data.fetch.check import Report, check
 from mpsl_dist.data.fetch.download import download
+from mpsl_dist.data.partition import shares
+from mpsl_dist.errors import UserError
+from mpsl_dist.methods.processes import checked_data
 
 
 def check_data(experiment: Experiment, workers: int | None = None, limit: int | None = None) -> int:
-    """Print what is there of the experiment's dataset.
+    """Print what is there of the experiment's dataset, and what a run would do with it.
+
+    What a run refuses is refused here too, by the very same code.
 
     Parameters
     ----------
@@ -30,36 +35,58 @@ def check_data(experiment: Experiment, workers: int | None = None, limit: int | 
     int
         0 if the experiment can train on what is there, else 2.
     """
-    data = experiment.data
+    data, hindrances, told = experiment.data, [], ""
     if _built_in(experiment):
-        print(f"{data.name} is built in: nothing to check")
-        return 0
-    report = check(
-        data.name,
-        data.root,
-        decode=limit != 0,
-        workers=workers or min(8, os.cpu_count() or 1),
-        limit=limit,
-        text_length=data.text_length,
-        **data_options(experiment),
-    )
-    print(report)
-    verdict = _hindrance(report, data.on_error or report.facts.on_error)
-    print(f"  {verdict or 'usable'}")
-    return 2 if verdict else 0
-
-
-def _hindrance(report: Report, on_error: str) -> str:
-    """Return why training could not run to its end; an empty text if it could."""
-    if not report.usable:
-        return "not usable: see above" if report.problem else "not usable: a split has no samples"
-    faults = len(report.missing) + len(report.damaged)
-    if faults and on_error == "raise":
-        return (
-            f"not usable as it is: data.on_error=raise ends a run at any of these {faults:,} "
-            "files; data.on_error=skip goes on without them"
+        print(f"{data.name} is built in: no files to check")
+    else:
+        report = check(
+            data.name,
+            data.root,
+            decode=limit != 0,
+            workers=workers or min(8, os.cpu_count() or 1),
+            limit=limit,
+            text_length=data.text_length,
+            **data_options(experiment),
         )
-    return ""
+        print(report)
+        told = report.problem
+        hindrances += _damage(report, data.on_error or report.facts.on_error)
+    try:
+        holdings = checked_data(experiment)
+    except UserError as error:
+        hindrances += str(error).splitlines()
+    else:
+        print("\n".join(f"  {line}" for line in _plan(experiment, holdings)))
+    for line in hindrances:
+        if line not in told.splitlines():
+            print(f"  not usable: {line}")
+    if not hindrances:
+        print("  usable")
+    return 2 if hindrances else 0
+
+
+def _damage(report: Report, on_error: str) -> list[str]:
+    """Return why training would end at a file that is there and cannot be read."""
+    faults = len(report.missing) + len(report.damaged)
+    if not faults or report.problem or on_error != "raise":
+        return []
+    return [
+        f"data.on_error=raise ends a run at any of these {faults:,} files; data.on_error=skip goes "
+        "on without them"
+    ]
+
+
+def _plan(experiment: Experiment, holdings: Holdings) -> list[str]:
+    """Return what a run of the experiment would do with its data."""
+    sizes, batch = holdings.sizes, experiment.training.batch_size
+    steps = len(shares(sizes, batch, experiment.client_share))
+    where = "the server" if experiment.data.test_at == "server" else "the clients, a part each"
+    return [
+        f"the run: {experiment.method} on {', '.join(holdings.splits.shapes)}, tested at {where}",
+        f"partition: {holdings.dealt.rule}; {len(sizes):,} clients with {min(sizes):,} to "
+        f"{max(sizes):,} samples",
+        f"an epoch: {sum(sizes):,} samples in {steps:,} global batches of {batch:,}",
+    ]
 
 
 def _built_in(experiment: Experiment) -> bool:

@@ -170,7 +170,9 @@ def _out_of_range(experiment: Experiment) -> list[str]:
         "faults.exit_timeout": experiment.faults.exit_timeout,
         "faults.client_timeout": experiment.faults.client_timeout,
     }
-    from_zero, below_one = {}, {}
+    share = {"data.max_missing": experiment.data.max_missing}
+    at_most_one = {"federated.fraction": federated.fraction, **share}
+    from_zero, below_one = dict(share), {}
     for owner in ("server", "client"):
         optimizer, path = getattr(training, owner), f"training.{owner}"
         above_zero |= {f"{path}.lr": optimizer.lr, f"{path}.gamma": optimizer.gamma}
@@ -182,7 +184,7 @@ def _out_of_range(experiment: Experiment) -> list[str]:
         ("greater than 0", lambda x: x > 0, above_zero),
         ("at least 0", lambda x: x >= 0, from_zero),
         ("less than 1", lambda x: x < 1, below_one),
-        ("at most 1", lambda x: x <= 1, {"federated.fraction": federated.fraction}),
+        ("at most 1", lambda x: x <= 1, at_most_one),
         (f"at most a year, {_YEAR:.0f} seconds", lambda x: x <= _YEAR, timeouts),
     )
     return [
@@ -241,7 +243,7 @@ def _weight_problems(experiment: Experiment) -> list[str]:
         found.append("model.text_tower: only with model.text=clip")
     if clip and model.train_token_table:
         found.append("model.train_token_table: there is no table with model.text=clip")
-    if clip and experiment.data.text_length > 77:
+    if clip and (experiment.data.text_length or 0) > 77:
         found.append(
             f"data.text_length: CLIP reads at most 77 tokens, found {experiment.data.text_length}"
         )

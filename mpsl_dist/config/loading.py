@@ -15,7 +15,14 @@ from mpsl_dist.reading import parse_yaml, read_yaml
 from mpsl_dist.typed import build
 
 #: Keys that may differ when a trained model is used: they say where data lies, and how to compute.
-KEYS_OF_USE = ("data.cache", "data.on_error", "data.root", "device", "training.test_batch_size")
+KEYS_OF_USE = (
+    "data.cache",
+    "data.on_error",
+    "data.loaders",
+    "data.root",
+    "device",
+    "training.test_batch_size",
+)
 #: Keys that are each host's own matter where data stay with their owners (``data.place=own``).
 HOST_KEYS = (
     "data.cache",

@@ -35,19 +35,28 @@ class Data:
     #: Who holds the test set: the server (a public benchmark), or the clients, a part each.
     test_at: Literal["server", "clients"] = "server"
     partition: Partition = field(default_factory=Partition)
-    #: Length of a text in CLIP byte-pair tokens, start and end included.
-    text_length: int = 16
+    #: Length of a text in CLIP byte-pair tokens, start and end included; null is the dataset's own.
+    text_length: int | None = None
     #: ``manifest`` and plugins' datasets that have a choice: what to read, in the order of fusion;
     #: null is all that there is.
     modalities: list[str] | None = None
-    #: Loader processes per client; 0 loads in the worker itself.
+    #: Loader processes for each client, shared by the clients of a process (one a core is enough);
+    #: 0 loads in the worker itself.
     loaders: int = 0
     #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's
-    #: own.
+    #: own, a manifest's as long as its sounds.
     image_size: int | None = None
     audio_frames: int | None = None
-    #: ``skip`` replaces a file that cannot be read by another sample, and counts it.
+    #: Mean and deviation that are taken out of pixels: ``imagenet``'s, ``clip``'s, ``half`` (both
+    #: 0.5), or as the paper has it (``imagenet`` for pictures, none for frames of clips). Null
+    #: takes those of ``weights.image``, and the paper's where it is ``random`` or a file.
+    pixels: Literal["paper", "imagenet", "clip", "half"] | None = None
+    #: ``skip`` counts files that cannot be read: in training another sample stands in, tests
+    #: leave theirs out.
     on_error: Literal["raise", "skip"] | None = None
+    #: With ``skip``: the share of a split's samples whose files may be missing, 0 to 1; null is
+    #: 0.01.
+    max_missing: float | None = None
     #: Folder that keeps decoded inputs between epochs and runs.
     cache: str | None = None
     #: Options of a plugin's dataset.
@@ -248,9 +257,9 @@ class Faults:
     #: Every so many steps clients write their own state, for their return; null leaves it to the
     #: others' tokenizers.
     save_clients_every: int | None = None
-    #: Seconds after which a worker without a sign of life is killed; and from a stop signal, or the
-    #: launching process's death, until every process is gone: time to end the step and write a
-    #: checkpoint.
+    #: Seconds after which a worker without a sign of life is killed, and workers leave a server
+    #: without one; and from a stop signal, or the launching process's death, until every process is
+    #: gone: time to end the step and write a checkpoint.
     exit_timeout: float = 30.0
 
 

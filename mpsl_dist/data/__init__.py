@@ -8,7 +8,7 @@ from typing import Any
 
 from mpsl_dist.data import catalog
 from mpsl_dist.data.catalog import DatasetFacts
-from mpsl_dist.data.dataset import Batch, Dataset, Splits, TensorDataset, load_batches
+from mpsl_dist.data.dataset import Batch, Dataset, Splits, TensorDataset
 from mpsl_dist.errors import DataError
 from mpsl_dist.plugins import options as checked_options
 from mpsl_dist.plugins import resolve
@@ -21,14 +21,13 @@ __all__ = [
     "Splits",
     "TensorDataset",
     "load",
-    "load_batches",
 ]
 
 
 def load(
     name: str,
     root: str | Path | None = None,
-    text_length: int = 16,
+    text_length: int | None = None,
     *,
     plugins: Sequence[str] = (),
     own_options: Mapping[str, Any] | None = None,
@@ -43,8 +42,9 @@ def load(
         One of ours (:data:`mpsl_dist.data.catalog.DATASETS`), or of a plugin.
     root : str or Path, optional
         Folder or file that it is read from; not needed by datasets that are built in.
-    text_length : int
-        Byte-pair tokens of a text; of no effect where there are no texts.
+    text_length : int, optional
+        Byte-pair tokens of a text; of no effect where there are no texts. None leaves the
+        dataset's own default.
     plugins : sequence of str
         Modules that may define further datasets.
     own_options : mapping, optional
@@ -53,8 +53,8 @@ def load(
         The splits that will be used, ``train``, ``test`` or both. A dataset whose parts may lie on
         several hosts reads no other one, which is empty then.
     options
-        ``image_size``, ``audio_frames``, ``modalities``, ``on_error`` and ``cache``; None leaves
-        the dataset's own default.
+        ``image_size``, ``audio_frames``, ``modalities``, ``on_error``, ``max_missing`` and
+        ``cache``; None leaves the dataset's own default.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def load(
     useless = sorted(given.keys() - set(facts.reads))
     if useless:
         raise DataError("\n".join(f"data.{option}: {name} has no use for it" for option in useless))
-    if "text_length" in facts.reads:
+    if "text_length" in facts.reads and text_length is not None:
         given["text_length"] = text_length
     if "on_error" in facts.reads:
         given.setdefault("on_error", facts.on_error)

@@ -19,7 +19,14 @@ from mpsl_dist.errors import DataError
 
 #: What an experiment may ask of a dataset, under ``data`` of its configuration.
 Option = Literal[
-    "text_length", "image_size", "audio_frames", "modalities", "on_error", "cache", "needs"
+    "text_length",
+    "image_size",
+    "audio_frames",
+    "modalities",
+    "on_error",
+    "max_missing",
+    "cache",
+    "needs",
 ]
 #: Captions taken of every picture of a retrieval dataset, the first ones.
 CAPTIONS = 5
@@ -108,13 +115,16 @@ class DatasetFacts:
     confirmed: bool = True
 
     def shapes_at(
-        self, text_length: int, image_size: int | None = None, audio_frames: int | None = None
+        self,
+        text_length: int | None = None,
+        image_size: int | None = None,
+        audio_frames: int | None = None,
     ) -> dict[str, tuple[int, ...]]:
-        """Return ``shapes`` as these options of an experiment change them.
+        """Return ``shapes`` as these options of an experiment change them; None leaves its own.
 
         Parameters
         ----------
-        text_length : int
+        text_length : int, optional
             Tokens of a text.
         image_size : int, optional
             Side of a picture in pixels.
@@ -122,7 +132,7 @@ class DatasetFacts:
             Frames of a spectrogram.
         """
         shapes = dict(self.shapes)
-        if "text" in shapes and "text_length" in self.reads:
+        if "text" in shapes and "text_length" in self.reads and text_length is not None:
             shapes["text"] = (text_length,)
         if "image" in shapes and "image_size" in self.reads and image_size is not None:
             shapes["image"] = (shapes["image"][0], image_size, image_size)
@@ -157,8 +167,8 @@ def source(name: str) -> str:
 
 
 _SETS = "mpsl_dist.data.sets"
-_ON_DISK: tuple[Option, ...] = ("on_error", "cache")
-_PICTURE, _SOUND, _TEXT = (3, 224, 224), (1024, 128), (16,)
+_ON_DISK: tuple[Option, ...] = ("on_error", "max_missing", "cache")
+_PICTURE, _SOUND, _TEXT = (3, 224, 224), (1024, 128), (77,)
 
 _COCO = "http://images.cocodataset.org"
 _HUB = "https://huggingface.co/datasets"
@@ -178,7 +188,7 @@ DATASETS: dict[str, DatasetFacts] = {
         f"{_SETS}.digits_qa:load",
         reads=("text_length",),
         files=False,
-        shapes={"image": (1, 8, 8), "text": _TEXT},
+        shapes={"image": (1, 8, 8), "text": (16,)},
         classes=12,
         samples=(5_768, 1_420),
     ),

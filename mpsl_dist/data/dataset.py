@@ -6,13 +6,12 @@ Shape legend: ``b`` batch, ``c`` channels, ``h`` height, ``w`` width, ``t`` fram
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,14 @@ class Batch:
         int64, CLIP byte-pair tokens.
     labels : Tensor
         (b,) int64: the class; in retrieval, which image a caption belongs to.
+    unreadable : mapping of int to tuple of str
+        What was asked for and could not be read: position in the split -> the file, and why. In
+        training another sample stands in for it, at test it is left out.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
+    unreadable: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,7 +42,8 @@ class Dataset(Protocol):
     """A split: samples by position, and the labels of all of them.
 
     It may also have ``clients``, a sequence with the owner's name of every sample; then
-    ``data.partition.kind=natural`` makes every owner a client.
+    ``data.partition.kind=natural`` makes every owner a client; and ``missing``, the files that are
+    listed and not there, whose samples are left out.
     """
 
     #: (samples,) int64.
@@ -54,7 +58,8 @@ class Dataset(Protocol):
             Positions of the samples in the split.
         seed : int or None
             Draws the random frames, crops and flips of training, the same for the same seed and
-            sample; None takes the deterministic view of testing.
+            sample; None takes the deterministic view of testing, in which a sample that cannot be
+            read is left out, and nothing stands in for it.
         """
         ...
 
@@ -71,6 +76,8 @@ class Splits:
         Class names in label order.
     baselines : mapping of str to float
         Test accuracies that need no model, by name.
+    notes : tuple of str
+        What was decided in reading the data, and likely mistakes in it, for people.
     """
 
     train: Dataset
@@ -78,6 +85,7 @@ class Splits:
     shapes: Mapping[str, tuple[int, ...]]
     classes: tuple[str, ...]
     baselines: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def retrieval(self) -> bool:
@@ -96,36 +104,3 @@ class TensorDataset:
         """Return these samples; nothing here is random."""
         rows = torch.as_tensor(indices, dtype=torch.long)
         return Batch({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
-
-
-@dataclass(frozen=True)
-class _Fetcher:
-    """What a loader process runs: one item is one whole mini-batch."""
-
-    dataset: Dataset
-    batches: Sequence[Sequence[int]]
-    seed: int | None
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, position: int) -> Batch:
-        return self.dataset.fetch(self.batches[position], self.seed)
-
-
-def load_batches(
-    dataset: Dataset, batches: Sequence[Sequence[int]], seed: int | None, loaders: int = 0
-) -> Iterator[Batch]:
-    """Fetch mini-batches in order, ahead of their use when there are loader processes.
-
-    Parameters
-    ----------
-    batches : sequence of sequences of int
-        The sample positions of every mini-batch, none empty.
-    seed : int or None
-        Passed to :meth:`Dataset.fetch`.
-    loaders : int
-        Processes that decode ahead; 0 decodes on demand.
-    """
-    fetcher = _Fetcher(dataset, batches, seed)
-    return iter(DataLoader(fetcher, batch_size=None, num_workers=loaders))

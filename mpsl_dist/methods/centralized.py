@@ -6,7 +6,7 @@ made of exactly the mini-batches that the clients would have contributed, in cli
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,10 @@ from mpsl_dist.actors import deployable
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.learner import Learner
+from mpsl_dist.actors.local_data import Damage, TestData
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Batch
+from mpsl_dist.data.loading import Unread
 from mpsl_dist.data.partition import shares
 from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.models.average import load_trainable, trainable_state
@@ -47,6 +49,7 @@ class Centralized:
     def __init__(self, experiment: Experiment, holdings: Holdings, learner: Learner) -> None:
         self.experiment = experiment
         self.splits = holdings.splits
+        self.tests = TestData(holdings.splits.test, loaders=holdings.loaders)
         self.learner = learner
         self.traffic = Traffic(experiment.clients)  # nothing ever crosses
         self.clients = None
@@ -75,7 +78,16 @@ class Centralized:
     def evaluate(self) -> dict[str, float]:
         """Test on the whole test set, whoever would hold it."""
         size = self.experiment.training.test_batch_size
-        return self.learner.model.test(self.splits.test, size)
+        return self.learner.model.test(self.tests, size)
+
+    def read_tests(self) -> Iterator[int]:
+        """Read every test sample once, and yield how many can be read, batch by batch."""
+        return map(len, self.tests.batches(self.experiment.training.test_batch_size))
+
+    def damage_met(self) -> Damage:
+        """Return how much of the data could not be read so far."""
+        trained = [Damage.of(data.unread, Unread()) for data in self.held]
+        return Damage.all([*trained, Damage.of(Unread(), self.tests.unread)])
 
     def deployable(self) -> Deployable:
         """Return the model."""
@@ -90,6 +102,7 @@ class Centralized:
         parts = {
             "model": trainable_state(self.learner.model),
             "optimizers": self.learner.optimizer_state(),
+            "unread": [data.unread.state() for data in self.held],
         }
         return {state.SERVER: state.save(Path(folder) / state.SERVER, parts)}
 
@@ -102,6 +115,8 @@ class Centralized:
         with state.continuing(Path(folder) / state.SERVER) as parts:
             load_trainable(self.learner.model, parts["model"])
             self.learner.load_optimizer_state(parts["optimizers"])
+            for data, unread in zip(self.held, parts.get("unread", ()), strict=False):
+                data.unread.load(unread)
 
 
 def build(setup: Setup) -> Centralized:

@@ -16,7 +16,7 @@ is built, by its row in :mod:`mpsl_dist.config.methods`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ import torch
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.federated_client import FederatedClient, Update
-from mpsl_dist.actors.holdings import Holdings
+from mpsl_dist.actors.holdings import Holdings, loaders_of
+from mpsl_dist.actors.local_data import Damage, TestData
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.data.loading import Unread
 from mpsl_dist.data.partition import shares
 from mpsl_dist.methods.hosting import Setup, open_fleet
 from mpsl_dist.methods.link import RoundLink
@@ -57,6 +59,7 @@ class FedAvg:
         self.splits = splits
         self.model = model
         self.clients = clients
+        self.tests = TestData(splits.test, loaders=loaders_of(experiment, splits))
         self.repeated = 0
         held = clients.describe()
         self.sizes = {n: held[n].samples for n in held}
@@ -106,10 +109,23 @@ class FedAvg:
         """Test the server's model, where the test samples are."""
         size = self.experiment.training.test_batch_size
         if self.experiment.data.test_at == "server":
-            return self.model.test(self.splits.test, size)
-        holders = [n for n in self.test_sizes if n not in self.clients.lost]
-        right = self.clients.test(trainable_state(self.model), size, holders)
-        return {"accuracy": sum(right.values()) / sum(self.test_sizes[n] for n in right)}
+            return self.model.test(self.tests, size)
+        scores = self.clients.test(trainable_state(self.model), size, self._holders()).values()
+        return {"accuracy": sum(right for right, _ in scores) / sum(n for _, n in scores)}
+
+    def read_tests(self) -> Iterator[int]:
+        """Read every test sample once, and yield how many can be read, batch by batch."""
+        size = self.experiment.training.test_batch_size
+        if self.experiment.data.test_at == "server":
+            return map(len, self.tests.batches(size))
+        return iter(self.clients.read_tests(size, self._holders()).values())
+
+    def damage_met(self) -> Damage:
+        """Return how much of the data could not be read so far, by all that hold some."""
+        return Damage.all([self.clients.damage_met(), Damage.of(Unread(), self.tests.unread)])
+
+    def _holders(self) -> list[int]:
+        return [n for n in self.test_sizes if n not in self.clients.lost]
 
     def deployable(self) -> Deployable:
         """Return the server's model."""

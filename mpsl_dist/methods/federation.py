@@ -10,12 +10,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mpsl_dist.actors.agreement import Agreement, Disagreement, Offer, agree, renumbered
+from mpsl_dist.actors.agreement import Agreement, Disagreement, Offer, agree
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.loading import at_home
 from mpsl_dist.data import Splits
+from mpsl_dist.data.remarks import remarks
 from mpsl_dist.errors import ConfigError, DataError, UserError
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import world
@@ -119,7 +120,9 @@ def as_agreed(
     before, now = agreement.offers[rank], own.offer(host_name())
     if before != now:
         raise DataError(f"data.root: the data of {now.host} have changed since the run began")
-    return replace(own, splits=renumbered(own.splits, agreement.classes))
+    for line in remarks(own.splits):
+        _log.info("%s", line)
+    return own.numbered(agreement.classes)
 
 
 # -- on the server -----------------------------------------------------------------------------
@@ -160,5 +163,6 @@ def _offers(experiment: Experiment, own: Splits | None) -> dict[int, Offer]:
     offers = world.ask(offer, asked, experiment.runtime.start_timeout)
     if own is None:
         return offers
-    shapes, classes = dict(own.shapes), tuple(own.classes)
-    return {0: Offer(host_name(), shapes, classes, (), (len(own.test.labels),))} | offers
+    missing = (0, len(getattr(own.test, "missing", ())))
+    held = (dict(own.shapes), tuple(own.classes), (), (len(own.test.labels),), missing)
+    return {0: Offer(host_name(), *held)} | offers

@@ -24,6 +24,7 @@ from mpsl_dist.methods import federation
 from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import environment, world
+from mpsl_dist.runtime.answers import name_clients
 from mpsl_dist.runtime.fleet import Fleet
 from mpsl_dist.runtime.generations import Generations
 from mpsl_dist.runtime.placement import gpu_of, place, place_in_order
@@ -170,6 +171,9 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
         spread = place_in_order(experiment.clients, experiment.clients_per_worker)
     placed = dict(enumerate(spread, 1))
 
+    def who(rank: int) -> str:
+        return f"{world.rank_name(rank)} ({name_clients(placed[rank])})"
+
     def host(
         hosted: Mapping[int, Sequence[int]], number: int | None
     ) -> tuple[int, dict[int, RemoteError]]:
@@ -180,6 +184,6 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
             )
             for rank in hosted
         }
-        return world.create(host_clients, arguments, experiment.runtime.start_timeout, number)
+        return world.create(host_clients, arguments, experiment.runtime.start_timeout, number, who)
 
     return Fleet(placed, host, timeout or timeout_of(experiment), setup.generations)

@@ -9,7 +9,7 @@ every other message goes on without them, or ends the run, as ``faults`` has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mpsl_dist.actors.client import Description
 from mpsl_dist.actors.federated_client import Update
+from mpsl_dist.actors.local_data import Damage
 from mpsl_dist.config import Faults
-from mpsl_dist.errors import DiskError, DivergedError, RemoteError
+from mpsl_dist.errors import DataError, DiskError, DivergedError, RemoteError
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic, nbytes
@@ -61,8 +62,8 @@ class Transport(Protocol):
         """Open what the gradients of one backward through these clients live in."""
         ...
 
-    def returned(self) -> list[int]:
-        """Take back workers that had been lost; return their clients, as new."""
+    def returned(self, lost: Collection[int]) -> list[int]:
+        """Take back workers of lost clients that are there again; return their clients, as new."""
         ...
 
     def where(self, client: int) -> str:
@@ -90,6 +91,8 @@ class Link:
         self.lost: set[int] = set()
         #: How many clients have come back so far.
         self.returned = 0
+        #: Steps of the run that are done: what the user reads of a loss between two steps.
+        self.done = 0
         #: Client -> folder and digest of what it last kept for its return.
         self._kept: dict[int, tuple[str, str]] = {}
         #: The server's run directory, where clients have their own in its place
@@ -112,6 +115,8 @@ class Link:
         DiskError
             If a client's disk is full: that costs checkpoints, not a client, and is the user's to
             mend.
+        DataError
+            If a client cannot read its data and ``data.on_error`` is ``raise``.
         DivergedError
             If a client's own training has diverged and ``faults.on_nonfinite`` is ``stop``;
             otherwise only this answer of it is left out.
@@ -121,15 +126,16 @@ class Link:
         first, kinds = str(error), {why.kind for why in error.by_client.values()}
         if DiskError.__name__ in kinds:
             raise DiskError(first) from error
+        if DataError.__name__ in kinds:
+            raise DataError(first) from error
         if DivergedError.__name__ in kinds and self.faults.on_nonfinite == "stop":
             raise DivergedError(first) from error
+        gone = [n for n, why in error.by_client.items() if why.kind != DivergedError.__name__]
         for client, why in error.by_client.items():
-            diverged = why.kind == DivergedError.__name__
-            warn(f"client {client} is {'left out' if diverged else 'lost'}: {why.message}")
-            if not diverged:
-                self.lost.add(client)
+            warn(f"client {client} is {'lost' if client in gone else 'left out'}: {why.message}")
+        self.lost |= set(gone)
         few = len(self.present) < self.faults.min_clients
-        if self.faults.on_loss == "stop" or few:
+        if few or (gone and self.faults.on_loss == "stop"):
             left = f"{len(self.present)} clients are left, faults.min_clients is "
             words = f"{first} ({left}{self.faults.min_clients})" if few else first
             raise RemoteError(words, error.details, error.user_error, error.lost) from error
@@ -175,6 +181,11 @@ class Link:
 
         return answers
 
+    @property
+    def in_test(self) -> str:
+        """What the user reads of a loss in a test."""
+        return f"evaluation, step {self.done}"
+
     def everyone(self, *arguments: Any) -> dict[int, tuple[Any, ...]]:
         """Return the same arguments for every client that is there."""
         return dict.fromkeys(self.present, arguments)
@@ -191,7 +202,7 @@ class Link:
         """
         if not self.lost:
             return []
-        back = [client for client in self.fleet.returned() if client in self.lost]
+        back = [client for client in self.fleet.returned(self.lost) if client in self.lost]
         self.lost -= set(back)
         self.returned += len(back)
         if back:
@@ -222,6 +233,10 @@ class Link:
         """Ask how many samples every client holds."""
         return self.start("describe", self.everyone(), needed=True)()
 
+    def damage_met(self) -> Damage:
+        """Ask how much of the clients' data could not be read so far; of the lost, nobody knows."""
+        return Damage.all(self.start("damage_met", self.everyone())().values())
+
     def save(self, folder: str, own: Callable[[], str]) -> dict[str, str]:
         """Have every client write its part of a checkpoint, where it is.
 
@@ -235,7 +250,8 @@ class Link:
         dict of str to str
             Name of every part -> its SHA-256.
         """
-        wait = self.start("save", self.everyone(self._there(folder)), "checkpoint")
+        there = self._there(folder)
+        wait = self.start("save", self.everyone(there), f"checkpoint, step {self.done}")
         try:
             digests = {state.SERVER: own()}
         finally:
@@ -322,9 +338,20 @@ class RoundLink(Link):
         where = f"round {round_}"
         return self.start("train_round", sent, where, down="model_down", up="model_up")()
 
+    def read_tests(self, batch_size: int, clients: Sequence[int]) -> dict[int, int]:
+        """Have clients read their test samples; returns how many of them they can read."""
+        asked = dict.fromkeys(clients, (batch_size,))
+        return self.start("read_tests", asked, "the look at the test data")()
+
     def test(
         self, weights: Mapping[str, Tensor], batch_size: int, clients: Sequence[int]
-    ) -> dict[int, int]:
-        """Have clients count right predictions of the server's model on their test samples."""
+    ) -> dict[int, tuple[int, int]]:
+        """Have clients count right predictions of the server's model on their test samples.
+
+        Returns
+        -------
+        dict of int to tuple of int
+            Client -> right predictions, and samples that could be read.
+        """
         sent = dict.fromkeys(clients, (weights, batch_size))
-        return self.start("test", sent, "evaluation", down="test_weights_down")()
+        return self.start("test", sent, self.in_test, down="test_weights_down")()

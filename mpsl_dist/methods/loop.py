@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.actors.local_data import Damage
 from mpsl_dist.config import Experiment, Faults, to_dict
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import DiskError, RemoteError, ResumeError, RunError
+from mpsl_dist.methods.evidence import evidence, look_at_tests
 from mpsl_dist.methods.link import Link
 from mpsl_dist.methods.progress import Progress, warn
 from mpsl_dist.records import checkpoint
@@ -52,6 +54,14 @@ class Method(Protocol):
 
     def step(self, epoch_step: int, step: int) -> float | None:
         """Train one step; returns the global loss, None where no client was left to take part."""
+        ...
+
+    def read_tests(self) -> Iterator[int]:
+        """Read every test sample once, and yield how many can be read, batch by batch."""
+        ...
+
+    def damage_met(self) -> Damage:
+        """Return how much of the data could not be read so far."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -114,10 +124,13 @@ def train(
     ------
     RunError
         If a checkpoint or the metrics of the run directory do not fit this run.
+    DataError
+        If test files cannot be read, see :func:`mpsl_dist.methods.evidence.look_at_tests`.
     """
     if method.clients and experiment.data.place == "own":
         method.clients.run = run.path.absolute()
     at = _resume(experiment, method, run)
+    look_at_tests(splits, method, stop)
     started = time.perf_counter() - at.seconds
     steps, epochs, faults = len(method.plan), experiment.training.epochs, experiment.faults
     samples = int(method.plan.sum())
@@ -183,6 +196,7 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
             at.step_seconds.append(line["seconds"])
             method.repeated = line.get("steps_repeated", 0)
             if method.clients:
+                method.clients.done = at.step
                 method.clients.returned = line.get("clients_returned", 0)
     _log.info("resumed at step %d, epoch %d, from %s", at.step, at.epoch, folder)
     return at
@@ -231,6 +245,8 @@ def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progre
     at.loss = at.loss if loss is None else loss
     seconds = time.perf_counter() - started
     at.step, at.epoch_step = at.step + 1, at.epoch_step + 1
+    if method.clients:
+        method.clients.done = at.step
     at.step_seconds.append(seconds)
     run.append_metrics(
         step=at.step,
@@ -321,6 +337,7 @@ def summarize(
             "loss": at.loss,
             "test": at.test,
             "baselines": dict(splits.baselines),
+            "data": evidence(splits, method.damage_met()),
             "trainable_parameters": method.trainable_parameters(),
             "communication": {
                 "up_bytes_per_client_per_epoch": method.traffic.total("up", "training") / per,
@@ -382,6 +399,7 @@ def failed_summary(
         "loss": trained[-1]["loss"] if trained else None,
         "test": tests[-1]["metric"] if tests else {},
         "baselines": {},
+        "data": {},
         "trainable_parameters": {},
         "communication": {
             "up_bytes_per_client_per_epoch": sent["up"] / per if per else None,

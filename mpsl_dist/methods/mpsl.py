@@ -8,20 +8,24 @@ steps its own optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+from torch import Tensor
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
 from mpsl_dist.actors.choices import device_of, task_of
 from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.actors.holdings import loaders_of
+from mpsl_dist.actors.local_data import Damage, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
+from mpsl_dist.data.loading import Unread
 from mpsl_dist.data.partition import shares
-from mpsl_dist.errors import NonFiniteError
+from mpsl_dist.errors import BackwardError, NonFiniteError
 from mpsl_dist.methods import hosting, testing
 from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.methods.link import absent_from
@@ -32,7 +36,7 @@ from mpsl_dist.methods.sync import is_due, sync_of
 from mpsl_dist.models.average import average
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records.traffic import Traffic
-from mpsl_dist.runtime.answers import ClientsLost
+from mpsl_dist.runtime.answers import ClientsLost, Lost
 
 
 class Mpsl:
@@ -62,6 +66,7 @@ class Mpsl:
         self.server = server
         self.clients = clients
         self.tokenizers = tokenizers
+        self.tests = TestData(splits.test, loaders=loaders_of(experiment, splits))
         self.task = task_of(splits)
         self.objective = objective_of(experiment, self.task)
         self.sync = sync_of(experiment)
@@ -115,30 +120,79 @@ class Mpsl:
         -------
         float or None
             The global loss; None if no client was left to take part.
+
+        Raises
+        ------
+        DivergedError
+            If a loss or gradient is no finite number and ``faults.on_nonfinite`` is ``stop``, or
+            nobody else is left.
+        RemoteError
+            If too few clients are left, or none may be lost.
         """
         wanted = set(np.flatnonzero(self.plan[epoch_step]).tolist())
+        again = False
         while taking_part := [n for n in self.clients.present if n in wanted]:
             try:
                 return self._attempt(epoch_step, number, taking_part)
             except ClientsLost as error:
                 self.clients.lose(error)
             except NonFiniteError as error:
-                if self.experiment.faults.on_nonfinite == "stop" or not error.clients:
+                others = set(taking_part) - set(error.clients)
+                skips = self.experiment.faults.on_nonfinite == "skip_client" and error.clients
+                if not (skips and others):
                     raise
                 warn(f"{error}; the step is repeated without")
-                wanted -= set(error.clients)
+                wanted = others
+            except BackwardError as error:
+                if again:
+                    raise
+                again = not self._lose_who_fails_alone(epoch_step, number, taking_part, error)
             self.repeated += 1
         return None
 
     def _attempt(self, epoch_step: int, number: int, taking_part: list[int]) -> float:
         """Train one step with these clients; until its last line nothing has moved."""
         with self.clients.step(epoch_step, number, taking_part) as step:
-            smashed = step.tokenize()
-            predictions = self.server.forward(smashed)
-            loss = self.objective(step, predictions)
-            step.backward(loss)
+            loss = self._backward(step)
             self.step_owners(step)
         return loss.item()
+
+    def _backward(self, step: Step) -> Tensor:
+        """Return the global loss, all its gradients being there."""
+        smashed = step.tokenize()
+        predictions = self.server.forward(smashed)
+        loss = self.objective(step, predictions)
+        step.backward(loss)
+        return loss
+
+    def _lose_who_fails_alone(
+        self, epoch_step: int, number: int, taking_part: list[int], error: BackwardError
+    ) -> bool:
+        """Try every client's backward by itself, and lose those that fail; return whether any did.
+
+        Raises
+        ------
+        BackwardError
+            If none did, and ``faults.on_loss`` is ``stop``.
+        """
+        lost: dict[int, Lost] = {}
+        for client in taking_part:
+            try:
+                with self.clients.step(epoch_step, number, [client]) as step:
+                    self._backward(step)
+            except BackwardError as alone:
+                lost[client] = Lost(f"client {client}: {alone}")
+            except ClientsLost as alone:
+                lost |= alone.by_client
+            except NonFiniteError:
+                continue
+        if lost:
+            self.clients.lose(ClientsLost(lost))
+        elif self.experiment.faults.on_loss == "stop":
+            raise error
+        else:
+            warn(f"{error}; every client's own succeeds, so the step is repeated")
+        return bool(lost)
 
     def step_owners(self, step: Step) -> None:
         """Step the server's optimizer while the clients step theirs, as the sync has it."""
@@ -148,6 +202,16 @@ class Mpsl:
         answers = wait()
         if due:
             self.sync.meet(self.clients, answers, step.number, self.sizes)
+
+    def read_tests(self) -> Iterator[int]:
+        """Read every test sample once, and yield how many can be read, batch by batch."""
+        if self.experiment.data.test_at == "clients":
+            return testing.read_at_clients(self)
+        return map(len, self.tests.batches(self.experiment.training.test_batch_size))
+
+    def damage_met(self) -> Damage:
+        """Return how much of the data could not be read so far, by all that hold some."""
+        return Damage.all([self.clients.damage_met(), Damage.of(Unread(), self.tests.unread)])
 
     def evaluate(self) -> dict[str, float]:
         """Test the server's model with the averaged tokenizers (section 3.3), or each client's own.

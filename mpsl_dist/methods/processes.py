@@ -26,6 +26,7 @@ from mpsl_dist.config.methods import (
     unread,
 )
 from mpsl_dist.data import Splits
+from mpsl_dist.data.remarks import remarks
 from mpsl_dist.errors import ConfigError, LaunchError, UserError
 from mpsl_dist.methods import federation, loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
@@ -45,6 +46,8 @@ from mpsl_dist.runtime.token import TOKEN_FILE, read_token
 from mpsl_dist.typed import flatten
 
 _log = logging.getLogger("mpsl_dist")
+#: Seconds that a worker that came back between two steps waits for others that were lost with it.
+_HOLD = 30.0
 
 
 def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
@@ -88,8 +91,10 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
 
 def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     """Host clients until the server ends the world, through all of its generations."""
-    returns, patience = supervisor.returns(), min(60.0, experiment.runtime.rpc_timeout)
+    returns = supervisor.returns()
     world.settle(experiment)
+    # Three pings without an answer, and the waits between them, are faults.exit_timeout.
+    patience = max(5.0, experiment.faults.exit_timeout / 4)
 
     def ping() -> bool:
         return world.ping(0, patience)
@@ -108,7 +113,7 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     else:
         process.leave_stopping_to_server()
     while True:
-        end_watch = process.watch_server(ping)
+        end_watch = process.watch_server(ping, lambda: launch.miss_server(launched))
         word, number = world.await_word()
         # A ping that outlived RPC would take the server's orderly end for its death, or abort
         # Python's.
@@ -170,6 +175,8 @@ def train_as_server(
     if ignored:
         kind, _ = head_of(experiment, holdings.splits)
         _say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
+    for remark in remarks(holdings.splits):
+        _say(remark)
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)
     if joined:
@@ -201,7 +208,8 @@ def connect(
     build = plugins.resolve(facts_of(experiment).build)
     back = joined is not None and comes_back(experiment)
     admit = partial(prove, experiment, launched)
-    renewed = generations.Generations(joined, admit) if back else None
+    hold = _HOLD if experiment.faults.rejoin == "now" else 0.0
+    renewed = generations.Generations(joined, admit, hold) if back else None
     return build(Setup(experiment, holdings, worker_threads, renewed, options_of(experiment)))
 
 

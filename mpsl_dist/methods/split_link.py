@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsl_dist.errors import NonFiniteError
+from mpsl_dist.errors import DivergedError, NonFiniteError
 from mpsl_dist.methods.link import Autograd, Link, Wait
+from mpsl_dist.methods.progress import warn
 from mpsl_dist.runtime.answers import name_clients
 
 #: Smashed activations by client: early fusion one tensor each, late fusion one per modality.
@@ -61,7 +62,8 @@ class SplitLink(Link):
 
     def take_gradients(self, where: str) -> dict[int, Tensor | None]:
         """Fetch every client's accumulated gradient vector; None of one that was in no step."""
-        return self.start("take_gradients", self.everyone(), where, up="sync_up")()
+        taken = self.start("take_gradients", self.everyone(), where, up="sync_up")()
+        return self.only_finite(taken, f"{where}: the gradients")
 
     def step_on_sum(self, step: int, vector: Tensor, where: str) -> None:
         """Have every client step its optimizer on a sum of gradients at the run's ``step``."""
@@ -72,7 +74,8 @@ class SplitLink(Link):
     ) -> dict[int, dict[str, Tensor]]:
         """Fetch these clients' trained tokenizer parameters, counted as traffic of this kind."""
         asked: dict[int, tuple[Any, ...]] = dict.fromkeys(clients, ())
-        return self.start("tokenizer_weights", asked, where, up=kind)()
+        fetched = self.start("tokenizer_weights", asked, where, up=kind)()
+        return self.only_finite(fetched, f"{where}: the tokenizers")
 
     def set_tokenizer_weights(
         self, weights: Mapping[str, Tensor], where: str, clients: Sequence[int] | None = None
@@ -80,6 +83,31 @@ class SplitLink(Link):
         """Replace the trained tokenizer parameters of these clients, by default of everybody."""
         told = dict.fromkeys(self.present if clients is None else clients, (weights,))
         self.start("set_tokenizer_weights", told, where, down="sync_down")()
+
+    def only_finite(self, answers: dict[int, Any], whose: str) -> dict[int, Any]:
+        """Return what is to be summed or averaged without what would spoil it for everybody.
+
+        Parameters
+        ----------
+        answers : dict of int to Any
+            Client -> a tensor, tensors by name, or None.
+        whose : str
+            What the user should read, as "step 17: the gradients".
+
+        Raises
+        ------
+        DivergedError
+            If one holds a number that is not finite and ``faults.on_nonfinite`` is ``stop``, or
+            if nothing else is left.
+        """
+        wrong = [client for client in answers if not _finite(answers[client])]
+        if not wrong:
+            return answers
+        said = f"{whose} of {name_clients(wrong)} hold numbers that are not finite"
+        if self.faults.on_nonfinite == "stop" or len(wrong) == len(answers):
+            raise DivergedError(f"{said}. Lower training.server.lr and training.client.lr")
+        warn(f"{said}: left out")
+        return {client: answer for client, answer in answers.items() if client not in wrong}
 
     def begin_test(
         self, weights: Mapping[str, Tensor] | None, counts: Mapping[int, list[int]]
@@ -94,17 +122,23 @@ class SplitLink(Link):
             Client -> samples of each of its batches.
         """
         told = {n: (weights, counts[n]) for n in counts}
-        self.start("begin_test", told, "evaluation", down="test_weights_down")()
+        self.start("begin_test", told, self.in_test, down="test_weights_down")()
 
-    def tokenize_test(self, batch: int, clients: Sequence[int]) -> Smashed:
-        """Have clients tokenize a batch of their test samples."""
-        asked = dict.fromkeys(clients, (batch,))
-        return self.start("tokenize_test", asked, "evaluation", up="test_activations")()
+    def read_test(self, batch: int, clients: Sequence[int]) -> dict[int, int]:
+        """Have clients read a batch of their test samples; returns how many of it they can read."""
+        return self.start(
+            "read_test", dict.fromkeys(clients, (batch,)), "the look at the test data"
+        )()
+
+    def tokenize_test(self, batch: int, clients: Sequence[int], own: bool = False) -> Smashed:
+        """Have clients tokenize a batch of their test samples, maybe with their own tokenizers."""
+        asked = dict.fromkeys(clients, (batch, own))
+        return self.start("tokenize_test", asked, self.in_test, up="test_activations")()
 
     def score(self, batch: int, predictions: Mapping[int, Tensor]) -> dict[int, int]:
         """Have clients count the right predictions of a batch of their test samples."""
         asked = {n: (batch, predictions[n]) for n in predictions}
-        return self.start("score", asked, "evaluation", down="test_predictions")()
+        return self.start("score", asked, self.in_test, down="test_predictions")()
 
 
 class Step:
@@ -185,7 +219,8 @@ class Step:
     def take_gradients(self) -> Wait:
         """Fetch every client's accumulated gradient vector, this step's gradients with it."""
         everyone = self.link.everyone()
-        return self._start("take_gradients", everyone, autograd=self.autograd, up="sync_up")
+        wait = self._start("take_gradients", everyone, autograd=self.autograd, up="sync_up")
+        return lambda: self.link.only_finite(wait(), f"{self.where}: the gradients")
 
     def _look_at_gradient(self, client: int, gradient: Tensor) -> None:
         if not bool(torch.isfinite(gradient).all()):
@@ -196,3 +231,8 @@ class Step:
 
     def _start(self, message: str, arguments: Mapping[int, Sequence[Any]], **options: Any) -> Wait:
         return self.link.start(message, arguments, self.where, **options)
+
+
+def _finite(answer: Tensor | Mapping[str, Tensor] | None) -> bool:
+    tensors = answer.values() if isinstance(answer, Mapping) else [answer]
+    return all(x is None or bool(torch.isfinite(x).all()) for x in tensors)

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mpsl_dist.actors.deployable import Deployable
+from mpsl_dist.actors.local_data import TestData, batch_sizes
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
-from mpsl_dist.data import Splits
 from mpsl_dist.methods.split_link import SplitLink
 from mpsl_dist.methods.sync import Sync
 from mpsl_dist.models.average import average, load_trainable
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers
 
+#: Right predictions, and samples.
+Score = tuple[int, int]
+
 
 class SplitMethod(Protocol):
     """What is tested: clients with tokenizers, a server with the rest.
 
-    ``tokenizers`` is the server's own copy; ``sizes`` and ``test_sizes`` are samples by client.
+    ``tokenizers`` is the server's own copy; ``sizes`` and ``test_sizes`` are samples by client;
+    ``tests`` are read where the server holds them.
     """
 
     experiment: Experiment
-    splits: Splits
+    tests: TestData
     server: Server
     clients: SplitLink
     tokenizers: Tokenizers
@@ -47,19 +51,17 @@ def evaluate(method: SplitMethod) -> dict[str, float]:
     own = method.experiment.training.evaluate_own
     weights = _fetch(method, everyone=own)
     mean = _mean(method, weights)
-    if method.experiment.data.test_at == "server":
-        results = _at_server(method, mean)
-        alone = [_at_server(method, weights[n]) for n in weights] if own else []
-    else:
-        results = {"accuracy": _overall(_at_clients(method, mean))}
-        each = _at_clients(method, None).values() if own else ()
-        alone = [{"accuracy": right / samples} for right, samples in each]
+    if method.experiment.data.test_at == "clients":
+        scores, *alone = _at_clients(method, mean, own)
+        each = [_accuracy(score) for scores_own in alone for score in scores_own.values()]
+        return {"accuracy": _overall(scores.values())} | _spread(each)
+    results, *alone = _at_server(method, [mean, *(weights.values() if own else ())])
     return results | _spread(alone)
 
 
-def _spread(alone: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _spread(each: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Return mean, minimum and maximum over the clients' own results."""
-    found = {}
+    alone, found = [*each], {}
     for name in alone[0] if alone else ():
         values = [one[name] for one in alone]
         found[f"{name}_own_mean"] = sum(values) / len(values)
@@ -78,7 +80,7 @@ def _fetch(method: SplitMethod, everyone: bool = False) -> dict[int, dict[str, T
     found: dict[int, dict[str, Tensor]] = {}
     while not found:  # again where the one that was asked was lost; too few left end the run
         asked = method.clients.present[: 1 if same else None]
-        found = method.clients.tokenizer_weights(asked, "evaluation", "test_weights_up")
+        found = method.clients.tokenizer_weights(asked, method.clients.in_test, "test_weights_up")
     return found
 
 
@@ -86,34 +88,78 @@ def _mean(method: SplitMethod, weights: Mapping[int, dict[str, Tensor]]) -> dict
     return average(list(weights.values()), [method.sizes[n] for n in weights])
 
 
-def _at_server(method: SplitMethod, weights: Mapping[str, Tensor]) -> dict[str, float]:
-    load_trainable(method.tokenizers, weights)
+def _at_server(
+    method: SplitMethod, candidates: Sequence[Mapping[str, Tensor]]
+) -> list[dict[str, float]]:
+    """Return the metrics with each of these tokenizers; a batch is read once for all of them."""
     model = Deployable(method.tokenizers, method.server.model, method.task)
-    return model.test(method.splits.test, method.experiment.training.test_batch_size)
+    size = method.experiment.training.test_batch_size
+    if not method.task.scored_apart:
+        results = []
+        for weights in candidates:
+            load_trainable(method.tokenizers, weights)
+            results.append(model.test(method.tests, size))
+        return results
+    scores = [(0, 0)] * len(candidates)
+    for batch in filter(len, method.tests.batches(size)):
+        for place, weights in enumerate(candidates):
+            load_trainable(method.tokenizers, weights)
+            scores[place] = _add(scores[place], model.score(batch), len(batch))
+    return [_accuracy(score) for score in scores]
+
+
+def read_at_clients(method: SplitMethod) -> Iterator[int]:
+    """Have the clients read their test samples, and yield how many can be read, batch by batch."""
+    counts = _counts(method)
+    method.clients.begin_test(None, counts)
+    for batch, asked in _asked(method, counts):
+        yield sum(method.clients.read_test(batch, asked).values())
 
 
 def _at_clients(
-    method: SplitMethod, weights: Mapping[str, Tensor] | None
-) -> dict[int, tuple[int, int]]:
-    """Return (right predictions, samples) of every client that holds test samples."""
+    method: SplitMethod, mean: Mapping[str, Tensor], own: bool
+) -> list[dict[int, Score]]:
+    """Return the scores by client with the average and, if asked for, then with everyone's own.
+
+    A batch is read once for both. Only clients of which a sample could be read are in it.
+    """
+    counts = _counts(method)
+    method.clients.begin_test(mean, counts)
+    scores = [dict.fromkeys(counts, (0, 0)) for _ in range(1 + own)]
+    for batch, asked in _asked(method, counts):
+        for alone, found in enumerate(scores):
+            smashed = method.clients.tokenize_test(batch, asked, own=bool(alone))
+            with torch.no_grad():
+                predictions = method.server.forward(smashed)
+            for n, right in method.clients.score(batch, predictions).items():
+                found[n] = _add(found[n], right, len(predictions[n]))
+    there = [n for n in counts if n in method.clients.present]
+    return [{n: found[n] for n in there if found[n][1]} for found in scores]
+
+
+def _counts(method: SplitMethod) -> dict[int, list[int]]:
+    """Return client -> the sizes of its test batches, of all clients that hold test samples."""
     each = max(1, method.experiment.training.test_batch_size // len(method.sizes))
-    counts = {
-        n: [min(each, size - start) for start in range(0, size, each)]
-        for n, size in method.test_sizes.items()
-        if size and n in method.clients.present
-    }
-    method.clients.begin_test(weights, counts)
-    right = dict.fromkeys(counts, 0)
-    for batch in range(max(len(c) for c in counts.values())):
-        asked = [n for n in method.clients.present if batch < len(counts.get(n, ()))]
-        smashed = method.clients.tokenize_test(batch, asked)
-        with torch.no_grad():
-            predictions = method.server.forward(smashed)
-        for n, count in method.clients.score(batch, predictions).items():
-            right[n] += count
-    tested = [n for n in counts if n in method.clients.present]
-    return {n: (right[n], method.test_sizes[n]) for n in tested}
+    held = {n: size for n, size in method.test_sizes.items() if n in method.clients.present}
+    return {n: batch_sizes(size, each) for n, size in held.items() if size}
 
 
-def _overall(scores: Mapping[int, tuple[int, int]]) -> float:
-    return sum(right for right, _ in scores.values()) / sum(n for _, n in scores.values())
+def _asked(
+    method: SplitMethod, counts: Mapping[int, Sequence[int]]
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield every batch's number with the clients that are there and have one."""
+    for batch in range(max(map(len, counts.values()), default=0)):
+        yield batch, [n for n in method.clients.present if batch < len(counts.get(n, ()))]
+
+
+def _add(score: Score, right: int, samples: int) -> Score:
+    return score[0] + right, score[1] + samples
+
+
+def _overall(scores: Iterable[Score]) -> float:
+    rights, samples = zip(*scores, strict=True)
+    return sum(rights) / sum(samples)
+
+
+def _accuracy(score: Score) -> dict[str, float]:
+    return {"accuracy": score[0] / score[1]}

@@ -98,6 +98,34 @@ def fetch(part: str, source: str, size: str, root: str | None, tower: str) -> tu
         ) from error
 
 
+def colours_of(source: str, size: str) -> tuple[float, ...] | None:
+    """Return the mean of the colours (red, green, blue) that an image stem was trained with.
+
+    Parameters
+    ----------
+    source, size : str
+        As of :func:`fetch`.
+
+    Returns
+    -------
+    tuple of float or None
+        None where nobody knows: of random weights, and of a file's.
+    """
+    kind, _, which = source.partition(":")
+    if kind == "timm":
+        import timm
+
+        known = timm.get_pretrained_cfg(which or _TIMM.get(size, ""))
+        return None if known is None else tuple(known.mean)
+    if kind == "clip":
+        import open_clip
+
+        architecture, _, tag = (which or _CLIP.get(size, "")).partition("/")
+        known = open_clip.get_pretrained_cfg(architecture, tag or "openai")
+        return tuple(known.get("mean") or open_clip.OPENAI_DATASET_MEAN)
+    return None
+
+
 def _check_activation(part: str, which: str, tower: str) -> None:
     """Refuse weights that were trained with another activation than they would meet here."""
     architecture, _, tag = which.partition("/")

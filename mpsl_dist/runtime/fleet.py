@@ -7,7 +7,7 @@ per worker and phase serves them all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
-from mpsl_dist.errors import Failure, RemoteError
+from mpsl_dist.errors import BackwardError, Failure, RemoteError
 from mpsl_dist.runtime.answers import Answers, ClientsLost, Lost, name_clients
 from mpsl_dist.runtime.generations import Generations
 from mpsl_dist.runtime.network import host_name
@@ -52,7 +52,7 @@ class Autograd:
         ------
         ClientsLost
             If a worker is gone.
-        RemoteError
+        BackwardError
             If all are there and it failed all the same.
         """
         try:
@@ -60,7 +60,7 @@ class Autograd:
         except RuntimeError as error:
             silent = self.fleet.silent(self.clients)
             if not silent:
-                raise RemoteError(f"backward failed: {error}, {where}") from error
+                raise BackwardError(f"backward failed: {error}, {where}") from error
             lost = {
                 client: Lost(f"{who}: lost in backward, {where}")
                 for who, clients in silent.items()
@@ -122,20 +122,27 @@ class Fleet:
         for worker, future in asked.items():
             self.nodes[worker], self.devices[worker] = future.wait()
 
-    def returned(self) -> list[int]:
+    def returned(self, lost: Collection[int]) -> list[int]:
         """Make the world anew if lost workers have come back; return the clients that they host.
 
         They are as they were at the start of the run. Who dies meanwhile is lost at its next call.
+
+        Parameters
+        ----------
+        lost : collection of int
+            All clients that are not there.
 
         Raises
         ------
         RemoteError
             If the world can't be made anew.
         """
-        back = self._generations.waiting() if self._generations else set()
+        if self._generations is None:
+            return []
+        gone = {r for name, r in self._ranks.items() if set(self.hosted[name]) <= set(lost)}
+        back = self._generations.waiting(gone)
         if not back:
             return []
-        assert self._generations is not None
         back &= self._generations.renew(back)
         hosted = {r: self.hosted[name] for name, r in self._ranks.items() if r in back}
         _, failed = self._host(hosted, self._number)

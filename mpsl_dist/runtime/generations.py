@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 
 from mpsl_dist.errors import LaunchError, RemoteError
@@ -41,20 +41,38 @@ class Generations:
         The first generation, joined.
     admit : callable
         ``admit(ranks, seconds)`` lets workers in that prove the run's token.
+    hold : float
+        Seconds that a worker that came back waits for others that were lost with it.
     """
 
-    def __init__(self, world: World, admit: Callable[[Collection[int], float], None]) -> None:
+    def __init__(
+        self, world: World, admit: Callable[[Collection[int], float], None], hold: float = 0.0
+    ) -> None:
         self.world = world
         self._admit = admit
+        self._hold = hold
         self._seen: dict[int, str] = {}
-        self._standins: list[subprocess.Popen] = []
+        self._first: float | None = None
+        self._calls = 0
+        self._standins: dict[int, subprocess.Popen] = {}
 
-    def waiting(self) -> set[int]:
-        """Return the ranks of workers that have come back and wait to be let in."""
-        said = {rank: self.world.notices.told(f"back/{rank}") for rank in self.world.workers}
-        return {rank for rank, count in said.items() if count and count != self._seen.get(rank)}
+    def waiting(self, gone: Collection[int] = ()) -> set[int]:
+        """Return the ranks of workers that have come back and are to be let in now.
 
-    def renew(self, back: Iterable[int]) -> set[int]:
+        Parameters
+        ----------
+        gone : collection of int
+            Ranks of all workers that are lost.
+        """
+        back = self._back()
+        if not back:
+            self._first = None
+            return back
+        self._first = self._first or time.monotonic()
+        may_come = set(gone) - back - self._standins.keys()
+        return set() if may_come and time.monotonic() - self._first < self._hold else back
+
+    def renew(self, back: Collection[int]) -> set[int]:
         """Make the world anew with these; return the ranks of all workers that are in it.
 
         Raises
@@ -62,18 +80,14 @@ class Generations:
         RemoteError
             If the world can't be made anew.
         """
-        world, back = self.world, set(back)
-        following = world.generation + 1
-        living = tell(set(world.workers) - back, ("meet", following))
+        world, following, self._first = self.world, self.world.generation + 1, None
+        living = tell(set(world.workers) - set(back) - self._standins.keys(), ("meet", following))
         world.leave()
-        for rank in back:
-            self._seen[rank] = world.notices.told(f"back/{rank}") or ""
-            world.notices.say(f"call/{rank}", following)
         world.notices.say(f"left/{following}")
-        _log.info("generation %d: ranks %s left, %s came back", following, living, back)
-        expected = living | self._let_in(back)
+        _log.info("generation %d: ranks %s left, %s came back", following, living, set(back))
+        expected = living | self._call(back, following)
         for generation in range(following, following + _TRIES):
-            expected = world.notices.gather(_here(generation, expected), 2 * _MEET)
+            expected = self._gather(generation, expected)
             try:
                 self._meet(generation, expected)
                 _log.info("generation %d: ranks %s met", generation, expected)
@@ -83,18 +97,40 @@ class Generations:
                 failure = error
         raise failure
 
-    def _let_in(self, back: set[int]) -> set[int]:
+    def _back(self) -> set[int]:
+        said = {rank: self.world.notices.told(f"back/{rank}") for rank in self.world.workers}
+        return {rank for rank, count in said.items() if count and count != self._seen.get(rank)}
+
+    def _call(self, ranks: Collection[int], generation: int) -> set[int]:
+        """Call workers that came back to this generation; return those that are let in."""
+        self._calls += 1
+        for rank in ranks:
+            self._seen[rank] = self.world.notices.told(f"back/{rank}") or ""
+            self.world.notices.say(f"call/{rank}", f"{generation} {self._calls}")
         try:
-            self._admit(back, _MEET)
+            self._admit(ranks, _MEET)
         except (LaunchError, RemoteError) as error:
             _log.warning("%s", error)
             return set()
-        return back
+        return set(ranks)
+
+    def _gather(self, generation: int, expected: set[int]) -> set[int]:
+        """Wait for these, and for who comes back meanwhile; return who is here."""
+        deadline = time.monotonic() + _MEET
+        while True:
+            here = {
+                r for r in expected if self.world.notices.told(_here(generation, r)) is not None
+            }
+            if here == expected or time.monotonic() > deadline:
+                return here
+            if back := self._back():
+                expected = expected | self._call(back, generation)
+            time.sleep(_LOOK / 10)
 
     def _meet(self, generation: int, present: set[int]) -> None:
         world = self.world
-        world.notices.say(f"plan/{generation}", json.dumps(sorted(present)))
         self._fill(generation, set(world.workers) - present)
+        world.notices.say(f"plan/{generation}", json.dumps(sorted(present)))
         world.generation = generation
         try:
             world.start(_MEET)
@@ -106,16 +142,16 @@ class Generations:
 
     def _fill(self, generation: int, missing: set[int]) -> None:
         """Start a process at the place of every missing worker, on this host."""
-        for old in self._standins:
+        for old in self._standins.values():
             old.kill()
             old.wait()
-        self._standins = []
+        self._standins = {}
         for rank in sorted(missing):
             launched = replace(self.world.launched, rank=rank)
-            place = asdict(replace(self.world.place, launched=launched))
+            place = asdict(replace(self.world.place, launched=launched, start_timeout=_MEET))
             words = json.dumps({"place": place, "generation": generation})
             line = [sys.executable, "-m", "mpsl_dist.runtime.standin", words]
-            self._standins.append(subprocess.Popen(line, env=os.environ | {"RANK": str(rank)}))
+            self._standins[rank] = subprocess.Popen(line, env=os.environ | {"RANK": str(rank)})
 
 
 def come_back(world: World, count: int, enter: Callable[[Collection[int], float], None]) -> bool:
@@ -140,7 +176,7 @@ def come_back(world: World, count: int, enter: Callable[[Collection[int], float]
         time.sleep(_LOOK)
     assert called is not None
     enter((), _MEET)
-    _attend(world, int(called))
+    _attend(world, int(called.split()[0]))
     return True
 
 
@@ -155,7 +191,7 @@ def _attend(world: World, generation: int) -> None:
     """Meet, again if need be; a worker that comes too late ends, to be started again."""
     rank = world.launched.rank
     while True:
-        world.notices.say(_here(generation, [rank])[rank])
+        world.notices.say(_here(generation, rank))
         if rank not in json.loads(world.notices.wait(f"plan/{generation}", 4 * _MEET)):
             process.leave(1)
         world.generation, started = generation, True
@@ -172,5 +208,5 @@ def _attend(world: World, generation: int) -> None:
         generation += 1
 
 
-def _here(generation: int, ranks: Iterable[int]) -> dict[int, str]:
-    return {rank: f"here/{generation}/{rank}" for rank in ranks}
+def _here(generation: int, rank: int) -> str:
+    return f"here/{generation}/{rank}"

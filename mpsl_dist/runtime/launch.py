@@ -2,7 +2,8 @@
 
 The launching process starts the same command again for every rank and waits for their end. They
 meet by files of a private folder, so that no store listens to the network, and find each other
-there: ``launcher.pid``, ``rank0.pid`` ..., and ``rank2.error`` where a worker failed by itself.
+there: ``launcher.pid``, ``rank0.pid`` ..., ``rank2.error`` where a worker failed by itself, and
+``server.gone`` where one has no sign of life from the server.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 #: Bytes that a process of a run takes at the very least, whatever it computes.
 _PROCESS_BYTES = 100 * 2**20
+_SERVER_GONE = "server.gone"
 #: Seconds between two looks at whether the launching process was asked to stop, or lives.
 _LOOK = 0.1
 
@@ -151,6 +153,12 @@ def _told(
         return 0
     if 0 in failures and failures[0].exitcode > 0:
         return failures[0].exitcode if failures[0].exitcode == 2 else 1
+    if (folder / _SERVER_GONE).exists():
+        _error(
+            f"the server gave no sign of life within faults.exit_timeout={grace:g} s, so killed; "
+            "--resume continues from the last complete checkpoint"
+        )
+        return 1
     # The agent ends the others with SIGTERM once one has failed.
     first = min(failures, key=lambda rank: failures[rank].exitcode == -signal.SIGTERM)
     code = failures[first].exitcode
@@ -174,14 +182,14 @@ def _error(message: str) -> None:
 
 
 def _see_to_stop(stop: StopRequest, folder: Path, grace: float, over: threading.Event) -> None:
-    """Hand a stop request on to the server; kill what lives when the time is up."""
+    """Hand a stop request on to the server; kill what lives when the time is up, or it is gone."""
     told, deadline = False, float("inf")
     while not over.wait(_LOOK):
         if stop and deadline == float("inf"):
             deadline = time.monotonic() + grace
         if stop and not told:
             told = _signal(folder / "rank0.pid", signal.SIGTERM)
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline or (folder / _SERVER_GONE).exists():
             _kill(folder)
 
 
@@ -221,6 +229,16 @@ def follow(launched: Environment, grace: float) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="watch-launcher", daemon=True).start()
+
+
+def miss_server(launched: Environment) -> None:
+    """Tell the launching process, where there is one, that the server gives no sign of life.
+
+    It may be stopped, and would then outlive the workers by the agent's patience.
+    """
+    if launched.folder:
+        with contextlib.suppress(OSError):
+            (Path(launched.folder) / _SERVER_GONE).touch()
 
 
 def leave_word(launched: Environment, error: Exception) -> None:

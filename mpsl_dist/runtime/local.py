@@ -6,7 +6,7 @@ every message of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -105,6 +105,6 @@ class LocalFleet:
         """Return a client as a user reads it."""
         return f"client {client}"
 
-    def returned(self) -> list[int]:
+    def returned(self, lost: Collection[int]) -> list[int]:
         """Return nobody: there are no workers to come back."""
         return []

@@ -9,7 +9,6 @@ torch's own listens on every interface.
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -109,15 +108,6 @@ class Notices:
         except RuntimeError as error:
             raise RemoteError(f"nobody said {key} within {seconds:g} s") from error
         return self._store.get(key).decode()
-
-    def gather(self, keys: dict[int, str], seconds: float) -> set[int]:
-        """Return whose keys were said within so many seconds; waits no longer than for all."""
-        deadline = time.monotonic() + seconds
-        while True:
-            here = {rank for rank, key in keys.items() if self._store.check([key])}
-            if len(here) == len(keys) or time.monotonic() > deadline:
-                return here
-            time.sleep(0.02)
 
 
 def _teach(scheme: str, handler: Any) -> None:

@@ -117,16 +117,20 @@ def follow_server(ping: Callable[[], bool]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=end, daemon=True).start())
 
 
-def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[], None]:
+def watch_server(
+    ping: Callable[[], bool], gone: Callable[[], None], interval: float = 5.0
+) -> Callable[[], None]:
     """End this worker when the server is gone, whatever else it is doing.
 
-    Runs on a thread of its own. Three missed answers in a row count as gone, so that a busy server
-    is not taken for a dead one; a closed connection answers at once.
+    Runs on a thread of its own. Three missed answers in a row count as gone, so that a run that was
+    suspended and goes on is not taken for a dead one; a closed connection answers at once.
 
     Parameters
     ----------
     ping : callable
         Asks the server and waits for a while; returns whether it answered.
+    gone : callable
+        What is to be done before this worker ends.
 
     Returns
     -------
@@ -141,6 +145,7 @@ def watch_server(ping: Callable[[], bool], interval: float = 5.0) -> Callable[[]
             missed = 0 if ping() else missed + 1
             if missed == 3:
                 print("the server is gone; this worker ends", file=sys.stderr, flush=True)
+                gone()
                 os._exit(SERVER_GONE)
 
     thread = threading.Thread(target=watch, name="watch-server", daemon=True)

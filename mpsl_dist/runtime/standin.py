@@ -9,6 +9,7 @@ import json
 import os
 import sys
 
+from mpsl_dist.errors import RemoteError
 from mpsl_dist.runtime import process
 from mpsl_dist.runtime.environment import Environment
 from mpsl_dist.runtime.world import Place, World, await_word
@@ -26,8 +27,11 @@ def main(words: str) -> None:
     process.leave_stopping_to_server()
     told = json.loads(words)
     launched = Environment(**told["place"].pop("launched"))
-    world = World(Place(launched, **told["place"]), told["generation"])
-    world.start()
+    try:
+        world = World(Place(launched, **told["place"]), told["generation"])
+        world.start()
+    except RemoteError:
+        process.leave(1)  # whoever fails to meet is left out, and the server says so
     await_word()
     process.leave(0)
 

@@ -55,16 +55,18 @@ def supervise(
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
     for count in range(restarts + 1):
         status, joined = _run(command, patience, count)
-        if count and (status == 0 or not joined):
-            return 0  # the run was over when it came back, or goes on without it
         if status == SERVER_GONE:
             return 1
-        if status == 0 or not joined:
+        if status == 0 or (not joined and not count):
             return status if status >= 0 else 128 - status
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        # Who fails by itself before it has come back would fail again.
+        ends = count == restarts or (not joined and status > 0)
         again = f"started again, {count + 1} of {restarts} times (faults.restarts)"
-        what = again if count < restarts else "the run goes on without it"
+        what = "not started again" if ends else again
         print(f"worker{rank} ended {how}; {what}", file=sys.stderr, flush=True)
+        if ends:
+            break
     return 0
 
 

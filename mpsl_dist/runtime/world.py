@@ -212,11 +212,15 @@ def reference(value: Any) -> rpc.RRef:
 
 
 def ping(rank: int, timeout: float) -> bool:
-    """Return whether a rank answers within ``timeout`` seconds."""
+    """Return whether a rank answers within ``timeout`` seconds, however busy its Python is.
+
+    An operator of torch answers without Python's lock, which a long call may hold for minutes.
+    """
     try:
-        return rpc.rpc_sync(rank_name(rank), pong, timeout=timeout)
+        rpc.rpc_sync(rank_name(rank), torch.add, args=(torch.zeros(1), 1), timeout=timeout)
     except RuntimeError:
         return False
+    return True
 
 
 def pong() -> bool:
@@ -229,6 +233,7 @@ def create(
     arguments: Mapping[int, Sequence[Any]],
     timeout: float,
     number: int | None = None,
+    who: Callable[[int], str] = rank_name,
 ) -> tuple[int, dict[int, RemoteError]]:
     """Call ``function`` on workers, all at once; the objects that it returns stay there.
 
@@ -242,6 +247,8 @@ def create(
         Seconds until it counts as failed; building clients takes longer than a step.
     number : int, optional
         Of an earlier call, whose objects these join.
+    who : callable
+        Returns a rank in the user's words.
 
     Returns
     -------
@@ -252,7 +259,7 @@ def create(
     """
     number = next(_numbers) if number is None else number
     kept = {rank: (number, function, values) for rank, values in arguments.items()}
-    _, failed = _call(_keep, kept, timeout)
+    _, failed = _call(_keep, kept, timeout, who)
     return number, failed
 
 
@@ -273,7 +280,10 @@ def ask(
 
 
 def _call(
-    function: Callable[..., Any], arguments: Mapping[int, Sequence[Any]], timeout: float
+    function: Callable[..., Any],
+    arguments: Mapping[int, Sequence[Any]],
+    timeout: float,
+    who: Callable[[int], str] = rank_name,
 ) -> tuple[dict[int, Any], dict[int, RemoteError]]:
     futures = {
         rank: rpc.rpc_async(
@@ -286,10 +296,10 @@ def _call(
         try:
             answer = future.wait()
         except RuntimeError as error:
-            failed[rank] = RemoteError(f"{rank_name(rank)}: lost in set-up: {brief(error)}")
+            failed[rank] = RemoteError(f"{who(rank)}: lost in set-up: {brief(error)}")
             continue
         if isinstance(answer, Failure):
-            words = f"{rank_name(rank)}: set-up: {answer.message}"
+            words = f"{who(rank)}: set-up: {answer.message}"
             failed[rank] = RemoteError(words, answer.details, answer.user_error)
         else:
             answers[rank] = answer

@@ -28,6 +28,7 @@ from media_files import (
 from mpsl_dist import config
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import load_data
+from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.config import Experiment, to_dict
 
 HERE = Path(__file__).parent
@@ -134,7 +135,8 @@ def test_the_model_to_deploy_repeats_the_test(
     summary = json.loads((folder / "summary.json").read_text())
     torch.set_num_threads(1)
     model, experiment, _ = deployable.load(folder / "model")
-    again = model.test(load_data(experiment).test, experiment.training.test_batch_size)
+    held = TestData(load_data(experiment).test)
+    again = model.test(held, experiment.training.test_batch_size)
     assert again == pytest.approx({key: summary["test"][key] for key in again})
 
 

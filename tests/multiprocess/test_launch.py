@@ -273,7 +273,7 @@ def test_a_run_goes_on_without_a_killed_worker(training: Start, tmp_path: Path) 
     status, output = world.finish(90)
     summary = json.loads((run / "summary.json").read_text())
     assert status == 1 and summary["status"] == "stopped" and not errors(output), output
-    assert "worker2 ended by SIGKILL; the run goes on without it" in output
+    assert "worker2 ended by SIGKILL; not started again" in output
     assert_nothing_left(tmp_path)
 
 

@@ -115,24 +115,20 @@ class Event:
 
 def history(log: str, steps_per_epoch: int) -> list[Event]:
     found = []
-    rows = log.splitlines()
-    for i, line in enumerate(rows):
+    for line in log.splitlines():
         if back := re.search(r"clients? ([\d, -]+) came back, step (\d+)", line):
             numbers = [n for part in back[1].split(", ") for n in _range(part)]
             found += [Event("back", n, int(back[2])) for n in numbers]
         elif lost := re.search(r"client (\d+) is lost: .* lost in (\w+)(.*)", line):
             what = "stateless" if lost[2] == "step" else "lost"
-            found.append(Event(what, int(lost[1]), _step_of(lost, rows[i:], steps_per_epoch)))
+            found.append(Event(what, int(lost[1]), _step_of(lost, steps_per_epoch)))
     return found
 
 
-def _step_of(lost: re.Match, following: list[str], steps_per_epoch: int) -> int:
-    if step := re.match(r", step (\d+)", lost[3]):
-        return int(step[1]) + (lost[2] == "step")
+def _step_of(lost: re.Match, steps_per_epoch: int) -> int:
     if epoch := re.match(r", epoch (\d+)", lost[3]):
         return int(epoch[1]) * steps_per_epoch
-    # In a test, whose line tells the step.
-    return next(int(told[1]) for row in following if (told := re.search(r"step (\d+): loss", row)))
+    return int(re.search(r", step (\d+)", lost[3])[1]) + (lost[2] == "step")
 
 
 def _range(part: str) -> range:

@@ -350,7 +350,7 @@ def test_a_run_of_two_hosts_is_one_experiment(
     ("settings", "differs"),
     [
         ({"root": "/data/own.csv", "cache": "/tmp/cache", "loaders": 2}, ""),
-        ({"text_length": 8}, "data.text_length is 8 there and 16 at the server"),
+        ({"text_length": 8}, "data.text_length is 8 there and None at the server"),
         ({"classes": ["a", "b"]}, r"data.classes is \['a', 'b'\] there and None at the server"),
         ({"place": "simulated"}, "data.place is simulated there and own at the server"),
     ],

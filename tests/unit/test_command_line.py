@@ -45,18 +45,18 @@ def test_evaluate_takes_overrides_of_where_and_how(
 ) -> None:
     asked: list[Experiment] = []
     batches: list[int] = []
-    load_data, predict = holdings.load_data, deployable.Deployable._predict
+    load_data, test = holdings.load_data, deployable.Deployable.test
 
     def seen_data(experiment: Experiment) -> Any:
         asked.append(experiment)
         return load_data(experiment)
 
-    def seen_batch(self: Any, dataset: Any, positions: Any, batch_size: int) -> Any:
+    def seen_batch(self: Any, held: Any, batch_size: int) -> Any:
         batches.append(batch_size)
-        return predict(self, dataset, positions, batch_size)
+        return test(self, held, batch_size)
 
     monkeypatch.setattr(holdings, "load_data", seen_data)
-    monkeypatch.setattr(deployable.Deployable, "_predict", seen_batch)
+    monkeypatch.setattr(deployable.Deployable, "test", seen_batch)
     words = ["data.root=/there", "data.cache=/kept", "data.on_error=skip"]
     words += ["training.test_batch_size=7", "device=cpu"]
     assert main(["evaluate", str(finished), *words]) == 0

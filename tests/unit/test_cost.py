@@ -354,7 +354,7 @@ def test_retrieval_is_shown_in_the_papers_unit_too() -> None:
     assert found.value("flops", "mpsl", "server", part, "forward") == image + 5 * text
     part = "activations, picture with 5 captions"
     sent = found.value("bytes_per_sample", "mpsl", "client", part, "up")
-    assert sent == (197 + 5 * 16) * 32 * 4
+    assert sent == (197 + 5 * 77) * 32 * 4
 
 
 def test_figures_are_drawn(small: str, tmp_path: Path) -> None:

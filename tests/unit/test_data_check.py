@@ -17,7 +17,9 @@ from mpsl_dist.data.fetch.check import check
 def test_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = check("coco-qa", make_coco_qa(tmp_path))
     assert report.usable and report.samples == {"train": 12, "test": 4}
-    assert report.classes == 3 and report.decoded == 8
+    assert report.classes == {"answer0": (4, 2), "answer1": (4, 1), "answer2": (4, 1)}
+    assert report.shapes == {"image": (3, 224, 224), "text": (77,)} and report.decoded == 8
+    assert "  answer0: 4 / 2\n" in str(report) and "  image: 3 x 224 x 224\n" in str(report)
     assert "train: 12 samples of 78,736 in the whole dataset" in str(report)
     assert not report.complete and "official place" in str(report)
     facts = dataclasses.replace(DATASETS["coco-qa"], samples=(12, 4))
@@ -62,6 +64,27 @@ def test_clips_without_a_track_are_found(tmp_path: Path) -> None:
     (tmp_path / "meld/train_splits/dia0_utt1.mp4").write_bytes(b"")
     report = check("meld", tmp_path)
     assert report.decoded == 3 and "the file is empty" in str(report)
+
+
+def test_a_clip_that_is_declared_silent_is_not_damaged(tmp_path: Path) -> None:
+    write_clip(tmp_path / "loud.mp4")
+    write_clip(tmp_path / "silent.mp4", sound=None)
+    rows = [["loud.mp4", "", "train", "a"], ["silent.mp4", "none", "test", "a"]]
+    header = ["video", "audio", "split", "label"]
+    report = check("manifest", write_csv(tmp_path / "m.csv", header, rows), image_size=8)
+    assert report.decoded == 2 and not report.damaged and report.lacking["audio"] == 1
+    assert "audio: 199 x 128, zeros for 1 samples that have none" in str(report)
+    report = check(
+        "manifest",
+        write_csv(
+            tmp_path / "m.csv",
+            header,
+            [[*rows[0]], [*rows[0]], ["silent.mp4", "", "test", "a"], rows[1]],
+        ),
+        image_size=8,
+    )
+    (reason,) = report.damaged.values()
+    assert reason.endswith("silent.mp4: no sound track")
 
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:

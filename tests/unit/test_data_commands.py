@@ -21,6 +21,8 @@ from mpsl_dist.__main__ import main
 from mpsl_dist.analysis import partition_view
 from mpsl_dist.data import catalog
 from mpsl_dist.data.catalog import Archive
+from mpsl_dist.errors import UserError
+from mpsl_dist.methods import processes
 
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 PAPER = ROOT / "configs/paper"
@@ -34,7 +36,8 @@ def _check(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_check_says_whether_the_experiment_can_train(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(PAPER / "coco-qa.yaml"), f"data.root={tmp_path}"]
+    few = ["clients=2", "training.batch_size=4"]
+    words = [str(PAPER / "coco-qa.yaml"), f"data.root={tmp_path}", *few]
     status, said = _check(capsys, *words)
     assert status == 2 and "no such folder" in said and "cs.toronto.edu" in said
     make_coco_qa(tmp_path)
@@ -47,12 +50,18 @@ def test_check_says_whether_the_experiment_can_train(
     status, said = _check(capsys, *words)
     assert status == 2 and "missing: 1 files" in said and "damaged: 1 files" in said
     assert "data.on_error=raise ends a run at any of these 2 files" in said
-    status, said = _check(capsys, *words, "data.on_error=skip", "--limit", "0")
+    words.append("data.on_error=skip")
+    status, said = _check(capsys, *words, "--limit", "0")
+    assert status == 2 and "2 of 12 samples have no file" in said and "data.max_missing" in said
+    status, said = _check(capsys, *words, "data.max_missing=0.2", "--limit", "0")
     assert status == 0 and "missing: 1 files" in said and "decoded" not in said
 
 
 def test_check_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _check(capsys, QUICKSTART) == (0, "digits-qa is built in: nothing to check\n")
+    status, said = _check(capsys, QUICKSTART)
+    assert status == 0 and said.startswith("digits-qa is built in: no files to check\n")
+    assert "10 clients with 35 to 1,827 samples" in said
+    assert "an epoch: 5,768 samples in 91 global batches of 64\n  usable\n" in said
     status, said = _check(capsys, str(PAPER / "t4sa.yaml"), f"data.root={tmp_path}")
     assert status == 2 and "ask for access at t4sa.it" in said
     words = ["data.name=mnist-fsdd", f"data.root={tmp_path}", "data.modalities=[image]"]
@@ -184,3 +193,112 @@ def test_a_natural_partition(
     assert rows[1:] == [["[x]$^$", "·", "1", "1"], ["c10", "1", "2", "3"], ["c9", "2", "·", "2"]]
     assert main(["partition", QUICKSTART, "data.partition.kind=natural"]) == 2
     assert "natural needs data that names every sample's client" in capsys.readouterr().err
+
+
+def _own(folder: Path, rows: list[list[str]], *words: str) -> list[str]:
+    """Return the words of an experiment on a manifest of texts."""
+    write_csv(folder / "manifest.csv", ["text", "label", "split", "client"], rows)
+    words = ("data.name=manifest", f"data.root={folder}", "clients=2", *words)
+    return [QUICKSTART, *words, "training.batch_size=4", f"output={folder / 'runs'}"]
+
+
+ROWS = [
+    [f"text {n}", "ab"[n % 2], "test" if n > 9 else "train", f"site {n % 3}"] for n in range(12)
+]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.modalities=[image]"],
+        ["data.partition.kind=natural"],
+        ["clients=4", "data.partition.minimum=5"],
+        ["model.tokenizers={image: {patch: 2}}"],
+        ["model.head.kind=no_such_head"],
+        ["data.audio_frames=10", "contrastive=global"],
+        ["data.root=/no/such/folder"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_check_refuses_what_training_refuses_and_in_its_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    given = [*_own(tmp_path, ROWS), *words]
+    try:
+        processes.checked_data(config.load(given[0], given[1:]))
+        refused = []
+    except UserError as error:
+        refused = str(error).splitlines()
+    assert bool(refused) == bool(words)
+    status, said = _check(capsys, *given)
+    assert status == (2 if refused else 0)
+    assert [line for line in refused if f"not usable: {line}" not in said] == []
+    assert ("  usable\n" in said) == (not refused)
+
+
+def test_every_mistake_of_a_manifest_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [["", "a", "train", "x"], ["t", "", "test", "x"], *ROWS]
+    status, said = _check(capsys, *_own(tmp_path, rows))
+    found = [line.partition("manifest.csv: ")[2] for line in said.splitlines()[1:]]
+    assert status == 2
+    assert found == ["line 2: neither image, audio, video nor text", "line 3: no label"]
+
+
+def test_the_share_of_missing_files_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for share in ("1.5", "-0.1"):
+        assert main(["data", "check", QUICKSTART, f"data.max_missing={share}"]) == 2
+        assert f"data.max_missing: must be at {'most 1' if share > '1' else 'least 0'}" in (
+            capsys.readouterr().err
+        )
+    status, said = _check(capsys, QUICKSTART, "data.max_missing=0.5")
+    assert status == 2 and "data.max_missing: digits-qa has no use for it" in said
+
+
+def test_a_built_in_set_that_training_refuses_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, said = _check(capsys, QUICKSTART, "clients=50", "data.partition.minimum=200")
+    assert status == 2 and "not usable: clients: 50 clients with at least 200 samples" in said
+
+
+def test_check_says_what_there_is_and_what_a_run_does_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*ROWS, ["text 1", "a", "test", ""], ["words " * 20, " a", "train", "site 0"]]
+    status, said = _check(capsys, *_own(tmp_path, rows, "data.partition.kind=iid"))
+    assert status == 0
+    for line in (
+        "train: 11 samples",
+        "test: 3 samples",
+        "text: 10",
+        "classes: 3 (train / test samples)",
+        "  b: 5 / 1",
+        "   a: 1 / 0",
+        "note: the labels ' a', 'a' are 2 classes; write them alike if they are one",
+        "note: data.text_length=10 cuts 1 of 11 train texts at their end",
+        "warning: 1 of 3 classes only in train, as ' a'",
+        "warning: leak: 1 texts in both train and test, as 'text 1'",
+        "the run: mpsl on text, tested at the server",
+        "partition: iid: a shuffled deck dealt evenly; seed 2024; 2 clients with 5 to 6 samples",
+        "an epoch: 11 samples in 3 global batches of 4",
+    ):
+        assert f"  {line}\n" in said, line
+
+
+def test_a_run_says_what_was_decided_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [[f"text {n}", "ab"[n % 2]] for n in range(20)]
+    words = _own(tmp_path, [], "method=centralized", "training.epochs=1", "device=cpu")
+    write_csv(tmp_path / "manifest.csv", ["text", "label"], [*rows, ["words " * 80, "a"]])
+    assert main(["train", *words, "data.text_length=null", "name=r"]) == 0
+    said, log = capsys.readouterr().out, (tmp_path / "runs/r/rank0.log").read_text()
+    for line in (
+        "no column split: every fifth row of every label is for testing, 4 of 21; rows of one "
+        "picture, clip or sound stay together",
+        "data.text_length=77 cuts 1 of 17 train texts at their end",
+    ):
+        assert line in said and line in log

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +21,16 @@ from media_files import (
     make_t4sa,
     make_ucf101,
     needs,
+    write_csv,
+    write_lines,
     write_picture,
 )
 
 from mpsl_dist.data import DataError, Splits
+from mpsl_dist.data.decode.samples import Sample
 from mpsl_dist.data.decode.text import tokenize
 from mpsl_dist.data.sets import captions, image_text, listing, video_audio
+from mpsl_dist.data.sets.index import Samples
 
 
 def _check(splits: Splits, modalities: list[str]) -> None:
@@ -80,7 +87,7 @@ def test_coco_qa_faults(tmp_path: Path) -> None:
     (tmp_path / "ms-coco/val2014/COCO_val2014_000000000101.jpg").unlink()
     with pytest.raises(DataError, match=r"\(test\): 2 of 4 samples.*000101\.jpg.*cocodataset"):
         image_text.load_coco_qa(tmp_path)
-    splits = image_text.load_coco_qa(tmp_path, on_error="skip")
+    splits = image_text.load_coco_qa(tmp_path, on_error="skip", max_missing=0.5)
     assert len(splits.test.labels) == 2
     with pytest.raises(DataError, match=r"on_error.*'ignore'"):
         image_text.load_coco_qa(tmp_path, on_error="ignore")
@@ -208,14 +215,17 @@ def test_ucf101_on_real_clips(tmp_path: Path) -> None:
     for group, source in ((1, "audio_track.avi"), (8, "audio_track.avi"), (9, None)):
         target = folder / f"v_ApplyLipstick_g{group:02}_c01.avi"
         target.symlink_to(DATA / "video" / source if source else silent)
-    splits = video_audio.load_ucf101(tmp_path)
+    with pytest.raises(DataError, match=r"of 4901 samples have no file.*data\.max_missing=0\.01"):
+        video_audio.load_ucf101(tmp_path)
+    splits = video_audio.load_ucf101(tmp_path, max_missing=1.0)
     assert len(splits.classes) == 51 and len(splits.train.labels) == 2
     batch = splits.train.fetch([0, 1], seed=1)
     assert batch.inputs["image"].shape == (2, 3, 224, 224)
     assert batch.inputs["audio"].shape == (2, 98, 128)
     assert batch.inputs["image"].min() >= 0 and batch.inputs["image"].max() <= 1
     assert torch.equal(batch.inputs["image"][0], batch.inputs["image"][1])
-    assert [Path(name).name for name in splits.train.unreadable] == ["v_ApplyLipstick_g09_c01.avi"]
+    (file, _) = batch.unreadable[1]
+    assert Path(file).name == "v_ApplyLipstick_g09_c01.avi"
 
 
 def test_meld(tmp_path: Path) -> None:
@@ -242,7 +252,9 @@ def test_meld(tmp_path: Path) -> None:
     assert min(levels) == levels[0], "the tone grows: at test the begin"
     assert max(levels) > levels[0] + 0.1, "in training anywhere"
     (tmp_path / "meld/dev_splits_complete/dia1_utt1.mp4").unlink()
-    assert len(video_audio.load_meld(tmp_path).train.labels) == 9
+    with pytest.raises(DataError, match=r"1 of 10 samples .*data\.max_missing=0\.01"):
+        video_audio.load_meld(tmp_path)
+    assert len(video_audio.load_meld(tmp_path, max_missing=0.1).train.labels) == 9
     with pytest.raises(DataError, match=r"1 of 10.*dia1_utt1"):
         video_audio.load_meld(tmp_path, on_error="raise")
 
@@ -329,3 +341,75 @@ def test_ms_coco_on_real_pictures() -> None:
     splits = captions.load_ms_coco(DATA, image_size=64)
     assert len(splits.train.labels) == 72 * 5 and len(splits.test.labels) == 8 * 5
     assert splits.test.fetch([0, 39]).inputs["image"].shape == (2, 3, 64, 64)
+
+
+def _pictures(folder: Path, count: int = 10) -> list[str]:
+    return [write_picture(folder / f"{n}.jpg", n + 30, size=(8, 8)).name for n in range(count)]
+
+
+@pytest.mark.parametrize("below", ["", "Flickr8k_text"])
+def test_flickr8k_as_its_own_archives_unpack(tmp_path: Path, below: str) -> None:
+    home = tmp_path / "flickr8k"
+    names = _pictures(home / "Flicker8k_Dataset")
+    lines = [f"{name}#{k}\tcaption {k} of {name}" for name in names for k in range(5)]
+    # The official file has captions of a picture that no list and no archive has.
+    write_lines(home / below / "Flickr8k.token.txt", [*lines, "9.jpg.1#0\ta caption"])
+    write_lines(home / below / "Flickr_8k.trainImages.txt", names[3:9])
+    write_lines(home / below / "Flickr_8k.testImages.txt", names[:2])
+    splits = captions.load_flickr8k(tmp_path, image_size=16)
+    assert [Path(s.image).name for s in splits.train.samples[::5]] == names[3:9]
+    assert splits.test.labels.tolist() == [0] * 5 + [1] * 5
+    assert splits.test.samples[6].text == "caption 1 of 1.jpg"
+    assert splits.test.fetch([9]).inputs["image"].any()
+    write_lines(home / below / "Flickr_8k.testImages.txt", ["x.jpg"])
+    with pytest.raises(DataError, match=r"testImages\.txt: line 1: Flickr8k\.token\.txt has no"):
+        captions.load_flickr8k(tmp_path)
+    (home / below / "Flickr_8k.testImages.txt").unlink()
+    with pytest.raises(DataError, match=r"Flickr_8k\.testImages\.txt: No such file"):
+        captions.load_flickr8k(tmp_path)
+
+
+def test_flickr8k_with_a_table_of_captions(tmp_path: Path) -> None:
+    names = _pictures(tmp_path / "flickr8k/Images")
+    rows = [[name, f"a dog, a cat {k}"] for name in names for k in range(5)]
+    write_csv(tmp_path / "flickr8k/captions.txt", ["image", "caption"], rows)
+    splits = captions.load_flickr8k(tmp_path, image_size=16)
+    assert len(splits.train.labels) == 45 and len(splits.test.labels) == 5
+    assert splits.train.samples[1].text == "a dog, a cat 1"
+
+
+def test_the_tweets_that_no_list_names_cost_no_memory(tmp_path: Path) -> None:
+    """Read whole, a csv with an emoji in it took eight times its size."""
+    home = make_t4sa(tmp_path) / "b-t4sa"
+    text = "so glad to be here with all of you, what a day \U0001f600 " * 3
+    with (home / "raw_tweets_text.csv").open("a", encoding="utf-8") as file:
+        file.writelines(f'{n},"{text}"\n' for n in range(10**6, 10**6 + 5_000))
+    size = (home / "raw_tweets_text.csv").stat().st_size
+    image_text.load_t4sa(tmp_path)
+    tracemalloc.start()
+    try:
+        assert len(image_text.load_t4sa(tmp_path).train.labels) == 9
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size > 800_000 and peak < size
+
+
+def test_nothing_of_an_index_is_lost(tmp_path: Path) -> None:
+    """Paths below the folder and elsewhere, names that are no text, rows that lack parts."""
+    odd = os.fsdecode(b"/data/\xff\xfe.jpg")
+    listed = [
+        Sample(text="größer 😀"),
+        Sample(image="/data/a.jpg", text=""),
+        Sample(video="/elsewhere/b.mp4", silent=True),
+        Sample(audio=odd),
+        Sample(image="/data", text="\udc80"),
+    ]
+    kept = Samples.of(listed, "/data")
+    assert list(kept) == listed and kept[-1] == listed[-1] and kept[1:3] == listed[1:3]
+    assert list(kept.take([3, 0])) == [listed[3], listed[0]]
+    assert list(kept.column("audio")) == [None, None, None, odd, None]
+    assert kept == Samples.of(listed, "/") and kept != kept.take([0])
+    assert list(pickle.loads(pickle.dumps(kept))) == listed
+    with pytest.raises(IndexError):
+        kept[5]

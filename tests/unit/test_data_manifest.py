@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT
 from media_files import DATA, needs, write_clip, write_csv, write_picture, write_sound
 
 from mpsl_dist import config, data
+from mpsl_dist.__main__ import main
 from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.data import DataError
 from mpsl_dist.data.decode.text import tokenize
@@ -78,7 +80,9 @@ def test_missing_file_is_told_apart_from_missing_cell(mixed: Path) -> None:
     (mixed.parent / "a.flac").unlink()
     with pytest.raises(DataError, match=r"1 of 5 samples have no file, the first .*a\.flac"):
         manifest.load(mixed, **SMALL)
-    splits = manifest.load(mixed, on_error="skip", **SMALL)
+    with pytest.raises(DataError, match=r"1 of 5 samples .*more than data\.max_missing=0\.01"):
+        manifest.load(mixed, on_error="skip", **SMALL)
+    splits = manifest.load(mixed, on_error="skip", max_missing=0.2, **SMALL)
     assert len(splits.train.labels) == 4
     assert splits.train.clients == ("north", "north", "east", "east")
 
@@ -195,6 +199,24 @@ def test_the_example_of_the_docs(tmp_path: Path) -> None:
     assert not splits.test.fetch([0]).inputs["audio"].any()
 
 
+def test_the_experiment_of_the_docs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test_the_example_of_the_docs(tmp_path)
+    content = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    (tmp_path / "my.yaml").write_text(content.split("```yaml\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^python -m mpsl_dist (.* my\.yaml)$", content, re.MULTILINE)
+    assert commands == ["data check my.yaml", "partition my.yaml", "train my.yaml"]
+    # One process is enough to see that it trains.
+    extra = {"train my.yaml": ["method=centralized", "device=cpu", "data.image_size=32"]}
+    for command in commands:
+        assert main([*command.split(), *extra.get(command, [])]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "2 clients with 1 to 1 samples" in said and "data.audio_frames: 99" in said
+    assert "completed: test accuracy" in said
+
+
 @needs("stamps")
 def test_real_stamps(tmp_path: Path) -> None:
     """Real pictures, spoken and written English; the spoken name is the sound."""
@@ -211,3 +233,92 @@ def test_real_stamps(tmp_path: Path) -> None:
     batch = splits.test.fetch(range(0, len(splits.test.labels), 2))
     assert batch.inputs["audio"].flatten(1).std(dim=1).min() > 0.1
     assert batch.inputs["image"].isfinite().all()
+
+
+def _refusal(path: Path) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        manifest.load(path)
+    return [line.partition(f"{path.name}: ")[2] for line in str(caught.value).split("\n")]
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("path,class", ["unknown column 'path'; did you mean 'image' or 'audio' or 'video'?"]),
+        ("image,class,text", ["unknown column 'class'; did you mean 'label'?"]),
+        ("filename,caption,label", ["column 'filename'", "column 'caption'; did you mean 'text'?"]),
+        ("imgae,text,label", ["unknown column 'imgae'; did you mean 'image'?"]),
+        ("image,Label,text,label", ["two columns are called 'label'; keep one"]),
+    ],
+)
+def test_columns_that_are_likely_meant_to_be_ours_are_refused(
+    tmp_path: Path, header: str, said: list[str]
+) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(f"{header}\n{','.join('abcd'[: header.count(',') + 1])}\n")
+    lines = _refusal(path)
+    assert all(any(expected in line for line in lines) for expected in said), lines
+
+
+def test_columns_without_a_use_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    header = ["text", "label", "remark", "speaker"]
+    rows = [[f"t{n}", "ab"[n % 2], "x", "y"] for n in range(10)]
+    notes = manifest.load(write_csv(tmp_path / "m.csv", header, rows)).notes
+    assert notes[:2] == (
+        "the column 'remark' is not used",
+        "the column 'speaker' is not used; did you mean 'client'?",
+    )
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_separators_and_encodings_are_recognised(
+    tmp_path: Path, delimiter: str, encoding: str
+) -> None:
+    rows = [["text", "label", "split"], ["ça, va; là|bas", "é", "train"], ["b", "c", "test"]]
+    content = "\r\n".join(delimiter.join(f'"{cell}"' for cell in row) for row in rows)
+    path = tmp_path / "m.csv"
+    path.write_bytes(content.encode(encoding))
+    splits = manifest.load(path, text_length=8)
+    assert splits.train.samples[0].text == "ça, va; là|bas" and splits.classes == ("c", "é")
+    assert ("not UTF-8; read as Windows-1252" in splits.notes) == (encoding == "cp1252")
+
+
+def test_text_without_its_mark_is_no_riddle(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_bytes("text,label\na,b\n".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"m\.csv: holds zero bytes.*save it as UTF-8"):
+        manifest.load(path)
+    path.write_bytes(b"\xff\xfet\0e")
+    with pytest.raises(DataError, match=r"m\.csv: not valid utf-16"):
+        manifest.load(path)
+
+
+def test_labels_are_texts_as_they_are_written(tmp_path: Path) -> None:
+    labels = ["²", "--1", "1", "1.0", "01", "true", "cat", " cat", "Cat", "x"]
+    rows = [["t", label, split] for label in labels for split in ("train", "test")]
+    path = write_csv(tmp_path / "m.csv", ["text", "label", "split"], rows)
+    splits = manifest.load(path, text_length=8)
+    assert splits.classes == tuple(sorted(labels))
+    assert [note.split(" are")[0] for note in splits.notes] == [
+        "the labels ' cat', 'Cat', 'cat'",
+        "the labels '01', '1', '1.0', 'true'",
+    ]
+    lines = [
+        f'{{"text": "t", "label": {label}, "split": "{split}"}}'
+        for label in ("1", "1.0", "true", "1e0", '"1"')
+        for split in ("train", "test")
+    ]
+    path = path.with_suffix(".jsonl")
+    path.write_text("\n".join(lines))
+    assert manifest.load(path, text_length=8).classes == ("1", "1.0", "1e0", "true")
+    path.write_text('{"text": "t", "label": ["a"]}')
+    assert _refusal(path) == ["line 1: label: expected a single text"]
+    path.write_text('{"text": "t", "label": "a", "Label": "b"}')
+    assert _refusal(path) == ["two columns are called 'label'; keep one"]
+
+
+def test_numbers_are_sorted_by_their_value(tmp_path: Path) -> None:
+    rows = [["t", label, s] for label in ("10", "9", "-2") for s in ("train", "test")]
+    path = write_csv(tmp_path / "m.csv", ["text", "label", "split"], rows)
+    assert manifest.load(path, text_length=8).classes == ("-2", "9", "10")

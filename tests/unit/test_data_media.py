@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import struct
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -29,6 +32,31 @@ def test_transparent_is_white_and_exif_turns(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.new("L", (8, 4), 7).save(tmp_path / "turned.jpg", exif=exif)
     assert media.read_image(tmp_path / "turned.jpg").shape == (3, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [
+        ("grey16.png", np.array([[0, 20_000, 65_535]], np.uint16)),
+        ("grey16.tif", np.array([[0, 20_000, 65_535]], np.uint16)),
+        ("whole32.tif", np.array([[0, 20_000, 65_535]], np.int32)),
+        ("fraction.tif", np.array([[0, 20_000 / 65_535, 1]], np.float32)),
+        ("fraction255.tif", np.array([[0, 77.8, 255]], np.float32)),
+        ("wide.tif", np.array([[0, 305_180, 1_000_000]], np.int32)),
+        ("signed.tif", np.array([[-1, -0.3896, 1]], np.float32)),
+    ],
+)
+def test_pixels_of_more_than_eight_bits_are_scaled(
+    tmp_path: Path, name: str, pixels: np.ndarray
+) -> None:
+    Image.fromarray(pixels).save(tmp_path / name)
+    assert media.read_image(tmp_path / name)[:, 0].tolist() == [[0, 78, 255]] * 3
+
+
+def test_pixels_that_are_no_numbers_are_a_fault(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(DataError, match=r"nan\.tif: .*not finite"):
+        media.read_image(tmp_path / "nan.tif")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +104,85 @@ def test_clip_gives_the_frame_and_the_sound_of_a_moment(
     early, late = (media.read_waveform(path, f, 1_600).abs().max() for f in (0.2, 0.8))
     assert 0.1 < early < 0.35 and 0.6 < late < 1.0
     assert media.read_waveform(path, 0.5, 5 * audio.RATE).shape == (5 * audio.RATE,)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "sound"),
+    [
+        ("clip.ts", "mpeg2video", "mp2"),
+        ("clip.ts", "libx264", "aac"),  # its only key picture is the first
+        ("clip.flv", "libx264", "aac"),
+        ("clip.mkv", "libx264", "aac"),
+        ("live.mkv", "libx264", "aac"),
+        ("live.webm", "libvpx", "libopus"),
+    ],
+)
+def test_containers_without_an_index_or_a_length(
+    tmp_path: Path, name: str, codec: str, sound: str
+) -> None:
+    path = write_clip(tmp_path / f"whole{Path(name).suffix}", 6.0, codec=codec, sound=sound)
+    if name.startswith("live"):
+        path = _stream(path, tmp_path / name)
+        assert media.length(path) is None
+    for fraction in (0.0, 0.3, 0.5, 0.9, 1.0):
+        shade = float(media.read_frame(path, fraction).float().mean())
+        assert abs(shade - 255 * fraction) < 15, fraction
+    early, late = (media.read_waveform(path, f, 1_600).abs().max() for f in (0.1, 0.9))
+    assert abs(early - 0.14) < 0.05 and abs(late - 0.86) < 0.1
+
+
+def _stream(path: Path, target: Path) -> Path:
+    """Copy a clip as it is written where nobody can go back to write its length and index."""
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    pipe = Pipe()
+    pipe.seek = None
+    form = "webm" if target.suffix == ".webm" else "matroska"
+    with av.open(str(path)) as source, av.open(pipe, "w", form, options={"live": "1"}) as live:
+        streams = [live.add_stream_from_template(stream) for stream in source.streams]
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = streams[packet.stream.index]
+                live.mux(packet)
+    target.write_bytes(pipe.getvalue())
+    return target
+
+
+@pytest.mark.parametrize(
+    ("matrix", "bright"),
+    [
+        ((1, 0, 0, 1), "right"),
+        ((0, 1, -1, 0), "bottom"),  # a phone held upright
+        ((-1, 0, 0, -1), "left"),
+        ((0, -1, 1, 0), "top"),
+    ],
+)
+def test_clips_follow_their_rotation(tmp_path: Path, matrix: tuple[int, ...], bright: str) -> None:
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:, 32:] = 255
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        video = container.add_stream("mpeg4", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 32, "yuv420p"
+        container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode(None))
+    content = bytearray((tmp_path / "phone.mp4").read_bytes())
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = (65_536 * value for value in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "phone.mp4").write_bytes(content)
+    frame = media.read_frame(tmp_path / "phone.mp4", 0.5).float().mean(0)
+    assert frame.shape == ((32, 64) if bright in ("left", "right") else (64, 32))
+    height, width = frame.shape
+    edges = {
+        "left": frame[:, : width // 4],
+        "right": frame[:, -width // 4 :],
+        "top": frame[: height // 4],
+        "bottom": frame[-height // 4 :],
+    }
+    assert max(edges, key=lambda side: float(edges[side].mean())) == bright
 
 
 def test_window_is_the_same_from_a_part_and_from_the_whole(tmp_path: Path) -> None:
@@ -165,6 +272,37 @@ def test_truncated_behind_a_whole_header_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="truncated"):
         media.read_frame(path, 0.95)
     with pytest.raises(DataError):
+        media.read_waveform(path)
+
+
+@pytest.mark.parametrize(
+    ("riff", "sound"),
+    [
+        (0x7FFF_F024, 0x7FFF_F000),
+        (0x8000_0024, 0x8000_0000),
+        (0xFFFF_FFFF, 0xFFFF_FFFF),
+        (0, 0),
+    ],
+)
+def test_a_wav_written_to_a_pipe_is_read(tmp_path: Path, riff: int, sound: int) -> None:
+    path = write_sound(tmp_path / "piped.wav", 2.0)
+    expected = [media.read_waveform(path, f, 1_600) for f in (0.2, 0.8)]
+    content = bytearray(path.read_bytes())
+    content[4:8] = struct.pack("<I", riff)
+    at = content.index(b"data")
+    content[at + 4 : at + 8] = struct.pack("<I", sound)
+    path.write_bytes(content)
+    for fraction, waveform in zip((0.2, 0.8), expected, strict=True):
+        assert torch.equal(media.read_waveform(path, fraction, 1_600), waveform)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e6])
+def test_sound_that_is_no_sound_is_a_fault_of_its_file(tmp_path: Path, value: float) -> None:
+    path = write_sound(tmp_path / "tone.wav", codec="pcm_f32le")
+    content = bytearray(path.read_bytes())
+    content[-8_000:-7_996] = struct.pack("<f", value)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"tone\.wav: its sound is not finite"):
         media.read_waveform(path)
 
 

@@ -18,7 +18,7 @@ from local_fleet import LocalRounds, in_one_process
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment, to_dict
-from mpsl_dist.errors import DivergedError, NonFiniteError, RemoteError
+from mpsl_dist.errors import BackwardError, DivergedError, NonFiniteError, RemoteError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.fedavg import FedAvg, build_clients
 from mpsl_dist.methods.mpsl import Mpsl
@@ -203,6 +203,66 @@ def test_what_is_no_number_stops_the_run_or_skips_the_client(what: str) -> None:
     assert (method.clients.lost, method.repeated) == (set(), 1)
 
 
+#: Whose numbers are spoiled at a message, as the user reads it.
+SENT = {
+    "step": ("none", "client 2: DivergedError: a gradient of its tokenizers is no finite number"),
+    "tokenizer_weights": ("weights", "the tokenizers of client 2 hold numbers that are not finite"),
+    "take_gradients": ("gradients", "the gradients of client 2 hold numbers that are not finite"),
+}
+
+
+def spoiling(chosen: Experiment, message: str) -> Mpsl:
+    """Client 2's own numbers are none at its second such message."""
+    method = in_one_process(chosen)
+    client = method.clients.references[GONE]
+    answer, calls = getattr(client, message), iter(range(1000))
+
+    def bad(*words: Any) -> Any:
+        if next(calls) != 1:
+            return answer(*words)
+        if message == "step":
+            return answer(words[0], {p: g * float("nan") for p, g in words[1].items()})
+        found = answer(*words)
+        if message == "take_gradients":
+            return found * float("nan")
+        return {key: x * float("nan") for key, x in found.items()}
+
+    setattr(client, message, bad)
+    return method
+
+
+@pytest.mark.parametrize("message", SENT)
+def test_numbers_that_would_spoil_the_tokenizers_stop_the_run_or_are_left_out_once(
+    message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mode, words = SENT[message]
+    sync = {"mode": mode, "every": 3}
+    with pytest.raises(DivergedError, match=words):
+        train(spoiling(experiment(tokenizer_sync=sync), message))
+    chosen = experiment(tokenizer_sync=sync, faults={"on_nonfinite": "skip_client"})
+    method = spoiling(chosen, message)
+    with caplog.at_level(logging.WARNING, logger="mpsl_dist"):
+        losses = train(method)
+    assert [r.getMessage() for r in caplog.records if words in r.getMessage()]
+    at = 1 if message == "step" else 5  # the tokenizers meet after steps 2 and 5
+
+    def then(client: int, step: int) -> bool:
+        return (client, step) == (GONE, at)
+
+    rule = {"stuck" if message == "step" else "missing": then}
+    assert_survivors_equal(method, reference.train(chosen, STEPS, **rule), losses)
+    assert (method.clients.lost, method.repeated) == (set(), 0)
+
+
+def test_a_run_whose_tokenizers_are_all_no_numbers_is_at_its_end() -> None:
+    method = in_one_process(experiment(faults={"on_nonfinite": "skip_client"}))
+    for client in method.clients.references.values():
+        with torch.no_grad():
+            client.parameters()[0].fill_(float("nan"))
+    with pytest.raises(DivergedError, match=r"the tokenizers of clients 0-3 hold numbers"):
+        method.evaluate()
+
+
 @pytest.mark.parametrize("after", ["step", "accumulate", "take_gradients"])
 def test_a_loss_after_the_backward_ends_a_run_of_too_few_and_never_repeats_the_step(
     after: str,
@@ -280,27 +340,77 @@ def test_a_federated_client_that_diverges_ends_the_run_with_advice_or_is_left_ou
     assert method.clients.calls[-1] == ("train_round", [0, 1, 2, 3])
 
 
-def test_an_error_that_names_no_present_client_is_never_taken_for_a_loss_again() -> None:
-    """A backward fails for another reason while a client is gone already: no endless repetition."""
-    method = dying(experiment(), "tokenize", step=0)
-    train(method, 1)
-    assert method.clients.lost == {GONE}
+class Failing:
+    """A fleet's backward, which fails while all clients answer."""
 
-    class Failing:
-        def backward(self, loss: torch.Tensor, where: str) -> None:
-            raise RemoteError(f"backward failed, {where}")
-
-    asked: list[list[int]] = []
+    def __init__(self, method: Mpsl, culprits: set[int], times: int = 100) -> None:
+        self.opened, self.culprits, self.times = method.clients.fleet.autograd, culprits, times
+        self.asked: list[list[int]] = []
+        method.clients.fleet.autograd = self.autograd
 
     @contextmanager
-    def autograd(clients: Any) -> Any:
-        asked.append(list(clients))
-        yield Failing()
+    def autograd(self, clients: Any) -> Any:
+        self.asked.append(list(clients))
+        with self.opened(clients) as opened:
+            if self.culprits & set(clients) and self.times:
+                self.times -= 1
+                opened.backward = self.fail
+            yield opened
 
-    method.clients.fleet.autograd = autograd
-    with pytest.raises(RemoteError, match="backward failed, step 1"):
-        method.step(1, 1)
-    assert len(asked) == 1 and GONE not in asked[0]
+    def fail(self, loss: torch.Tensor, where: str) -> None:
+        raise BackwardError(f"backward failed: out of memory, {where}")
+
+
+def test_a_client_whose_backward_fails_is_found_and_lost(capsys) -> None:
+    """Nothing in the error tells whose it was: each is tried alone, and nothing moves meanwhile."""
+    chosen = experiment()
+    method = in_one_process(chosen)
+    method.begin_epoch(0)
+    losses = [method.step(0, 0)]
+    failing = Failing(method, {GONE})
+    losses += [method.step(n, n) for n in range(1, 4)]
+    expected = reference.train(chosen, 4, absent=lambda n, step: n == GONE and step >= 1)
+    assert_survivors_equal(method, expected, losses)
+    together, *alone = failing.asked
+    assert alone[: len(together)] == [[client] for client in together]
+    assert (method.clients.lost, method.repeated) == ({GONE}, 1)
+    assert f"client {GONE} is lost: client {GONE}: backward failed" in capsys.readouterr().err
+
+
+def test_a_backward_that_fails_once_is_repeated_and_twice_ends_the_run() -> None:
+    chosen = experiment()
+    method = in_one_process(chosen)
+    method.begin_epoch(0)
+    Failing(method, {GONE}, times=1)
+    losses = [method.step(n, n) for n in range(4)]
+    assert_survivors_equal(method, reference.train(chosen, 4), losses)
+    assert (method.clients.lost, method.repeated) == (set(), 1)
+    failing = Failing(method, {0, GONE})
+    opened = failing.autograd
+    method.clients.fleet.autograd = lambda clients: (
+        opened(clients) if len(clients) > 1 else failing.opened(clients)
+    )
+    with pytest.raises(BackwardError, match="out of memory, step 3"):
+        method.step(3, 3)
+
+
+def test_where_no_client_may_be_lost_a_backward_that_fails_ends_the_run_by_its_name() -> None:
+    method = in_one_process(experiment(faults={"on_loss": "stop"}))
+    method.begin_epoch(0)
+    Failing(method, {GONE})
+    with pytest.raises(RemoteError, match=f"client {GONE}: backward failed") as error:
+        method.step(0, 0)
+    assert error.value.lost == (GONE,)
+
+
+def test_a_step_in_which_nobodys_numbers_are_finite_ends_the_run() -> None:
+    method = in_one_process(experiment(faults={"on_nonfinite": "skip_client"}))
+    for client in method.clients.references.values():
+        for parameter in client.parameters():
+            parameter.data.fill_(float("nan"))
+    method.begin_epoch(0)
+    with pytest.raises(NonFiniteError):
+        method.step(0, 0)
 
 
 # -- clients that come back ------------------------------------------------------------------------

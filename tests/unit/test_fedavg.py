@@ -243,7 +243,7 @@ def test_clients_that_hold_the_test_set_score_it_themselves() -> None:
     federated = fedavg(at_clients)
     federated.step(0, 0)
     found = federated.evaluate()
-    whole = federated.model.test(federated.splits.test, 256)["accuracy"]
+    whole = federated.model.test(federated.tests, 256)["accuracy"]
     assert found == {"accuracy": pytest.approx(whole, abs=1e-12)}
     assert "test_weights_down" in federated.traffic.by_kind()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 from mpsl_dist import data
-from mpsl_dist.actors import assembly
+from mpsl_dist.actors import assembly, deployable
+from mpsl_dist.actors.choices import pixels_of
 from mpsl_dist.config import ConfigError, from_dict
 from mpsl_dist.data.decode.text import tokenize
 from mpsl_dist.errors import WeightsError
@@ -423,3 +425,38 @@ def test_clients_of_a_process_share_one_tower() -> None:
 
 
 _CLS = "visual.class_embedding"
+
+
+# -- what the pixels are standardised with -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "pixels"),
+    [
+        ("random", "B", "paper"),
+        ("stem.safetensors", "B", "paper"),
+        ("clip", "B", "clip"),
+        ("clip", "L", "half"),
+        ("clip:ViT-B-16/openai", "Ti", "clip"),
+        ("timm", "Ti", "half"),
+        ("timm", "H", "clip"),
+        ("timm:vit_base_patch16_224.mae", "B", "imagenet"),
+    ],
+)
+def test_pixels_are_those_that_the_image_weights_were_trained_on(
+    source: str, size: str, pixels: str
+) -> None:
+    chosen = from_dict({"weights": {"image": source}, "model": {"encoder": {"size": size}}})
+    assert pixels_of(chosen) == pixels
+    told = replace(chosen, data=replace(chosen.data, pixels="imagenet"))
+    assert pixels_of(told) == "imagenet"
+
+
+def test_a_saved_model_keeps_what_its_pixels_were(tmp_path: Path) -> None:
+    chosen = toys.experiment()
+    splits = toys.load(("image", "text"))
+    model = deployable.build(chosen, splits)
+    as_trained = replace(chosen, weights=replace(chosen.weights, image="clip:ViT-B-16/openai"))
+    model.save(tmp_path, as_trained, splits)
+    _, experiment, _ = deployable.load(tmp_path)
+    assert experiment.weights.image == "random" and experiment.data.pixels == "clip"

@@ -10,7 +10,7 @@ Shape legend: ``h`` height, ``w`` width, ``s`` samples of a waveform.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,21 +36,47 @@ _FORMATS = (
 )
 #: In these the length is an estimate, so that ending early is no sign of damage.
 _ESTIMATED = frozenset({"mp3", "aac", "mpeg", "mpegts"})
+#: These have no index, so that a seek leads to frames that others are missing for.
+_UNSEEKABLE = frozenset({"mpeg", "mpegts"})
+#: Sizes in a wav header that was written before its sound was: "as large as can be".
+_ENDLESS = ((0x7FFF_0000, 0x8001_0000), (0xFFFF_FF00, 0x1_0000_0000))
+#: Loudest sample: whole numbers of 16 bits, kept as fractions, reach half of it; 1 is usual.
+_LOUDEST = 65_536.0
 #: A file is damaged when more than one packet in ten does not decode.
 _BAD_SHARE = 0.1
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read a picture as (3, h, w) uint8; upright as its Exif tells, transparency over white."""
+    """Read a picture as (3, h, w) uint8; upright as its Exif tells, transparency over white.
+
+    Pixels of 16 bits, whole numbers or fractions are scaled to 8 bits.
+    """
     with _naming(path), Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{path}: {image.width}x{image.height} pixels are too many")
-        upright = ImageOps.exif_transpose(image)
+        upright = _in_eight_bits(ImageOps.exif_transpose(image))
         if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
             over = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
         pixels = np.array(upright.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Return a picture whose pixels have more bits with 8, where Pillow would cut off the rest.
+
+    White is 65,535 in whole numbers, and the first of 1, 255 and 65,535 that no fraction exceeds;
+    above that the largest value. Black is 0, or the smallest value below it.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("its pixels are not finite")
+    largest, black = values.max(initial=0), values.min(initial=0)
+    tops = (1, 255, 65_535) if image.mode == "F" else (65_535,)
+    white = next((top for top in tops if largest <= top), largest)
+    return Image.fromarray(np.round(255 * (values - black) / (white - black)).astype(np.uint8))
 
 
 def read_frame(path: str | Path, fraction: float) -> Tensor:
@@ -64,19 +90,21 @@ def read_frame(path: str | Path, fraction: float) -> Tensor:
     Returns
     -------
     Tensor
-        (3, h, w) uint8.
+        (3, h, w) uint8, upright as the clip's rotation tells.
     """
     with _naming(path), _open(path) as container:
         if not container.streams.video:
             raise DataError(f"{path}: no pictures in it")
         stream = container.streams.video[0]
-        second = fraction * (_samples(container) or 0) / audio.RATE
+        total = _samples(container)
+        second = fraction * (_measured(path) if total is None else total) / audio.RATE
         start = (container.start_time or 0) / av.time_base
-        frame = _frame_at(container, stream, start + second, seek=second > 0)
-        if frame is None and second > 0:
-            # Some containers have no index to seek by.
-            container.seek(int(start * av.time_base), backward=True, any_frame=False)
-            frame = _frame_at(container, stream, start + second, seek=False)
+        # Without an index or a length, a seek leads anywhere.
+        seek = second > 0 and total is not None and not _formats(container) & _UNSEEKABLE
+        frame = _frame_at(container, stream, start + second, seek)
+        if seek and (frame is None or (frame.time or 0) > start + second + 1e-6):
+            with _open(path) as again:
+                frame = _frame_at(again, again.streams.video[0], start + second, seek=False)
         if frame is None:
             raise DataError(f"{path}: no picture could be decoded")
         promised = _seconds(stream.duration, stream.time_base)
@@ -85,8 +113,8 @@ def read_frame(path: str | Path, fraction: float) -> Tensor:
             raise DataError(f"{path}: truncated, its pictures end after {shown:.1f} s")
         if frame.width * frame.height > MAX_PIXELS:
             raise DataError(f"{path}: {frame.width}x{frame.height} pixels are too many")
-        pixels = frame.to_ndarray(format="rgb24")
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
 def read_waveform(path: str | Path, fraction: float = 0.5, samples: int | None = None) -> Tensor:
@@ -119,11 +147,9 @@ def read_waveform(path: str | Path, fraction: float = 0.5, samples: int | None =
             raise DataError(f"{path}: no sound could be decoded")
         promised = _seconds(stream.duration, stream.time_base)
         had = len(waveform) / audio.RATE
-        exact = promised is not None and not set(container.format.name.split(",")) & _ESTIMATED
+        exact = promised is not None and not _formats(container) & _ESTIMATED
         if whole and exact and had < 0.9 * promised - 0.5:
             raise DataError(f"{path}: truncated, {had:.1f} of {promised:.1f} s")
-    if not torch.isfinite(waveform).all():
-        raise DataError(f"{path}: its sound is not finite")
     return waveform if samples is None else cut(waveform, fraction, samples, total)
 
 
@@ -142,6 +168,17 @@ def length(path: str | Path) -> int | None:
         return _samples(container)
 
 
+def _measured(path: str | Path) -> int:
+    """Return the length in samples of a clip whose header states none: all of it is walked over."""
+    end = 0.0
+    with _open(path) as container:
+        for packet in container.demux():
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        start = (container.start_time or 0) / av.time_base
+    return round((end - start) * audio.RATE)
+
+
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
     """Turn every fault of decoding into a DataError that names the file."""
@@ -149,14 +186,17 @@ def _naming(path: str | Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what it then reads or refuses
             yield
-    except DataError:
+    except DataError as error:
+        error.file = str(path)
         raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
     except Exception as error:
         # Decoders meet arbitrary bytes here: SyntaxError, struct.error, IndexError, … all happen.
+        absent = isinstance(error, FileNotFoundError)
         reason = str(error).replace(f"file:{path}", "").replace(str(path), "").strip(" :'")
-        raise DataError(f"{path}: cannot be read: {reason or type(error).__name__}") from error
+        what = f"cannot be read: {reason or type(error).__name__}"
+        fault = DataError(f"{path}: {'no such file' if absent else what}")
+        fault.file = str(path)
+        raise fault from error
 
 
 def _open(path: str | Path) -> av.container.InputContainer:
@@ -168,7 +208,11 @@ def _open(path: str | Path) -> av.container.InputContainer:
     if size < 0.95 * promised:
         raise DataError(f"{path}: truncated, {size} of {promised} bytes")
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-    return av.open(f"file:{file}", options=options, metadata_errors="ignore")
+    container = av.open(f"file:{file}", options=options, metadata_errors="ignore")
+    for stream in (*container.streams.video, *container.streams.audio):
+        # One thread: a machine hosts many clients, and loader processes decode side by side.
+        stream.codec_context.thread_count = 1
+    return container
 
 
 def _riff_size(file: Path) -> int:
@@ -176,7 +220,11 @@ def _riff_size(file: Path) -> int:
     with file.open("rb") as opened:
         head = opened.read(8)
     size = int.from_bytes(head[4:8], "little") if head[:4] == b"RIFF" else 0
-    return 0 if size >= 0xFFFF_FF00 else size  # a stream written without knowing its end
+    return 0 if any(low <= size < high for low, high in _ENDLESS) else size
+
+
+def _formats(container: av.container.InputContainer) -> set[str]:
+    return set(container.format.name.split(","))
 
 
 def _seconds(duration: int | None, base: object) -> float | None:
@@ -197,11 +245,9 @@ def _decode(
 
     Pictures that no other is made from are left out until half a second before ``wanted``.
     """
-    # One thread: a machine hosts many clients, and loader processes decode side by side.
     codec, far = stream.codec_context, wanted > 0.5
-    codec.thread_count = 1
     good = bad = 0
-    for packet in container.demux(stream):
+    for packet in _packets_near(container.demux(stream), wanted):
         if far:
             far = packet.pts is not None and packet.pts * packet.time_base < wanted - 0.5
             codec.skip_frame = "NONREF" if far else "DEFAULT"
@@ -216,6 +262,22 @@ def _decode(
         yield from frames
     if bad > 1 and bad > _BAD_SHARE * (good + bad):
         raise DataError(f"{container.name}: damaged, {bad} of {good + bad} packets do not decode")
+
+
+def _packets_near(packets: Iterable[av.Packet], wanted: float) -> Iterator[av.Packet]:
+    """Yield packets from the last key picture not after ``wanted`` on: none before is needed."""
+    held: list[av.Packet] = []
+    near = wanted <= 0
+    for packet in packets:
+        after = packet.pts is not None and packet.pts * packet.time_base > wanted
+        if not near and packet.is_keyframe and not after:
+            held = []
+        held.append(packet)
+        near = near or after
+        if near:
+            yield from held
+            held = []
+    yield from held
 
 
 def _frame_at(
@@ -250,6 +312,8 @@ def _decode_sound(
         if frame.sample_rate != own:
             raise DataError(f"{container.name}: its sampling rate changes")
         decoded.append(_mono(frame))
+        if not np.abs(decoded[-1]).max(initial=0) <= _LOUDEST:  # nor is it where that is NaN
+            raise DataError(f"{container.name}: its sound is not finite, or louder than any is")
         waiting += frame.samples
         if waiting < own:
             continue

@@ -10,25 +10,32 @@ length.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from mpsl_dist.data.dataset import Batch
+from mpsl_dist.data.dataset import Batch, Dataset
 from mpsl_dist.data.decode import audio, media, text
 from mpsl_dist.data.decode.cache import Cache
 from mpsl_dist.errors import DataError
 
 OnError = Literal["raise", "skip"]
-#: Mean and standard deviation of ImageNet's colours: what the pretrained image stems expect.
+#: A sample's tensors by modality, or a batch's.
+Inputs = Mapping[str, Tensor]
+#: Mean and standard deviation of ImageNet's colours.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-_log = logging.getLogger(__name__)
+#: Mean and standard deviation of three colours.
+Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
+#: What pretrained image stems expect, by name (``clip``: OpenAI's).
+PIXELS: dict[str, Colours] = {
+    "imagenet": (IMAGE_MEAN, IMAGE_STD),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 class Sample(NamedTuple):
@@ -40,17 +47,26 @@ class Sample(NamedTuple):
         Paths; a clip stands for its picture and sound where there is no file of their own.
     text : str or None
         The text itself.
+    silent : bool
+        Whether the clip is known to have no sound: then the sample lacks it, which is no fault.
     """
 
     image: str | None = None
     audio: str | None = None
     video: str | None = None
     text: str | None = None
+    silent: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
         """Every file that it is read from."""
         return tuple(part for part in self[:3] if part is not None)
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """The files of its picture and its sound: a clip stands for what has no file of its own."""
+        sound = None if self.silent else self.video
+        return {"image": self.image or self.video, "audio": self.audio or sound}
 
 
 @dataclass(frozen=True)
@@ -67,14 +83,15 @@ class View:
     crop : bool
         True: the shorter side is brought to 8/7 of ``image_size`` and a square cut out (training:
         anywhere, mirrored half of the time, brightness and saturation changed by up to 0.2), values
-        0..1. False: the picture is squashed to the square, and standardised with ImageNet's
-        constants.
+        0..1. False: the picture is squashed to the square.
     audio_frames : int
         Frames of 10 ms.
     audio_at : float
         Centre of the window at test, 0 the start of the clip and 1 its end.
     text_length : int
         Byte-pair tokens.
+    colours : Colours or None
+        Taken out of the values 0..1; None takes ImageNet's where ``crop`` is False, else nothing.
     """
 
     modalities: tuple[str, ...]
@@ -83,6 +100,7 @@ class View:
     audio_frames: int = 1024
     audio_at: float = 0.5
     text_length: int = 77
+    colours: Colours | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -100,11 +118,11 @@ class FileDataset:
     """A split whose samples are read from files when they are asked for.
 
     A sample that cannot be read is an error that names its file (``on_error`` ``raise``), or
-    (``skip``) it is replaced in the mini-batch by another readable sample of the *same*
-    mini-batch, with the same label if there is one; where nothing of the mini-batch can be read,
-    its picture and sound are zeros, with its own text and label. So a mini-batch keeps the size
-    that the server planned, and no client ever sees another client's data. Every such file is
-    logged once, with the count so far.
+    (``skip``) the batch says so in ``unreadable``. In training it is then replaced by another
+    readable sample of the *same* mini-batch, with the same label if there is one; where nothing of
+    the mini-batch can be read, its picture and sound are zeros, with its own text and label. So a
+    mini-batch keeps the size that the server planned, and no client ever sees another client's
+    data. At test the sample is left out: what is tested is never another sample than is said.
 
     A modality that a sample lacks (an empty cell, no fault) is zeros, or an empty text;
     ``present`` tells which.
@@ -133,61 +151,78 @@ class FileDataset:
     #: Files that the annotations name and that were not there when the dataset was loaded; the
     #: samples without them are left out.
     missing: tuple[str, ...] = ()
-    #: What could not be read in this process: file -> reason.
-    unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
     def present(self) -> dict[str, Tensor]:
         """Which samples have a modality: (samples,) bool for each."""
         has = {
-            "image": [s.image is not None or s.video is not None for s in self.samples],
-            "audio": [s.audio is not None or s.video is not None for s in self.samples],
+            "image": [s.sources["image"] is not None for s in self.samples],
+            "audio": [s.sources["audio"] is not None for s in self.samples],
             "text": [s.text is not None for s in self.samples],
         }
         return {name: torch.tensor(has[name], dtype=torch.bool) for name in self.view.modalities}
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
         """Return these samples, decoded; see :class:`mpsl_dist.data.Dataset`."""
-        read: dict[int, Mapping[str, Tensor] | None] = {}
-        stills: dict[tuple[str, ...], Mapping[str, Tensor] | None] = {}
-        for index in dict.fromkeys(map(int, indices)):
-            files = self.samples[index].files
+        asked = [int(index) for index in indices]
+        read: dict[int, Inputs | DataError] = {}
+        stills: dict[Sample, Inputs | DataError] = {}
+        for index in dict.fromkeys(asked):
+            parts = self.samples[index]._replace(text=None)
             # At test the captions of one picture share it; in training every sample draws its own.
-            known = seed is None and files in stills
-            read[index] = stills[files] = stills[files] if known else self._read(index, seed)
-        rows = [self._replace(index, read) for index in map(int, indices)]
-        empty = {name: torch.zeros(shape) for name, shape in self.view.shapes.items()}
-        found = [read[row] if read[row] is not None else empty for row in rows]
+            known = seed is None and parts in stills
+            read[index] = stills[parts] = stills[parts] if known else self._read(index, seed)
+        good = {index: found for index, found in read.items() if not isinstance(found, DataError)}
+        if seed is None:
+            rows = [index for index in asked if index in good]
+        else:
+            rows = [self._replace(index, good) for index in asked]
+        failed = {index: error for index, error in read.items() if isinstance(error, DataError)}
+        return Batch(
+            self._joined(rows, good),
+            self.labels[torch.tensor(rows, dtype=torch.long)],
+            {index: (self._file(index, error), str(error)) for index, error in failed.items()},
+        )
+
+    def _joined(self, rows: Sequence[int], read: Mapping[int, Inputs]) -> Inputs:
+        """Return these samples as one tensor a modality; zeros for those that were not read."""
         inputs = {}
-        for name in self.view.modalities:
+        for name, shape in self.view.shapes.items():
             if name == "text":
                 texts = [self.samples[row].text or "" for row in rows]
                 inputs[name] = text.tokenize(texts, self.view.text_length)
+            elif rows:
+                empty = {name: torch.zeros(shape)}
+                inputs[name] = torch.stack([read.get(row, empty)[name] for row in rows])
             else:
-                inputs[name] = torch.stack([tensors[name] for tensors in found])
-        return Batch(inputs, self.labels[torch.tensor(rows, dtype=torch.long)])
+                inputs[name] = torch.zeros(0, *shape)
+        return inputs
 
-    def _replace(self, index: int, read: Mapping[int, Mapping[str, Tensor] | None]) -> int:
+    def _replace(self, index: int, good: Mapping[int, Inputs]) -> int:
         """Return the sample itself or, where it could not be read, the one that replaces it."""
-        if read[index] is not None:
+        if index in good:
             return index
-        readable = [other for other, inputs in read.items() if inputs is not None]
-        same = [other for other in readable if self.labels[other] == self.labels[index]]
-        return next(iter(same + readable), index)
+        same = [other for other in good if self.labels[other] == self.labels[index]]
+        return next(iter([*same, *good]), index)
 
-    def _read(self, index: int, seed: int | None) -> Mapping[str, Tensor] | None:
-        """Decode one sample's picture and sound; None where it cannot be and that is allowed."""
-        sample = self.samples[index]
+    def _read(self, index: int, seed: int | None) -> Inputs | DataError:
+        """Decode one sample's picture and sound; an error where it cannot be and is allowed."""
         try:
-            return read(sample, self.view, generator(seed, index), self.cache)
+            return read(self.samples[index], self.view, generator(seed, index), self.cache)
         except DataError as error:
             if self.on_error == "raise":
                 raise
-            name = " ".join(sample.files)
-            if name not in self.unreadable:
-                self.unreadable[name] = str(error)
-                _log.warning("skipped (%d so far): %s", len(self.unreadable), error)
-            return None
+            return error
+
+    def _file(self, index: int, error: DataError) -> str:
+        return error.file or " ".join(self.samples[index].files)
+
+
+def with_colours(split: Dataset, colours: Colours | None) -> Dataset:
+    """Return a split with other :class:`View` colours, where it is one that has a view."""
+    if not isinstance(split, FileDataset):
+        return split
+    return replace(split, view=replace(split.view, colours=colours))
 
 
 def generator(seed: int | None, index: int) -> torch.Generator | None:
@@ -224,7 +259,7 @@ def read(
     moment = 0.5 if random is None else float(torch.rand((), generator=random))
     inputs = {}
     for name in view.modalities:
-        source = (getattr(sample, name) or sample.video) if name != "text" else None
+        source = sample.sources.get(name)
         if name == "text":
             pass  # tokenized for the whole mini-batch at once
         elif source is None:
@@ -253,9 +288,13 @@ def _image(
         kind = "crop" if view.crop else "squash"
         pixels = cache.get(path, f"image {kind} {view.image_size} {moment}", decode)
     scaled = pixels.float() / 255
-    if not view.crop:
-        return (scaled - _column(IMAGE_MEAN)) / _column(IMAGE_STD)
-    return scaled if random is None else _jitter(scaled, random)
+    if view.crop and random is not None:
+        scaled = _jitter(scaled, random)
+    colours = view.colours or (None if view.crop else PIXELS["imagenet"])
+    if colours is None:
+        return scaled
+    mean, deviation = map(_column, colours)
+    return (scaled - mean) / deviation
 
 
 def _column(values: tuple[float, ...]) -> Tensor:

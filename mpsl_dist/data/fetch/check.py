@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpsl_dist.data import catalog, load
 from mpsl_dist.data.catalog import DatasetFacts
+from mpsl_dist.data.dataset import Splits
 from mpsl_dist.data.decode import media
 from mpsl_dist.data.decode.samples import FileDataset, View
+from mpsl_dist.data.fetch import leaks
+from mpsl_dist.data.remarks import remarks
 from mpsl_dist.errors import DataError
 
 #: Files that a report names; it counts all.
 _NAMED = 10
+#: Classes that a report shows one by one.
+_CLASSES = 12
 
 
 @dataclass(frozen=True)
@@ -32,14 +40,22 @@ class Report:
         What is known of it.
     samples : mapping of str to int
         Samples whose files are there, per split.
-    classes : int
-        Number of classes, 0 for retrieval.
+    classes : mapping of str to tuple of int
+        Samples of every class for training and for testing; empty for retrieval.
+    shapes : mapping of str to tuple of int
+        One sample's shape per modality, in the order of fusion.
+    lacking : mapping of str to int
+        Samples that have no such modality, which the model gets zeros for.
     missing : tuple of str
         Files that the annotations name and that are not there.
     damaged : mapping of str to str
         Files that cannot be read, and why. Empty if ``decoded`` is 0.
     decoded : int
         Files that were decoded for this report.
+    remarks : tuple of str
+        As of :func:`mpsl_dist.data.remarks.remarks`.
+    warnings : tuple of str
+        As of :func:`mpsl_dist.data.fetch.leaks.warnings`.
     problem : str
         Why nothing could be listed at all; empty where something could.
     """
@@ -48,10 +64,14 @@ class Report:
     root: str
     facts: DatasetFacts
     samples: Mapping[str, int] = field(default_factory=dict)
-    classes: int = 0
+    classes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    lacking: Mapping[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     damaged: Mapping[str, str] = field(default_factory=dict)
     decoded: int = 0
+    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     problem: str = ""
 
     @property
@@ -72,14 +92,18 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.name} under {self.root}"]
-        if self.problem:
-            lines.append(f"  not usable: {self.problem}")
+        lines += [f"  not usable: {line}" for line in self.problem.splitlines()]
         official = self._official
         for split, count in self.samples.items():
             of = f" of {official[split]:,} in the whole dataset" if split in official else ""
             lines.append(f"  {split}: {count:,} samples{of}")
-        if self.classes:
-            lines.append(f"  classes: {self.classes}")
+        for name, shape in self.shapes.items():
+            lacking = self.lacking.get(name, 0)
+            zeros = f", zeros for {lacking:,} samples that have none" if lacking else ""
+            lines.append(f"  {name}: {' x '.join(map(str, shape))}{zeros}")
+        lines += self._by_class()
+        lines += [f"  note: {remark}" for remark in self.remarks]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         lines += _listed("missing", self.missing)
         lines += _listed("damaged", self.damaged.values())
         if self.decoded:
@@ -93,6 +117,18 @@ class Report:
                 + ", ".join(archive.name for archive in self.facts.archives)
             )
         return "\n".join(lines)
+
+    def _by_class(self) -> list[str]:
+        """Return a line for each class, the largest first; of very many the rest is summed up."""
+        if not self.classes:
+            return []
+        by_size = sorted(self.classes.items(), key=lambda item: -sum(item[1]))
+        lines = [f"  classes: {len(by_size):,} (train / test samples)"]
+        lines += [f"    {name}: {train:,} / {test:,}" for name, (train, test) in by_size[:_CLASSES]]
+        if rest := [counts for _, counts in by_size[_CLASSES:]]:
+            train, test = (sum(column) for column in zip(*rest, strict=True))
+            lines.append(f"    … and {len(rest):,} more: {train:,} / {test:,}")
+        return lines
 
 
 def _listed(what: str, found: Iterable[str]) -> list[str]:
@@ -140,8 +176,9 @@ def check(
     """
     where = str(root)
     facts = _find(name, plugins)
-    if "on_error" in facts.reads:
-        options = {**options, "on_error": "skip"}
+    # All that is missing is to be told, whatever training would say of it.
+    anything = {"on_error": "skip", "max_missing": 1.0}
+    options |= {option: value for option, value in anything.items() if option in facts.reads}
     try:
         splits = load(name, root, plugins=plugins, **options)
     except DataError as error:
@@ -154,11 +191,32 @@ def check(
         root=where,
         facts=facts,
         samples={split: len(part.labels) for split, part in parts.items()},
-        classes=len(splits.classes),
+        classes=_counts(splits),
+        shapes=dict(splits.shapes),
+        lacking=_lacking(listed.values()),
         missing=tuple(path for part in listed.values() for path in part.missing),
         damaged=damaged,
         decoded=decoded,
+        remarks=tuple(remarks(splits)),
+        warnings=tuple(leaks.warnings(splits, contents=decode)),
     )
+
+
+def _counts(splits: Splits) -> dict[str, tuple[int, int]]:
+    """Return the training and test samples of every class."""
+    held = [
+        torch.bincount(part.labels, minlength=len(splits.classes)).tolist()
+        for part in (splits.train, splits.test)
+    ]
+    return dict(zip(splits.classes, zip(*held, strict=True), strict=False))
+
+
+def _lacking(parts: Iterable[FileDataset]) -> Counter[str]:
+    """Return how many samples have no such modality."""
+    found: Counter[str] = Counter()
+    for part in parts:
+        found.update({name: int((~there).sum()) for name, there in part.present.items()})
+    return found
 
 
 def _find(name: str, plugins: Sequence[str]) -> DatasetFacts:
@@ -185,7 +243,8 @@ def _decode_all(
             for column in ("image", "audio", "video"):
                 path = getattr(sample, column)
                 if path is not None:
-                    tasks[path] = _needs(column, dataset.view)
+                    needs = _needs(column, dataset.view, sample.silent)
+                    tasks[path] = tuple(dict.fromkeys((*tasks.get(path, ()), *needs)))
     paths = list(tasks)
     if limit is not None and len(paths) > limit:
         paths = [paths[i * len(paths) // limit] for i in range(limit)]
@@ -195,10 +254,10 @@ def _decode_all(
     return found, len(paths)
 
 
-def _needs(column: str, view: View) -> tuple[str, ...]:
+def _needs(column: str, view: View, silent: bool) -> tuple[str, ...]:
     """Return what training would read of a file."""
     if column == "video":
-        parts = {"frame": "image", "sound": "audio"}
+        parts = {"frame": "image"} if silent else {"frame": "image", "sound": "audio"}
         return tuple(part for part, modality in parts.items() if modality in view.modalities)
     return ("picture",) if column == "image" else ("sound",)
 

@@ -12,9 +12,11 @@ Layout under ``data.root``, the first that is found:
     ``flickr30k/images/``, ``flickr30k/``); else ``flickr30k/results_20130124.token`` (or
     ``captions.token``), lines "file#k<tab>caption", every tenth picture by name for testing: not
     the official split.
+    A ``captions.txt`` with the columns image and caption is read too.
 ``flickr8k``
-    likewise, with 8k for 30k; the file of captions is ``Flickr8k.token.txt`` (or
-    ``captions.token``).
+    likewise, with 8k for 30k; or as its own archives unpack: ``flickr8k/Flickr8k.token.txt`` and
+    beside it the official split, ``Flickr_8k.trainImages.txt`` and ``Flickr_8k.testImages.txt``
+    (all of them maybe in ``Flickr8k_text/``), and pictures in ``flickr8k/Flicker8k_Dataset/``.
 ``ms-coco``
     ``karpathy/dataset_coco.json`` and pictures in ``ms-coco/{train2014,val2014}/``; else
     ``ms-coco/annotations/captions_{train,val}2014.json``, where ``val2014`` is for testing; without
@@ -24,6 +26,7 @@ Layout under ``data.root``, the first that is found:
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,14 +35,30 @@ from mpsl_dist.data.dataset import Splits
 from mpsl_dist.data.decode.samples import OnError, Sample, View
 from mpsl_dist.data.sets import listing
 from mpsl_dist.data.sets.image_text import coco_paths
-from mpsl_dist.data.sets.tables import Table, build
+from mpsl_dist.data.sets.index import Samples
+from mpsl_dist.data.sets.tables import MAX_MISSING, Files, Table, build
 from mpsl_dist.errors import DataError
 
 #: The files of captions that are looked for where Karpathy's is not there, the official one first.
 _TOKENS = {
-    "flickr8k": ("Flickr8k.token.txt", "captions.token"),
-    "flickr30k": ("results_20130124.token", "captions.token"),
+    "flickr8k": (
+        "Flickr8k.token.txt",
+        "Flickr8k_text/Flickr8k.token.txt",
+        "captions.token",
+        "captions.txt",
+    ),
+    "flickr30k": ("results_20130124.token", "captions.token", "captions.txt"),
 }
+#: Where the pictures are looked for: as the archives of either dataset unpack, the first one found.
+_FOLDERS = (
+    "flickr8k-images",
+    "flickr30k-images",
+    "images",
+    "Images",
+    "Flicker8k_Dataset",
+    "Flickr8k_Dataset",
+    "",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +69,7 @@ def load_flickr30k(
     text_length: int = 77,
     image_size: int = 224,
     on_error: OnError = "raise",
+    max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
 ) -> Splits:
     """Read Flickr30k: 29,000 pictures for training, 1,000 for testing, five captions each.
@@ -58,10 +78,12 @@ def load_flickr30k(
     ----------
     root : str or Path
         Folder that holds ``flickr30k/`` and ``karpathy/``.
-    text_length, image_size, on_error, cache
+    text_length, image_size, on_error, max_missing, cache
         As in :func:`mpsl_dist.data.sets.image_text.load_coco_qa`.
     """
-    return _load_flickr("flickr30k", root, text_length, image_size, on_error, cache)
+    return _load_flickr(
+        "flickr30k", root, text_length, image_size, Files(on_error, max_missing, cache)
+    )
 
 
 def load_flickr8k(
@@ -70,27 +92,24 @@ def load_flickr8k(
     text_length: int = 77,
     image_size: int = 224,
     on_error: OnError = "raise",
+    max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
 ) -> Splits:
     """Read Flickr8k: 6,000 pictures for training, 1,000 for testing, five captions each.
 
     Parameters as in :func:`load_flickr30k`; ``root`` holds ``flickr8k/`` and ``karpathy/``.
     """
-    return _load_flickr("flickr8k", root, text_length, image_size, on_error, cache)
+    return _load_flickr(
+        "flickr8k", root, text_length, image_size, Files(on_error, max_missing, cache)
+    )
 
 
 def _load_flickr(
-    name: str,
-    root: str | Path | None,
-    text_length: int,
-    image_size: int,
-    on_error: OnError,
-    cache: str | Path | None,
+    name: str, root: str | Path | None, text_length: int, image_size: int, files: Files
 ) -> Splits:
     source = catalog.source(name)
     home = listing.folder(root, name, name, source)
-    folders = (home / f"{name}-images", home / "images", home)
-    pictures = next(path for path in folders if path.is_dir())
+    pictures = next(path for path in (home / below for below in _FOLDERS) if path.is_dir())
     karpathy = home.parent / "karpathy" / f"dataset_{name}.json"
     if karpathy.exists():
         captioned = _read_karpathy(karpathy, source)
@@ -98,15 +117,33 @@ def _load_flickr(
             {str(pictures / file): texts for _, file, texts in captioned[split]}
             for split in ("train", "test")
         )
+        return _build(name, home, train, test, text_length, image_size, files)
+    tokens = [home / file for file in _TOKENS[name]]
+    path = next((path for path in tokens if path.exists()), None)
+    if path is None:
+        raise DataError(f"{karpathy}: no such file, and no {tokens[0]}; {source}")
+    read = _read_captioned if path.suffix == ".txt" and "token" not in path.name else _read_tokens
+    texts = read(path, source)
+    lists = [path.parent / f"Flickr_8k.{split}Images.txt" for split in ("train", "test")]
+    if any(one.exists() for one in lists):
+        train, test = (_listed(one, texts, pictures, path, source) for one in lists)
     else:
-        tokens = [home / file for file in _TOKENS[name]]
-        path = next((path for path in tokens if path.exists()), None)
-        if path is None:
-            raise DataError(f"{karpathy}: no such file, and no {tokens[0]}; {source}")
-        texts = _read_tokens(path, source)
         train, test = _split_tenth({str(pictures / file): texts[file] for file in sorted(texts)})
         _log.warning("%s: no %s; every tenth picture is for testing", path, karpathy.name)
-    return _build(name, train, test, text_length, image_size, on_error, cache)
+    return _build(name, home, train, test, text_length, image_size, files)
+
+
+def _listed(
+    path: Path, texts: Mapping[str, Sequence[str]], pictures: Path, captions: Path, source: str
+) -> dict[str, Sequence[str]]:
+    """Return the captions of the pictures that a list names, one a line."""
+    found = {}
+    for number, file in enumerate(listing.lines(path, source), start=1):
+        if file and file not in texts:
+            raise DataError(f"{path}: line {number}: {captions.name} has no captions of '{file}'")
+        if file:
+            found[str(pictures / file)] = texts[file]
+    return found
 
 
 def load_ms_coco(
@@ -115,6 +152,7 @@ def load_ms_coco(
     text_length: int = 77,
     image_size: int = 224,
     on_error: OnError = "raise",
+    max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
 ) -> Splits:
     """Read MS-COCO captions: 82,783 pictures for training, 5,000 for testing, five captions each.
@@ -122,7 +160,7 @@ def load_ms_coco(
     Karpathy's ``restval`` and ``val`` pictures are not used, as in the paper. Parameters as in
     :func:`load_flickr30k`; ``root`` holds ``ms-coco/`` and ``karpathy/``.
     """
-    source = catalog.source("ms-coco")
+    source, files = catalog.source("ms-coco"), Files(on_error, max_missing, cache)
     home = listing.folder(root, "ms-coco", "ms-coco", source)
     karpathy = home.parent / "karpathy" / "dataset_coco.json"
     if karpathy.exists():
@@ -139,27 +177,26 @@ def load_ms_coco(
         else:
             train, test = _split_tenth(train)
         _log.warning("%s: no such file; not the split of the paper", karpathy)
-    return _build("ms-coco", train, test, text_length, image_size, on_error, cache)
+    return _build("ms-coco", home, train, test, text_length, image_size, files)
 
 
 def _build(
     name: str,
+    home: Path,
     train: Mapping[str, Sequence[str]],
     test: Mapping[str, Sequence[str]],
     text_length: int,
     image_size: int,
-    on_error: OnError,
-    cache: str | Path | None,
+    files: Files,
 ) -> Splits:
     view = View(("image", "text"), image_size=image_size, text_length=text_length)
-    tables = [pairs(split) for split in (train, test)]
-    source = catalog.source(name)
-    return build(name, *tables, (), view, on_error=on_error, cache=cache, source=source)
+    tables = [_pairs(home, split) for split in (train, test)]
+    return build(name, *tables, (), view, files, source=catalog.source(name))
 
 
-def pairs(captions: Mapping[str, Sequence[str]]) -> Table:
+def _pairs(home: Path, captions: Mapping[str, Sequence[str]]) -> Table:
     """Return the pairs of each picture and its captions; the label is the picture's position."""
-    samples, labels = [], []
+    samples, labels = Samples(home), array("q")
     for position, (picture, texts) in enumerate(captions.items()):
         for caption in texts[: catalog.CAPTIONS]:
             samples.append(Sample(image=picture, text=caption))
@@ -212,6 +249,14 @@ def _read_tokens(path: Path, source: str) -> dict[str, list[str]]:
             raise DataError(f"{path}: line {number}: expected 'file#k<tab>caption'")
         numbered.setdefault(file, []).append((int(k), caption.strip()))
     return {file: [text for _, text in sorted(texts)] for file, texts in numbered.items()}
+
+
+def _read_captioned(path: Path, source: str) -> dict[str, list[str]]:
+    """Read rows "image,caption" into each file's captions."""
+    texts: dict[str, list[str]] = {}
+    for row in listing.rows(path, ("image", "caption"), source):
+        texts.setdefault(row["image"].strip(), []).append(row["caption"].strip())
+    return texts
 
 
 def _read_captions(home: Path, images: str, source: str) -> dict[str, Sequence[str]]:

@@ -13,15 +13,19 @@ Layout under ``data.root``:
 
 from __future__ import annotations
 
+import os
+from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mpsl_dist.data import catalog
 from mpsl_dist.data.dataset import Splits
 from mpsl_dist.data.decode.samples import OnError, Sample, View
 from mpsl_dist.data.sets import listing
-from mpsl_dist.data.sets.tables import Table, build
+from mpsl_dist.data.sets.index import Samples, Texts
+from mpsl_dist.data.sets.tables import MAX_MISSING, Files, Table, build
 from mpsl_dist.errors import DataError
 
 SENTIMENTS = ("negative", "neutral", "positive")
@@ -33,6 +37,7 @@ def load_coco_qa(
     text_length: int = 77,
     image_size: int = 224,
     on_error: OnError = "raise",
+    max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
 ) -> Splits:
     """Read COCO-QA: a picture, a question, one of 430 answers.
@@ -50,6 +55,9 @@ def load_coco_qa(
         Side of the square that every picture is squashed to, in pixels.
     on_error : str
         ``raise`` or ``skip``: what becomes of missing and unreadable files.
+    max_missing : float
+        The share of a split's samples that may lack files where ``on_error`` is ``skip``; with more
+        of them missing it is an error.
     cache : str or Path or None
         Folder that keeps decoded inputs, see :class:`mpsl_dist.data.decode.cache.Cache`; None
         decodes them anew each time.
@@ -70,10 +78,12 @@ def load_coco_qa(
     tables = []
     for split, images in zip(splits, ("train2014", "val2014"), strict=True):
         path = coco_paths(pictures / images)
-        samples = [Sample(image=path(image), text=question) for question, image, _ in split]
+        listed = (Sample(image=path(image), text=question) for question, image, _ in split)
+        samples = Samples.of(listed, pictures / images)
         tables.append(Table(samples, [number[answer] for *_, answer in split]))
     view = View(("image", "text"), image_size=image_size, text_length=text_length)
-    return build("coco-qa", *tables, classes, view, on_error=on_error, cache=cache, source=source)
+    files = Files(on_error, max_missing, cache)
+    return build("coco-qa", *tables, classes, view, files, source=source)
 
 
 def _read_questions(folder: Path, source: str) -> list[tuple[str, int, str]]:
@@ -111,6 +121,7 @@ def load_t4sa(
     text_length: int = 77,
     image_size: int = 224,
     on_error: OnError = "raise",
+    max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
 ) -> Splits:
     """Read B-T4SA: a tweet's picture and text, its sentiment negative, neutral or positive.
@@ -120,38 +131,57 @@ def load_t4sa(
     source = catalog.source("t4sa")
     home = listing.folder(root, "t4sa", "b-t4sa", source)
     listed = [_read_list(home / f"b-t4sa_{split}.txt", source) for split in ("train", "test")]
-    wanted = {tweet for split in listed for _, tweet, _ in split}
-    texts = {
-        row["id"]: row["text"]
-        for row in listing.rows(home / "raw_tweets_text.csv", ("id", "text"), source)
-        if row["id"] in wanted
-    }
-    without = sorted(wanted - texts.keys())
+    texts, row_of = _read_tweets(home / "raw_tweets_text.csv", listed, source)
+    tables = []
+    for pictures, tweets, labels in listed:
+        samples = Samples(home)
+        for path, tweet in zip(pictures, tweets, strict=True):
+            picture = listing.below(str(home), path)
+            samples.append(Sample(image=picture, text=texts[row_of[tweet]]))
+        tables.append(Table(samples, labels))
+    view = View(("image", "text"), image_size=image_size, text_length=text_length)
+    files = Files(on_error, max_missing, cache)
+    return build("t4sa", *tables, SENTIMENTS, view, files, source=source)
+
+
+def _read_tweets(
+    path: Path, listed: Sequence[_Listed], source: str
+) -> tuple[Texts, Mapping[str, int]]:
+    """Return the texts of the listed tweets, and each tweet's row among them."""
+    row_of = {tweet: -1 for split in listed for tweet in split.tweets}
+    texts = Texts()
+    for row in listing.rows(path, ("id", "text"), source):
+        if row["id"] in row_of:
+            row_of[row["id"]] = len(texts)
+            texts.append(row["text"])
+    without = sorted(tweet for tweet, row in row_of.items() if row < 0)
     if without:
         raise DataError(
-            f"{home / 'raw_tweets_text.csv'}: no text of {len(without)} listed tweets, the first "
-            f"{without[0]}; {source}"
+            f"{path}: no text of {len(without)} listed tweets, the first {without[0]}; {source}"
         )
-    tables = [
-        Table(
-            [Sample(image=str(home / path), text=texts[tweet]) for path, tweet, _ in split],
-            [label for *_, label in split],
-        )
-        for split in listed
-    ]
-    view = View(("image", "text"), image_size=image_size, text_length=text_length)
-    return build("t4sa", *tables, SENTIMENTS, view, on_error=on_error, cache=cache, source=source)
+    return texts, row_of
 
 
-def _read_list(path: Path, source: str) -> list[tuple[str, str, int]]:
-    """Return the (picture's path, tweet's id, label) of every line."""
-    found = []
-    for number, line in enumerate(listing.lines(path, source), start=1):
-        if not line:
-            continue
-        picture, _, label = line.rpartition(" ")
-        tweet = Path(picture).stem.partition("-")[0]
-        if not picture or label not in ("0", "1", "2"):
-            raise DataError(f"{path}: line {number}: expected a picture and 0, 1 or 2")
-        found.append((picture, tweet, int(label)))
+class _Listed(NamedTuple):
+    """The pictures' paths, the tweets' ids and the labels of a split."""
+
+    pictures: Texts
+    tweets: Texts
+    labels: array[int]
+
+
+def _read_list(path: Path, source: str) -> _Listed:
+    """Read the lines "picture label"."""
+    found = _Listed(Texts(), Texts(), array("q"))
+    with listing.opened(path, source, newline=None) as file:
+        for number, line in enumerate((line.strip() for line in file), start=1):
+            if not line:
+                continue
+            picture, _, label = line.rpartition(" ")
+            tweet = os.path.splitext(os.path.basename(picture))[0].partition("-")[0]
+            if not picture or label not in ("0", "1", "2"):
+                raise DataError(f"{path}: line {number}: expected a picture and 0, 1 or 2")
+            found.pictures.append(picture)
+            found.tweets.append(tweet)
+            found.labels.append(int(label))
     return found

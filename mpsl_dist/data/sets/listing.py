@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mpsl_dist.errors import DataError
+
+#: Bytes of a file that are looked at together.
+_PIECE = 1 << 16
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def folder(root: str | Path | None, name: str, below: str, source: str) -> Path:
@@ -37,42 +43,89 @@ def folder(root: str | Path | None, name: str, below: str, source: str) -> Path:
     return path
 
 
-def text(path: Path, source: str, encoding: str = "utf-8-sig") -> str:
-    """Read a whole text file; one that is not in ``encoding`` is read as Windows-1252.
+def below(folder: str, path: str) -> str:
+    """Return ``str(Path(folder) / path)``; pathlib would keep every name that it meets."""
+    if "./" in path or "//" in path or path.endswith(("/", ".")):
+        return str(Path(folder) / path)
+    return os.path.join(folder, path)
+
+
+def encoding(path: Path, source: str) -> str:
+    """Return the encoding of a text file: UTF-8, UTF-16 with its mark, or else Windows-1252.
 
     Here and below, ``source`` is where the file comes from, for the message of the DataError that
     is raised where it cannot be read.
+
+    Raises
+    ------
+    DataError
+        If it is UTF-16 without its mark, or no text at all.
     """
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            if file.read(2) in _UTF16:
+                return "utf-16"
+            file.seek(0)
+            while piece := file.read(_PIECE):
+                if b"\0" in piece:
+                    raise DataError(
+                        f"{path}: holds zero bytes: no text, or UTF-16 without its mark; "
+                        "save it as UTF-8"
+                    )
+                decoder.decode(piece)
+            decoder.decode(b"", final=True)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; {source}") from error
-    try:
-        return content.decode(encoding)
     except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
+        return "cp1252"
+    return "utf-8-sig"
+
+
+@contextmanager
+def opened(path: Path, source: str, newline: str | None = "") -> Iterator[TextIO]:
+    """Open a text file to be read piece by piece.
+
+    Line ends stay as they are, or are all made the same where ``newline`` is None.
+    """
+    errors = "replace" if (kind := encoding(path, source)) == "cp1252" else "strict"
+    try:
+        with path.open(encoding=kind, errors=errors, newline=newline) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid {kind}: {error.reason}; save it as UTF-8") from error
+
+
+def text(path: Path, source: str) -> str:
+    """Read a whole text file."""
+    with opened(path, source) as file:
+        return file.read()
 
 
 def lines(path: Path, source: str) -> list[str]:
     """Read lines, however they end, without surrounding blanks; empty lines stay."""
-    return [line.strip() for line in io.StringIO(text(path, source), newline=None)]
+    with opened(path, source, newline=None) as file:
+        return [line.strip() for line in file]
 
 
-def rows(path: Path, columns: Sequence[str], source: str) -> Iterator[dict[str, str]]:
+def rows(
+    path: Path, columns: Sequence[str], source: str, delimiter: str = ","
+) -> Iterator[dict[str, str]]:
     """Read these columns of a csv file whose header names them, in any case and any order."""
     csv.field_size_limit(10_000_000)
-    reader = csv.DictReader(io.StringIO(text(path, source), newline=""))
-    header = [(name or "").strip() for name in reader.fieldnames or ()]
-    known = {name.lower(): name for name in header}
-    missing = [column for column in columns if column.lower() not in known]
-    if missing:
-        raise DataError(f"{path}: no column {', '.join(missing)}; there: {', '.join(header)}")
-    reader.fieldnames = header
-    try:
-        for row in reader:
-            yield {column: row[known[column.lower()]] or "" for column in columns}
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num}: {error}") from error
+    with opened(path, source) as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        header = [(name or "").strip() for name in reader.fieldnames or ()]
+        known = {name.lower(): name for name in header}
+        missing = [column for column in columns if column.lower() not in known]
+        if missing:
+            raise DataError(f"{path}: no column {', '.join(missing)}; there: {', '.join(header)}")
+        reader.fieldnames = header
+        try:
+            for row in reader:
+                yield {column: row[known[column.lower()]] or "" for column in columns}
+        except csv.Error as error:
+            raise DataError(f"{path}: line {reader.line_num}: {error}") from error
 
 
 def parsed_json(path: Path, source: str) -> Any:

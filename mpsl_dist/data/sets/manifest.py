@@ -4,55 +4,51 @@ Columns, in any order and any case; each may be left out:
 
 ``image``, ``audio``, ``video``
     Files, relative to the manifest's folder or absolute. A clip stands for its
-    picture where there is no ``image``, and for its sound where there is no ``audio``.
+    picture where there is no ``image``, and for its sound where there is no ``audio``; ``none`` as
+    ``audio`` says that a clip has no sound.
 ``text``
     The text itself.
 ``label``
-    The class, any word or number. Without this column the task is retrieval: rows with the same
-    files describe the same thing.
+    The class, a text as it is written. Without this column the task is retrieval: rows with the
+    same files describe the same thing.
 ``split``
     ``train`` or ``test``; rows with ``val``, ``valid``, ``validation`` or ``dev`` are not used.
-    Without this column every fifth row of a class (in retrieval: every fifth thing) is for testing.
+    Without this column a fifth of the rows is for testing, see :func:`a_fifth`.
 ``client``
     Who owns the row: a natural federation instead of a drawn one.
 
-An empty cell (csv) or a null (jsonl) means that the sample lacks this part, which is no fault; a
+``none`` as ``audio`` says that the row's ``video`` has no sound, which is no fault then. An empty
+cell (csv) or a null (jsonl) means that the sample lacks this part, which is no fault; a
 cell that names a file which is not there is one, see ``data.on_error``.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
-import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import re
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mpsl_dist.data.dataset import Splits
-from mpsl_dist.data.decode import media
+from mpsl_dist.data.decode import audio, media
 from mpsl_dist.data.decode.samples import OnError, Sample, View
-from mpsl_dist.data.sets import listing
-from mpsl_dist.data.sets.tables import Table, build
+from mpsl_dist.data.sets.index import Samples
+from mpsl_dist.data.sets.manifest_table import UNUSED, Rows, read
+from mpsl_dist.data.sets.tables import MAX_MISSING, Files, Table, build
 from mpsl_dist.errors import DataError
 
-FILES = ("image", "audio", "video")
-COLUMNS = (*FILES, "text", "label", "split", "client")
 SPLITS = ("train", "test")
-_UNUSED = frozenset({"val", "valid", "validation", "dev"})
-#: Mistakes listed in one message.
-_LISTED = 10
-
-_log = logging.getLogger(__name__)
-
-
-class Row(NamedTuple):
-    """One line of a manifest: its number in the file, and its cells without the empty ones."""
-
-    line: int
-    cells: Mapping[str, str]
+#: Frames of a spectrogram where the data does not say: at least, and at most.
+FRAMES = (32, 1024)
+#: Sounds whose length is looked at, spread evenly over the rows.
+_LOOKED_AT = 256
+_SOURCE = "correct the manifest or the files"
 
 
 def load(
@@ -60,9 +56,10 @@ def load(
     *,
     text_length: int = 77,
     image_size: int = 224,
-    audio_frames: int = 1024,
+    audio_frames: int | None = None,
     modalities: Sequence[str] | None = None,
     on_error: OnError = "raise",
+    max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
     needs: Sequence[str] = ("train", "test"),
 ) -> Splits:
@@ -77,12 +74,13 @@ def load(
     image_size : int
         Side of the square picture, in pixels. Pictures are squashed to it; where the manifest has a
         ``video`` column, cut out instead (at random in training).
-    audio_frames : int
-        Frames of 10 ms.
+    audio_frames : int, optional
+        Frames of 10 ms; by default as many as the longest sound has, of up to 256 that are looked
+        at, and at most 1,024.
     modalities : sequence of str, optional
-        Of ``image``, ``audio`` and ``text``, in the order of fusion; by default all that the
-        columns hold; clips count as ``audio`` if the first one has a sound track.
-    on_error, cache
+        Of ``image``, ``audio`` and ``text``, in the order of fusion; by default all that any row
+        has. Clips have ``audio`` if any of them has a sound track.
+    on_error, max_missing, cache
         As in :func:`mpsl_dist.data.sets.image_text.load_coco_qa`.
     needs : sequence of str
         The splits that will be used. Rows of the other are passed over, and without a ``split``
@@ -99,35 +97,28 @@ def load(
         With every mistake of the manifest at once (the first ten in full).
     """
     path = _find(root)
-    rows, columns = read_rows(path)
-    _require_sound(path, rows, columns)
-    parts = _split(rows, columns) if "split" in columns or len(needs) > 1 else (rows, rows)
-    parts = [part if name in needs else [] for name, part in zip(SPLITS, parts, strict=True)]
-    labels = sorted({row.cells["label"] for part in parts for row in part if "label" in columns})
-    if all(label.lstrip("-").isdigit() for label in labels):
-        labels.sort(key=int)
-    tables = [_table(path.parent, part, columns, labels) for part in parts]
-    chosen = tuple(
-        modalities or _modalities((tables[0] if "train" in needs else tables[1]).samples)
-    )
+    rows = read(path)
+    notes = list(rows.notes)
+    parts = _needed(path, rows, needs, notes)
+    labels = _classes({rows.label[row] for part in parts for row in part} - {None})
+    notes += _likely_the_same(labels)
+    tables = [_table(rows, part, labels) for part in parts]
+    used, columns = [table.samples for table in tables], rows.columns
+    del rows, parts  # of many rows: the tables have all that is needed
+    chosen = tuple(modalities or _modalities(used, notes))
     _require_modalities(path, chosen, columns)
+    if audio_frames is None and "audio" in chosen:
+        audio_frames = _frames_of(used, notes)
     view = View(
         modalities=chosen,
         image_size=image_size,
         crop="video" in columns,
-        audio_frames=audio_frames,
+        audio_frames=audio_frames or FRAMES[1],
         text_length=text_length,
     )
-    return build(
-        str(path),
-        *tables,
-        labels,
-        view,
-        on_error=on_error,
-        cache=cache,
-        source="correct the manifest or the files",
-        needs=needs,
-    )
+    files = Files(on_error, max_missing, cache)
+    made = {"source": _SOURCE, "notes": notes, "needs": needs}
+    return build(str(path), *tables, labels, view, files, **made)
 
 
 def _find(root: str | Path | None) -> Path:
@@ -143,153 +134,148 @@ def _find(root: str | Path | None) -> Path:
     return existing[0]
 
 
-def read_rows(path: Path) -> tuple[list[Row], frozenset[str]]:
-    """Return the rows of a manifest, and which of :data:`COLUMNS` it has.
+def _needed(path: Path, rows: Rows, needs: Sequence[str], notes: list[str]) -> list[Sequence[int]]:
+    """Return which rows are for training and which for testing, none of what is not needed."""
+    every = range(len(rows.samples))
+    whole = "split" not in rows.columns and len(needs) == 1
+    found = (every, every) if whole else _split(path, rows, notes)
+    return [part if split in needs else () for split, part in zip(SPLITS, found, strict=True)]
 
-    Raises
-    ------
-    DataError
-        If it cannot be parsed, or a column has nearly the name of one of ours.
+
+def _split(path: Path, rows: Rows, notes: list[str]) -> tuple[Sequence[int], Sequence[int]]:
+    """Return which rows are for training and which for testing."""
+    everything = range(len(rows.samples))
+    if "split" in rows.columns:
+        train = [row for row in everything if rows.split[row] not in {"test", *UNUSED}]
+        return train, [row for row in everything if rows.split[row] == "test"]
+    testing = a_fifth(
+        _numbers(map(_shown, rows.samples)), _numbers(rows.label), _numbers(rows.client)
+    )
+    if not testing.any():
+        raise DataError(
+            f"{path}: {len(testing)} rows are too few to put a fifth aside for testing, or each is "
+            "the only one of its class or client; add a column split"
+        )
+    of = [what for what in ("label", "client") if what in rows.columns]
+    drawn = f" of every {' and '.join(of)}" if of else ""
+    notes.append(
+        f"no column split: every fifth row{drawn} is for testing, {testing.sum():,} of "
+        f"{len(testing):,}; rows of one picture, clip or sound stay together"
+    )
+    return np.flatnonzero(~testing).tolist(), np.flatnonzero(testing).tolist()
+
+
+def _shown(sample: Sample) -> str:
+    """Return what a row is about, which must not be in both splits."""
+    return sample.image or sample.video or sample.audio or f"text {sample.text}"
+
+
+def _numbers(values: Iterable[str | None]) -> NDArray[np.int64]:
+    """Return a number for every value, equal values having the same: (rows,)."""
+    known: dict[str | None, int] = {}
+    return np.array(array("q", (known.setdefault(value, len(known)) for value in values)))
+
+
+def a_fifth(
+    things: NDArray[np.int64], labels: NDArray[np.int64], clients: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Choose a fifth of the rows for testing, a fifth of every client and class among them.
+
+    The things are laid in a line, client by client and within a client class by class; whoever
+    walks along it owes a fifth of the rows passed, and pays with the first thing that is no larger
+    than that. The only thing of a class or of a client stays in training.
+
+    Parameters
+    ----------
+    things, labels, clients : array
+        (rows,) int64, numbers from 0: rows of the same thing stay together.
+
+    Returns
+    -------
+    array
+        (rows,) bool: whether a row is for testing.
     """
-    content = listing.text(path, "name the manifest with data.root")
-    raw = list(_jsonl(path, content) if path.suffix == ".jsonl" else _csv(path, content))
-    columns: dict[str, None] = {}
-    rows = []
-    for line, cells in raw:
-        named = {str(name).strip().lower(): value for name, value in cells.items()}
-        columns.update(dict.fromkeys(named))
-        given = {
-            name: str(value).strip()
-            for name, value in named.items()
-            if name in COLUMNS and value is not None and str(value).strip()
-        }
-        rows.append(Row(line, given))
-    known = frozenset(columns) & frozenset(COLUMNS)
-    for name in columns:
-        near = difflib.get_close_matches(name, set(COLUMNS) - known, n=1, cutoff=0.75)
-        if name not in COLUMNS and near:
-            raise DataError(f"{path}: unknown column '{name}'; did you mean '{near[0]}'?")
-        if name not in COLUMNS:
-            _log.info("%s: the column '%s' is not used", path, name)
-    return rows, known
-
-
-def _csv(path: Path, content: str) -> Iterator[tuple[int, Mapping[str, str | None]]]:
-    csv.field_size_limit(10_000_000)
-    reader = csv.DictReader(io.StringIO(content, newline=""))
-    try:
-        for cells in reader:
-            if None in cells:
-                raise DataError(
-                    f"{path}: line {reader.line_num}: more cells than the header has; "
-                    "put quotes around texts that hold commas"
-                )
-            yield reader.line_num, cells
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num}: {error}") from error
-
-
-def _jsonl(path: Path, content: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
+    sizes = np.bincount(things)
+    members = np.argsort(things, kind="stable")
+    ends = np.cumsum(sizes)
+    first = members[ends - sizes]
+    left = {"label": np.bincount(labels), "client": np.bincount(clients)}
+    chosen, owed = np.zeros(len(sizes), dtype=bool), 0
+    for thing in np.lexsort((labels[first], clients[first])):
+        size = sizes[thing]
+        owed += size  # fifths of a row
+        if owed < 5 * size:
             continue
-        try:
-            cells = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {number}: not valid json: {error}") from error
-        if not isinstance(cells, dict):
-            raise DataError(f"{path}: line {number}: expected an object of columns")
-        yield number, cells
+        own = members[ends[thing] - size : ends[thing]]
+        lost = {"label": np.bincount(labels[own]), "client": np.bincount(clients[own])}
+        if any((left[of][: len(n)] <= n)[n > 0].any() for of, n in lost.items()):
+            owed = 5 * size
+            continue
+        for of, n in lost.items():
+            left[of][: len(n)] -= n
+        chosen[thing], owed = True, owed - 5 * size
+    return chosen[things]
 
 
-def _require_sound(path: Path, rows: Sequence[Row], columns: frozenset[str]) -> None:
-    """Raise one error that lists what is wrong with the rows, before any file is looked for."""
-    wrong = []
-    parts = (*FILES, "text")
-    if not rows:
-        wrong.append("no rows")
-    if not columns & set(parts):
-        wrong.append(f"none of the columns {', '.join(parts)}")
-    elif "label" not in columns and not ("text" in columns and columns & set(FILES)):
-        wrong.append("without a label column (retrieval) it needs text and image, audio or video")
-    for line, cells in rows:
-        if not cells.keys() & set(parts):
-            wrong.append(f"line {line}: neither {', '.join(FILES)} nor text")
-        if "label" in columns and "label" not in cells:
-            wrong.append(f"line {line}: no label")
-        split = cells.get("split", "").lower()
-        if "split" in columns and split not in {"train", "test", *_UNUSED}:
-            wrong.append(f"line {line}: split '{split}' is neither train nor test (nor val)")
-        if "client" in columns and "client" not in cells and split != "test":
-            wrong.append(f"line {line}: no client")
-        wrong += [
-            f"line {line}: {name}: '{cells[name]}' is no file but an address"
-            for name in FILES
-            if "://" in cells.get(name, "")
-        ]
-    if wrong:
-        more = [f"… and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else []
-        raise DataError("\n".join(f"{path}: {what}" for what in [*wrong[:_LISTED], *more]))
-
-
-def _thing(row: Row) -> tuple[str, ...]:
-    """Return what a row is about: rows with the same files describe the same thing."""
-    return tuple(row.cells.get(name, "") for name in FILES)
-
-
-def _split(rows: Sequence[Row], columns: frozenset[str]) -> tuple[list[Row], list[Row]]:
-    """Return the rows for training and for testing."""
-    train: list[Row] = []
-    test: list[Row] = []
-    if "split" in columns:
-        for row in rows:
-            split = row.cells["split"].lower()
-            if split not in _UNUSED:
-                (test if split == "test" else train).append(row)
-        return train, test
-    if "label" in columns:
-        seen: dict[str, int] = {}
-        for row in rows:
-            label = row.cells["label"]
-            seen[label] = seen.get(label, 0) + 1
-            (test if seen[label] % 5 == 0 else train).append(row)
-        return train, test
-    things: dict[tuple[str, ...], int] = {}
-    for row in rows:
-        position = things.setdefault(_thing(row), len(things))
-        (test if position % 5 == 4 else train).append(row)
-    return train, test
-
-
-def _table(
-    folder: Path, rows: Sequence[Row], columns: frozenset[str], classes: Sequence[str]
-) -> Table:
-    number = {name: position for position, name in enumerate(classes)}
-    things: dict[tuple[str, ...], int] = {}
-    samples, labels = [], []
-    for row in rows:
-        cells = row.cells
-        paths = {name: str(folder / cells[name]) for name in FILES if name in cells}
-        samples.append(Sample(**paths, text=cells.get("text")))
-        if "label" in columns:
-            labels.append(number[cells["label"]])
-        else:
-            labels.append(things.setdefault(_thing(row), len(things)))
-    owners = [row.cells.get("client", "") for row in rows]
-    return Table(samples, labels, owners if "client" in columns else None)
-
-
-def _modalities(samples: Sequence[Sample]) -> list[str]:
-    """Return the modalities that the samples have, in the order image, audio, text."""
-    clip = next((sample.video for sample in samples if sample.video is not None), None)
-    found = []
-    if clip is not None or any(sample.image is not None for sample in samples):
-        found.append("image")
-    if any(sample.audio is not None for sample in samples) or (clip and _has_sound(clip)):
-        found.append("audio")
-    if any(sample.text is not None for sample in samples):
-        found.append("text")
+def _classes(labels: Iterable[str]) -> list[str]:
+    """Return the labels in the order of their numbers: by value where all are whole numbers."""
+    found = sorted(labels)
+    if all(re.fullmatch(r"-?\d{1,18}", label) for label in found):
+        found.sort(key=int)
     return found
+
+
+def _likely_the_same(labels: Sequence[str]) -> list[str]:
+    """Return a word on labels that differ only in how they are written."""
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        plain = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        plain = {"true": "1", "false": "0"}.get(plain, plain)
+        with contextlib.suppress(ValueError):
+            plain = repr(float(plain)) if len(plain) < 16 else plain
+        alike.setdefault(plain, []).append(label)
+    return [
+        f"the labels {', '.join(map(repr, same))} are {len(same)} classes; write them alike if "
+        "they are one"
+        for same in alike.values()
+        if len(same) > 1
+    ]
+
+
+def _table(rows: Rows, part: Sequence[int], classes: Sequence[str]) -> Table:
+    samples = rows.samples.take(part)
+    if "label" in rows.columns:
+        number = {name: position for position, name in enumerate(classes)}
+        labels = array("q", (number[rows.label[row]] for row in part))
+    else:
+        # Rows with the same files describe the same thing.
+        labels = array("q", _numbers("\n".join(sample.files) for sample in samples))
+    owners = [rows.client[row] or "" for row in part] if "client" in rows.columns else None
+    return Table(samples, labels, owners)
+
+
+def _modalities(splits: Sequence[Samples], notes: list[str]) -> list[str]:
+    """Return the modalities that any row has, in the order image, audio, text."""
+    found = {
+        name
+        for samples in splits
+        for name in ("image", "audio", "video", "text")
+        if any(part is not None for part in samples.column(name))
+    }
+    if "video" in found:
+        found.add("image")
+    if "audio" not in found:
+        clips = dict.fromkeys(
+            sample.video
+            for samples in splits
+            for sample in samples
+            if sample.video is not None and not sample.silent
+        )
+        if any(_has_sound(clip) for clip in clips):
+            found.add("audio")
+        elif clips:
+            notes.append(f"no audio: none of the {len(clips):,} clips has a sound track")
+    return [name for name in ("image", "audio", "text") if name in found]
 
 
 def _require_modalities(path: Path, chosen: Sequence[str], columns: frozenset[str]) -> None:
@@ -309,3 +295,32 @@ def _has_sound(clip: str) -> bool:
     except DataError:
         return False
     return True
+
+
+def _sounds(splits: Sequence[Samples]) -> Iterator[str]:
+    for samples in splits:
+        for sample in samples:
+            source = sample.audio or (None if sample.silent else sample.video)
+            if source is not None:
+                yield source
+
+
+def _frames_of(splits: Sequence[Samples], notes: list[str]) -> int:
+    """Return the frames of the longest sound, of some that are spread evenly over the rows."""
+    every = -(-sum(1 for _ in _sounds(splits)) // _LOOKED_AT) or 1
+    lengths = []
+    for path in islice(_sounds(splits), 0, None, every):
+        try:
+            length = media.length(path)
+            lengths.append(len(media.read_waveform(path)) if length is None else length)
+        except DataError:
+            continue  # told of where files are checked and read
+    longest = max(lengths, default=audio.samples_for(FRAMES[1]))
+    frames = 1 + -(-(longest - audio.FRAME) // audio.HOP)
+    frames = min(max(frames, FRAMES[0]), FRAMES[1])
+    cut = "" if longest <= audio.samples_for(FRAMES[1]) else "; more is cut off"
+    notes.append(
+        f"data.audio_frames: {frames:,}, as the longest of {len(lengths)} sounds that were looked "
+        f"at lasts {longest / audio.RATE:.2f} s{cut}"
+    )
+    return frames

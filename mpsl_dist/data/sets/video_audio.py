@@ -18,13 +18,15 @@ Layout under ``data.root``:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from mpsl_dist.data import catalog
 from mpsl_dist.data.dataset import Splits
 from mpsl_dist.data.decode.samples import OnError, Sample, View
 from mpsl_dist.data.sets import listing
-from mpsl_dist.data.sets.tables import Table, build
+from mpsl_dist.data.sets.index import Samples
+from mpsl_dist.data.sets.tables import MAX_MISSING, Files, Table, build
 from mpsl_dist.errors import DataError
 
 _KINETICS_SOUNDS = """
@@ -68,6 +70,7 @@ def load_kinetics_sounds(
     image_size: int = 224,
     audio_frames: int = 1024,
     on_error: OnError = "raise",
+    max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
 ) -> Splits:
     """Read Kinetics-Sounds: a frame and the sound around it, one of 30 classes (alphabetical).
@@ -82,7 +85,7 @@ def load_kinetics_sounds(
         Side of the square picture, in pixels.
     audio_frames : int
         Frames of 10 ms; 1024 are 10.255 s, longer than most clips.
-    on_error, cache
+    on_error, max_missing, cache
         As in :func:`mpsl_dist.data.sets.image_text.load_coco_qa`.
     """
     source = catalog.source("kinetics-sounds")
@@ -99,8 +102,7 @@ def load_kinetics_sounds(
         *tables,
         KINETICS_SOUNDS,
         view,
-        on_error=on_error,
-        cache=cache,
+        Files(on_error, max_missing, cache),
         source=source,
     )
 
@@ -121,7 +123,7 @@ def _classed(home: Path, paths: Sequence[str], classes: Sequence[str], source: s
     unknown = sorted(set(folders) - number.keys())
     if unknown:
         raise DataError(f"{home}: unknown class '{unknown[0]}'; {source}")
-    samples = [Sample(video=str(home / path)) for path in paths]
+    samples = Samples.of((Sample(video=str(home / path)) for path in paths), home)
     return Table(samples, [number[name] for name in folders])
 
 
@@ -133,6 +135,7 @@ def load_ucf101(
     split: int = 1,
     all_classes: bool = False,
     on_error: OnError = "skip",
+    max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
 ) -> Splits:
     """Read UCF101: a frame and a second of sound around it, one of 51 classes (alphabetical).
@@ -149,7 +152,7 @@ def load_ucf101(
         The official split, 1 to 3.
     all_classes : bool
         Take all 101 classes, for pictures alone: no ``audio``.
-    image_size, audio_frames, on_error, cache
+    image_size, audio_frames, on_error, max_missing, cache
         As in :func:`load_kinetics_sounds`; 98 frames are 1 s.
     """
     source = catalog.source("ucf101")
@@ -167,7 +170,8 @@ def load_ucf101(
         tables.append(_classed(clips, chosen, classes, source))
     modalities = ("image",) if all_classes else ("image", "audio")
     view = View(modalities, image_size, crop=True, audio_frames=audio_frames)
-    return build("ucf101", *tables, classes, view, on_error=on_error, cache=cache, source=source)
+    files = Files(on_error, max_missing, cache)
+    return build("ucf101", *tables, classes, view, files, source=source)
 
 
 def load_meld(
@@ -176,6 +180,7 @@ def load_meld(
     text_length: int = 77,
     audio_frames: int = 766,
     on_error: OnError = "skip",
+    max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
 ) -> Splits:
     """Read MELD: an utterance's sound and text, one of seven emotions (alphabetical).
@@ -190,7 +195,7 @@ def load_meld(
     ----------
     root : str or Path
         Folder that holds ``meld/``.
-    text_length, audio_frames, on_error, cache
+    text_length, audio_frames, on_error, max_missing, cache
         As in the other loaders; 766 frames are 7.68 s.
     """
     source = catalog.source("meld")
@@ -205,16 +210,16 @@ def load_meld(
         _read_utterances(home / f"{split}_sent_emo.csv", home / clips, source)
         for split, clips in folders.items()
     )
-    joined = Table([*train.samples, *dev.samples], [*train.labels, *dev.labels])
+    both = Samples.of(chain(train.samples, dev.samples), home)
+    joined = Table(both, [*train.labels, *dev.labels])
     view = View(("audio", "text"), audio_frames=audio_frames, audio_at=0.0, text_length=text_length)
-    return build(
-        "meld", joined, test, EMOTIONS, view, on_error=on_error, cache=cache, source=source
-    )
+    files = Files(on_error, max_missing, cache)
+    return build("meld", joined, test, EMOTIONS, view, files, source=source)
 
 
 def _read_utterances(path: Path, clips: Path, source: str) -> Table:
     columns = ("Utterance", "Emotion", "Dialogue_ID", "Utterance_ID")
-    samples, labels = [], []
+    samples, labels = Samples(clips), []
     for row in listing.rows(path, columns, source):
         emotion = row["Emotion"].strip().lower()
         if emotion not in EMOTIONS:
