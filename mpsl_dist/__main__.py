@@ -198,7 +198,7 @@ def _check_everything(
     results, refusals = [], []
     for check in (
         lambda: processes.place_in_world(experiment, options.words),
-        lambda: processes.checked_data(experiment),
+        lambda: processes.checked_at_server(experiment),
         lambda: directory.check(resolved, options.resume, options.overwrite),
     ):
         try:
@@ -362,8 +362,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{options.run}: no model/ there; the run must be completed")
     model, experiment, classes = deployable.load(folder, options.overrides)
-    own = experiment.data.place == "own"
-    splits = renumbered(load_data(experiment, ("test",) if own else ("train", "test")), classes)
+    place = (experiment.data.place, experiment.data.test_at)
+    needs = ("test",) if place == ("own", "server") else ("train", "test")
+    splits = renumbered(load_data(experiment, needs), classes)
     print(f"the test set of {experiment.data.name}:")
     held = TestData(splits.test, loaders=loaders_of(experiment, splits))
     results = model.test(held, experiment.training.test_batch_size)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpsl_dist.data import Batch, DataError, Dataset, Splits
+from mpsl_dist.data.decode.samples import FileDataset
 
 #: What a difference in a modality's shape is mended by.
 _SIZES = {"image": "image_size", "audio": "audio_frames", "text": "text_length"}
@@ -219,12 +220,18 @@ def renumbered(splits: Splits, classes: Sequence[str]) -> Splits:
     if wrong:
         raise DataError("\n".join(wrong))
     numbers = torch.tensor([classes.index(name) for name in splits.classes])
-    train, test = (Renumbered(split, numbers) for split in (splits.train, splits.test))
+    train, test = (_renumbered(split, numbers) for split in (splits.train, splits.test))
     return replace(splits, train=train, test=test, classes=classes)
 
 
+def _renumbered(split: Dataset, numbers: Tensor) -> Dataset:
+    if isinstance(split, FileDataset):
+        return replace(split, labels=numbers[split.labels])
+    return Renumbered(split, numbers)
+
+
 class Renumbered:
-    """A split whose classes have other numbers.
+    """Any split, its classes by other numbers.
 
     Parameters
     ----------

@@ -73,6 +73,17 @@ def servers_data(experiment: Experiment) -> Splits | None:
     return load_data(here(experiment, 0), needs=("test",))
 
 
+def seen_by_worker(experiment: Experiment) -> tuple[Sequence[str], Sequence[int] | None]:
+    """Return the splits that a worker reads, and its clients: all, as None, in a simulation.
+
+    Where data stay with their owners, the clients are as many as a worker has, from 0.
+    """
+    if not is_own(experiment):
+        return ("train", "test"), None
+    needs = ("train", "test") if experiment.data.test_at == "clients" else ("train",)
+    return needs, range(min(experiment.clients_per_worker, experiment.clients))
+
+
 # -- on a worker -------------------------------------------------------------------------------
 
 
@@ -92,7 +103,7 @@ def own_holdings(shared: Experiment, numbers: Sequence[int], rank: int) -> Holdi
         As :func:`mpsl_dist.actors.holdings.load_data` and :meth:`Holdings.deal`.
     """
     experiment = here(at_home(shared, world.home()), rank)
-    needs = ("train", "test") if experiment.data.test_at == "clients" else ("train",)
+    needs, _ = seen_by_worker(experiment)
     return Holdings.deal(experiment, load_data(experiment, needs), numbers)
 
 

@@ -151,7 +151,7 @@ def train_as_server(
     Parameters
     ----------
     data : Holdings, Splits or None
-        Of :func:`checked_data`.
+        Of :func:`checked_at_server`.
     """
     joined = join(experiment, launched) if launched.world > 1 else None
     holdings = data
@@ -213,15 +213,10 @@ def connect(
     return build(Setup(experiment, holdings, worker_threads, renewed, options_of(experiment)))
 
 
-def checked_data(experiment: Experiment) -> Holdings | Splits | None:
+def checked_data(experiment: Experiment) -> Holdings:
     """Load and deal the data; refuse what cannot work before any process waits for another.
 
-    Where data stay with their owners, only the server's own test set can be looked at now.
-
-    Returns
-    -------
-    Holdings, Splits or None
-        All data, dealt; with ``data.place: own`` the server's, None where it has none.
+    Where data stay with their owners: this host's, as one of its workers would have them.
 
     Raises
     ------
@@ -232,13 +227,10 @@ def checked_data(experiment: Experiment) -> Holdings | Splits | None:
     """
     refusals = refusals_without_data(experiment)
     splits = holdings = None
-    if federation.is_own(experiment):
-        if refusals:
-            raise ConfigError("\n".join(refusals))
-        return federation.servers_data(experiment)
+    needs, clients = federation.seen_by_worker(experiment)
     try:
-        splits = load_data(experiment)
-        holdings = Holdings.deal(experiment, splits)
+        splits = load_data(experiment, needs)
+        holdings = Holdings.deal(experiment, splits, clients)
     except UserError as error:
         refusals += str(error).splitlines()
     if splits is not None:
@@ -246,6 +238,22 @@ def checked_data(experiment: Experiment) -> Holdings | Splits | None:
     if refusals or holdings is None:
         raise ConfigError("\n".join(dict.fromkeys(refusals)))
     return holdings
+
+
+def checked_at_server(experiment: Experiment) -> Holdings | Splits | None:
+    """Return what the server can look at before it meets the workers; raises as above.
+
+    Returns
+    -------
+    Holdings, Splits or None
+        All data, dealt; where data stay with their owners the server's own test set, None where it
+        has none.
+    """
+    if not federation.is_own(experiment):
+        return checked_data(experiment)
+    if refusals := refusals_without_data(experiment):
+        raise ConfigError("\n".join(refusals))
+    return federation.servers_data(experiment)
 
 
 def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirectory:

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 import toys
-from federation import make_sites
+from federation import make_sites, write_experiment
 from local_fleet import LocalSplit, in_one_process
 from media_files import write_csv
 
+from mpsl_dist.__main__ import main
+from mpsl_dist.actors import deployable
 from mpsl_dist.actors.agreement import Agreement, Disagreement, Offer, agree, renumbered
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_without_data
 from mpsl_dist.config.loading import HOST_KEYS, at_home
 from mpsl_dist.config.schema import Experiment
+from mpsl_dist.data import TensorDataset
 from mpsl_dist.errors import ConfigError, DataError
 from mpsl_dist.methods import federation
 from mpsl_dist.methods.hosting import build_clients
@@ -150,8 +153,16 @@ def test_what_else_a_split_has_stays(tmp_path: Path) -> None:
     everything, _ = make_sites(tmp_path)
     splits = load_data(experiment(data={"root": str(everything)}))
     after = renumbered(splits, ("x", *splits.classes))
-    assert after.train.clients == splits.train.clients
-    assert not hasattr(after.train, "nothing")
+    assert after.train == replace(splits.train, labels=after.train.labels)
+    assert torch.equal(after.train.labels, splits.train.labels + 1)
+
+    class Owned(TensorDataset):
+        clients = ("north",)
+
+    toy = toys.load(("image",))
+    owned = replace(toy, train=Owned(toy.train.inputs, toy.train.labels))
+    split = renumbered(owned, ("c", "b", "a")).train
+    assert split.clients == ("north",) and not hasattr(split, "nothing")
 
 
 def test_a_label_that_is_not_declared_is_refused_with_the_near_one(tmp_path: Path) -> None:
@@ -222,6 +233,14 @@ def test_labels_follow_the_agreement_and_data_that_changed_are_refused(at_north:
     write_csv(at_north / "birds.csv", ["image", "text", "label", "split"], rows)
     with pytest.raises(DataError, match="have changed since the run began"):
         federation.as_agreed(shared, [0], 1, agreement)
+
+
+def test_a_host_that_only_trains_has_no_use_for_test_rows(at_north: Path) -> None:
+    shared = experiment(data={"test_at": "server"})
+    said = federation.offer(shared, [0], 1)
+    assert (said.train, said.test) == ((12,), (0,))
+    agreement = Agreement(SHAPES, NORTH.classes, {1: said})
+    assert len(federation.as_agreed(shared, [0], 1, agreement).of(0)[1]) == 0
 
 
 def test_the_server_knows_counts_and_classes_alone() -> None:
@@ -350,3 +369,38 @@ def test_processes_that_would_read_one_file_are_refused(how: str) -> None:
         return
     with pytest.raises(ConfigError, match=rf"{readers} processes of this host .*data-\{{rank\}}"):
         federation.refuse_shared_file(chosen, launched)
+
+
+def test_data_check_looks_at_one_host_as_its_worker_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    _, (north, _) = make_sites(tmp_path)
+    page = str(write_experiment(tmp_path))
+    assert main(["data", "check", page, f"data.root={north}"]) == 0
+    assert "a worker here: image, text; 12 samples for 1 clients, 4 for test" in _flat(capsys)
+    rows = [["north-1.png", "a", name, "train"] for name in ("owl", "robin")]
+    write_csv(north, ["image", "text", "label", "split"], rows)
+    assert main(["data", "check", page, f"data.root={north}"]) == 2
+    assert main(["data", "check", page, f"data.root={north}", "data.test_at=server"]) == 0
+    assert main(["partition", page, f"data.root={north}"]) == 2
+
+
+def _flat(capsys: pytest.CaptureFixture) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_is_tested_by_its_own_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    everything, (_, south) = make_sites(tmp_path)
+    small = {"encoder": {"size": "custom", "width": 16, "depth": 1, "heads": 2}, "image_patch": 8}
+    chosen = experiment(data={"root": str(everything), "place": "simulated"}, model=small)
+    splits = load_data(chosen)
+    model = deployable.build(chosen, splits)
+    with torch.no_grad():  # every answer is "wren", which is the second class of the south alone
+        model.server_model.head.bias.copy_(torch.tensor([0.0, 0.0, 1e6]))
+    model.save(tmp_path / "model", chosen, splits)
+    assert main(["evaluate", str(tmp_path), f"data.root={south}"]) == 0
+    own = load_data(replace(chosen, data=replace(chosen.data, root=str(south)))).test.labels
+    share = (own == 1).float().mean()
+    assert 0 < share < 1 and f"accuracy {share:.4f}" in _flat(capsys)
