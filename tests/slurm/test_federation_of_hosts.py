@@ -107,12 +107,16 @@ def _link(host: Host, server: Host) -> None:
 
 def run(hosts: list[Host], launch: Launch, *words: str) -> list[tuple[int, str]]:
     worlds = [host.start(launch, *words) for host in hosts]
-    return [world.finish(120) for world in worlds]
+    return [world.finish(240) for world in worlds]
 
 
 def curve(run: Path) -> list[tuple[object, ...]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["split"], line["loss"], line["metric"]) for line in lines]
+
+
+def facts(run: Path) -> dict[str, object]:
+    return json.loads((run / "summary.json").read_text())["data"]
 
 
 def test_three_hosts_with_their_own_data_equal_the_simulated_run_and_resume(
@@ -128,9 +132,9 @@ def test_three_hosts_with_their_own_data_equal_the_simulated_run_and_resume(
     line = ["train", str(write_experiment(tmp_path)), *SMALL, *simulated]
     natural = "data.partition.kind=natural"
     world = launch([sys.executable, "-m", "mpsl_dist", *line, natural])
-    assert world.finish(120)[0] == 0, world.output()
+    assert world.finish(240)[0] == 0, world.output()
     reference, ours = (folder / "runs" / "birds" for folder in (tmp_path, hosts[0].folder))
-    assert curve(ours) == curve(reference)
+    assert curve(ours) == curve(reference) and facts(ours) == facts(reference)
     model = Path("model", "model.safetensors")
     assert (ours / model).read_bytes() == (reference / model).read_bytes()
     for host in hosts[1:]:  # what a client leaves stays with it
