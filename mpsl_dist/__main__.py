@@ -243,7 +243,7 @@ def _train_as_server(
 
 def _tell_failure(experiment: Experiment, run: RunDirectory, error: Exception) -> None:
     """Print why the run failed, then record it as far as the disk allows."""
-    from mpsl_dist.methods import loop
+    from mpsl_dist.methods.summary import failed_summary
 
     reason = str(error) or type(error).__name__
     details = getattr(error, "details", "") or traceback.format_exc()
@@ -253,13 +253,13 @@ def _tell_failure(experiment: Experiment, run: RunDirectory, error: Exception) -
     path, lost = run.path / "error.txt", len(getattr(error, "lost", ()))
     if isinstance(error, DiskError):
         with contextlib.suppress(OSError):
-            loop.failed_summary(experiment, run, reason, lost)
+            failed_summary(experiment, run, reason, lost)
         return
     if _try("the traceback", lambda: path.write_text(details, encoding="utf-8")):
         print(f"(traceback in {path})", file=sys.stderr)
     else:
         print(details, file=sys.stderr)
-    _try("the summary", lambda: loop.failed_summary(experiment, run, reason, lost))
+    _try("the summary", lambda: failed_summary(experiment, run, reason, lost))
 
 
 def _try(what: str, write: Callable[[], object]) -> bool:

@@ -30,12 +30,16 @@ class WatchedFleet(LocalFleet):
         self.calls: list[tuple[str, list[int]]] = []
         self.rebuild: Callable[[list[int]], Sequence[Any]] | None = None
         self.back: list[int] = []
+        self.awake: set[int] = set()
 
     def returned(self, lost: Collection[int]) -> list[int]:
         back, self.back = self.back, []
         if back:
             self.host.clients |= {c.number: c for c in self.rebuild(back)}
         return back
+
+    def idle(self, clients: Collection[int]) -> list[int]:
+        return sorted(self.awake & set(clients))
 
     def start(
         self,

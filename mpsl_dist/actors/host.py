@@ -7,6 +7,7 @@ receives the gradients of its own parameters alone, though all of a worker's com
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -40,6 +41,12 @@ class Host:
     def __init__(self, clients: Iterable[Hosted], device: str = "cpu") -> None:
         self.clients = {client.number: client for client in clients}
         self.device = device
+        self._serving: set[int] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no message is being served."""
+        return not self._serving
 
     def serve(
         self,
@@ -65,15 +72,29 @@ class Host:
             What each client returned, or a :class:`~mpsl_dist.errors.Failure`.
         """
         outcomes: dict[int, Any] = {}
-        for number, words in arguments.items():
-            try:
-                client = self.clients[number]
-                own = () if gradients is None else (_own(client, gradients),)
-                outcomes[number] = getattr(client, message)(*words, *own)
-            except Exception as error:
-                _log.exception("client %d failed in %s", number, message)
-                outcomes[number] = Failure.of(error)
+        thread = threading.get_ident()
+        self._serving.add(thread)
+        try:
+            for number, words in arguments.items():
+                outcomes[number] = self._ask(number, message, words, gradients)
+        finally:
+            self._serving.discard(thread)
         return outcomes
+
+    def _ask(
+        self,
+        number: int,
+        message: str,
+        words: Sequence[Any],
+        gradients: Mapping[Tensor, Tensor] | None,
+    ) -> Any:
+        try:
+            client = self.clients[number]
+            own = () if gradients is None else (_own(client, gradients),)
+            return getattr(client, message)(*words, *own)
+        except Exception as error:
+            _log.exception("client %d failed in %s", number, message)
+            return Failure.of(error)
 
 
 def _own(client: Hosted, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:

@@ -21,7 +21,7 @@ class MethodFacts:
     ----------
     build : callable, or its place as "package.module:name"
         ``build(setup)`` returns the method of a :class:`mpsl_dist.methods.hosting.Setup`, as
-        :class:`mpsl_dist.methods.loop.Method` describes it.
+        :class:`mpsl_dist.methods.method.Method` describes it.
     tokenizers, server_model : "client" or "server"
         Who runs and trains each part of the model.
     reads : tuple of str

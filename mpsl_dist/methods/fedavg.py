@@ -33,7 +33,7 @@ from mpsl_dist.data import Splits
 from mpsl_dist.data.loading import Unread
 from mpsl_dist.data.partition import shares
 from mpsl_dist.methods.hosting import Setup, open_fleet
-from mpsl_dist.methods.link import RoundLink
+from mpsl_dist.methods.link import Back, RoundLink
 from mpsl_dist.models.average import average, load_trainable, trainable_state
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic
@@ -82,10 +82,10 @@ class FedAvg:
         """Every byte that crossed."""
         return self.clients.traffic
 
-    def welcome(self, clients: list[int]) -> None:
-        """Let clients go on that have come back, as they were at the start of the run."""
-        self._plan_local_batches(clients)
-        self.clients.restore_kept(clients)
+    def welcome(self, back: Back) -> None:
+        """Let clients go on that have come back."""
+        self._plan_local_batches(back.fresh)
+        self.clients.restore_kept(back.fresh)
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Nothing to lay out: clients do, when their round begins."""

@@ -9,8 +9,10 @@ every other message goes on without them, or ends the run, as ``faults`` has it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +28,8 @@ from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic, nbytes
 from mpsl_dist.runtime.answers import Answers, ClientsLost, name_clients
 
+#: Seconds until a client that was too slow is asked again whether it is there.
+_ASK_AGAIN = 10.0
 #: Waits for the answers to a message and returns them by client.
 Wait = Callable[[], dict[int, Any]]
 
@@ -70,6 +74,31 @@ class Transport(Protocol):
         """Return a client as a user reads it: its number, and where it is."""
         ...
 
+    def idle(self, clients: Collection[int]) -> list[int]:
+        """Return those of these clients whose worker answers, and has nothing else to do."""
+        ...
+
+
+@dataclass(frozen=True)
+class Back:
+    """Clients that came back.
+
+    Attributes
+    ----------
+    fresh : list of int
+        Their process was started again: they are as they were at the start of the run.
+    awake : list of int
+        They had been too slow: they have the state that they had.
+    """
+
+    fresh: list[int]
+    awake: list[int]
+
+    @property
+    def clients(self) -> list[int]:
+        """Both, ascending."""
+        return sorted(self.fresh + self.awake)
+
 
 class Link:
     """Messages that every kind of client understands.
@@ -89,6 +118,8 @@ class Link:
         self.faults = faults or Faults(on_loss="stop")
         #: Clients that are not there at this moment.
         self.lost: set[int] = set()
+        self._silent: set[int] = set()
+        self._asked = -_ASK_AGAIN
         #: How many clients have come back so far.
         self.returned = 0
         #: Steps of the run that are done: what the user reads of a loss between two steps.
@@ -134,6 +165,7 @@ class Link:
         for client, why in error.by_client.items():
             warn(f"client {client} is {'lost' if client in gone else 'left out'}: {why.message}")
         self.lost |= set(gone)
+        self._silent |= {n for n in gone if not error.by_client[n].kind}
         few = len(self.present) < self.faults.min_clients
         if few or (gone and self.faults.on_loss == "stop"):
             left = f"{len(self.present)} clients are left, faults.min_clients is "
@@ -190,24 +222,31 @@ class Link:
         """Return the same arguments for every client that is there."""
         return dict.fromkeys(self.present, arguments)
 
-    def readmit(self, where: str) -> list[int]:
-        """Take back the clients of workers that have come back; return their numbers.
-
-        They are as they were at the start of the run.
+    def readmit(self, where: str) -> Back:
+        """Take back lost clients whose worker has come back, or was only slow.
 
         Parameters
         ----------
         where : str
             What the user should read of it, as "step 17".
         """
-        if not self.lost:
-            return []
-        back = [client for client in self.fleet.returned(self.lost) if client in self.lost]
-        self.lost -= set(back)
-        self.returned += len(back)
-        if back:
-            warn(f"{name_clients(back)} came back, {where}")
+        if not self.lost or self.faults.rejoin == "never":
+            return Back([], [])
+        fresh = [client for client in self.fleet.returned(self.lost) if client in self.lost]
+        back = Back(fresh, self._awake(self._silent & self.lost - set(fresh)))
+        self.lost -= set(back.clients)
+        self._silent &= self.lost
+        self.returned += len(back.clients)
+        if back.clients:
+            warn(f"{name_clients(back.clients)} came back, {where}")
         return back
+
+    def _awake(self, silent: set[int]) -> list[int]:
+        now = time.monotonic()
+        if not silent or now - self._asked < _ASK_AGAIN:
+            return []
+        self._asked = now
+        return self.fleet.idle(silent)
 
     def _there(self, folder: str) -> str:
         """Return a folder of the run as clients are told it: below their own, if they have one."""

@@ -3,114 +3,23 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mpsl_dist.actors.deployable import Deployable
-from mpsl_dist.actors.local_data import Damage
 from mpsl_dist.config import Experiment, Faults, to_dict
 from mpsl_dist.data import Splits
-from mpsl_dist.errors import DiskError, RemoteError, ResumeError, RunError
-from mpsl_dist.methods.evidence import evidence, look_at_tests
-from mpsl_dist.methods.link import Link
+from mpsl_dist.errors import DiskError, RemoteError, ResumeError
+from mpsl_dist.methods.evidence import look_at_tests
+from mpsl_dist.methods.method import Method
 from mpsl_dist.methods.progress import Progress, warn
+from mpsl_dist.methods.summary import Position, counts, summarize
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.checkpoint import Manifest
 from mpsl_dist.records.run_directory import RunDirectory
-from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.process import StopRequest
 
 _log = logging.getLogger("mpsl_dist")
-
-
-class Method(Protocol):
-    """What the loop asks of a method."""
-
-    #: (steps, clients): samples of every client in every step of an epoch.
-    plan: NDArray[np.int64]
-    traffic: Traffic
-    #: None where there are no workers.
-    clients: Link | None
-    #: Steps that were begun again without a client.
-    repeated: int
-
-    def welcome(self, clients: list[int]) -> None:
-        """Let clients go on that have come back, as they were at the start of the run.
-
-        Asked only of a method that goes on without the lost (``tolerant``).
-        """
-        ...
-
-    def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Lay out the epoch's mini-batches, from ``first_step`` on."""
-        ...
-
-    def step(self, epoch_step: int, step: int) -> float | None:
-        """Train one step; returns the global loss, None where no client was left to take part."""
-        ...
-
-    def read_tests(self) -> Iterator[int]:
-        """Read every test sample once, and yield how many can be read, batch by batch."""
-        ...
-
-    def damage_met(self) -> Damage:
-        """Return how much of the data could not be read so far."""
-        ...
-
-    def evaluate(self) -> dict[str, float]:
-        """Test, and return metric name -> fraction."""
-        ...
-
-    def save(self, folder: str) -> dict[str, str]:
-        """Write all state; returns the name of every file written -> its SHA-256.
-
-        Raises
-        ------
-        DiskError
-            If a file cannot be written, here or where a client is.
-        """
-        ...
-
-    def damage(self, folder: str, files: Mapping[str, str]) -> str | None:
-        """Say what is wrong with the files that :meth:`save` wrote; None if they are whole.
-
-        No state is touched. ``files`` is what :meth:`save` returned, or empty where nobody kept it.
-        """
-        ...
-
-    def restore(self, folder: str, files: Mapping[str, str]) -> None:
-        """Continue from :meth:`save`."""
-        ...
-
-    def deployable(self) -> Deployable:
-        """Return the model to deploy."""
-        ...
-
-    def trainable_parameters(self) -> dict[str, int]:
-        """Return how many parameters one ``client`` and the ``server`` train."""
-        ...
-
-
-@dataclass
-class _Position:
-    """Where the run stands: steps and epochs done, seconds, the last loss and test."""
-
-    step: int = 0
-    epoch: int = 0
-    epoch_step: int = 0
-    seconds: float = 0.0
-    loss: float | None = None
-    test: dict[str, float] = field(default_factory=dict)
-    step_seconds: list[float] = field(default_factory=list)
-    #: The step of the last checkpoint.
-    saved: int | None = None
 
 
 def train(
@@ -163,7 +72,7 @@ def train(
     return summary
 
 
-def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Position:
+def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> Position:
     """Continue from the last checkpoint that every owner finds whole."""
 
     def problem(folder: Path, manifest: Manifest) -> str | None:
@@ -174,7 +83,7 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
     found = checkpoint.latest(run.checkpoints, problem, warn)
     if found is None:
         run.forget_after(-1)
-        return _Position()
+        return Position()
     folder, manifest = found
     done = manifest.epoch + bool(manifest.epoch_step)
     if done > experiment.training.epochs:
@@ -186,7 +95,7 @@ def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> _Posit
     method.restore(str(folder.absolute()), manifest.files)
     run.record(to_dict(experiment))
     run.forget_after(manifest.step)
-    at = _Position(manifest.step, manifest.epoch, manifest.epoch_step, manifest.seconds)
+    at = Position(manifest.step, manifest.epoch, manifest.epoch_step, manifest.seconds)
     at.saved = manifest.step
     for line in run.metrics():
         if line["split"] == "test":
@@ -214,31 +123,23 @@ def _mismatch(
     return None
 
 
-def _welcome_returned(method: Method, at: _Position) -> bool:
+def _welcome_returned(method: Method, at: Position) -> bool:
     """Take back clients whose workers have come back; return whether there are any."""
-    back = method.clients.readmit(f"step {at.step}") if method.clients else []
-    if back:
-        method.welcome(back)
-    return bool(back)
+    back = method.clients.readmit(f"step {at.step}") if method.clients else None
+    if not (back and back.clients):
+        return False
+    method.welcome(back)
+    return True
 
 
-def _keep(faults: Faults, method: Method, run: RunDirectory, at: _Position) -> None:
+def _keep(faults: Faults, method: Method, run: RunDirectory, at: Position) -> None:
     """Have clients write their own state for their return, if it is time."""
     every = faults.save_clients_every
     if every and method.clients and at.step % every == 0:
         method.clients.keep(str((run.path / "clients").absolute()), f"step {at.step}")
 
 
-def _counts(method: Method) -> dict[str, int]:
-    link = method.clients
-    return {
-        "clients_lost": len(link.lost) if link else 0,
-        "clients_returned": link.returned if link else 0,
-        "steps_repeated": method.repeated,
-    }
-
-
-def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
+def _one_step(method: Method, run: RunDirectory, at: Position, progress: Progress) -> None:
     before = method.traffic.totals()
     started = time.perf_counter()
     loss = method.step(at.epoch_step, at.step)
@@ -254,14 +155,14 @@ def _one_step(method: Method, run: RunDirectory, at: _Position, progress: Progre
         split="train",
         loss=loss,
         metric={},
-        **_counts(method),
+        **counts(method),
         seconds=round(seconds, 6),
         bytes=method.traffic.since(before),
     )
     progress.advance(at.loss)
 
 
-def _test(method: Method, run: RunDirectory, at: _Position, progress: Progress) -> None:
+def _test(method: Method, run: RunDirectory, at: Position, progress: Progress) -> None:
     before = method.traffic.totals()
     started = time.perf_counter()
     at.test = method.evaluate()
@@ -278,19 +179,19 @@ def _test(method: Method, run: RunDirectory, at: _Position, progress: Progress) 
     _log.info("epoch %d, step %d: loss %s, test %s", at.epoch, at.step, at.loss, at.test)
 
 
-def _due_within(experiment: Experiment, at: _Position, steps: int) -> bool:
+def _due_within(experiment: Experiment, at: Position, steps: int) -> bool:
     every = experiment.checkpoint.every_steps
     return bool(every) and at.step % every == 0 and at.epoch_step < steps
 
 
-def _due_after(experiment: Experiment, at: _Position) -> bool:
+def _due_after(experiment: Experiment, at: Position) -> bool:
     rules = experiment.checkpoint
     by_epoch = rules.every_epochs and at.epoch % rules.every_epochs == 0
     by_step = rules.every_steps and at.step % rules.every_steps == 0
     return bool(by_epoch or by_step or at.epoch == experiment.training.epochs)
 
 
-def _save(experiment: Experiment, method: Method, run: RunDirectory, at: _Position) -> None:
+def _save(experiment: Experiment, method: Method, run: RunDirectory, at: Position) -> None:
     """Write a checkpoint, unless the last one is of this step.
 
     Raises
@@ -321,99 +222,3 @@ def _save(experiment: Experiment, method: Method, run: RunDirectory, at: _Positi
         kept = [str(path.absolute()) for path in checkpoint.complete_ones(run.checkpoints)]
         method.clients.prune(kept)
     _log.info("checkpoint at step %d", at.step)
-
-
-def summarize(
-    experiment: Experiment, splits: Splits, method: Method, at: _Position, status: str
-) -> dict[str, Any]:
-    """Return what ``summary.json`` holds of a run that has ended with this status."""
-    epochs = at.step / len(method.plan)
-    per = experiment.clients * epochs if epochs else 1
-    return (
-        _about(experiment)
-        | {
-            "epochs_completed": at.epoch,
-            "steps_completed": at.step,
-            "loss": at.loss,
-            "test": at.test,
-            "baselines": dict(splits.baselines),
-            "data": evidence(splits, method.damage_met()),
-            "trainable_parameters": method.trainable_parameters(),
-            "communication": {
-                "up_bytes_per_client_per_epoch": method.traffic.total("up", "training") / per,
-                "down_bytes_per_client_per_epoch": method.traffic.total("down", "training") / per,
-                "bytes_by_phase": method.traffic.by_phase(),
-                "bytes_by_kind_and_client": method.traffic.by_kind(),
-                "total_bytes_by_kind": {
-                    kind: sum(counts) for kind, counts in method.traffic.by_kind().items()
-                },
-            },
-            "seconds": {
-                "total": round(at.seconds, 3),
-                "step_median": statistics.median(at.step_seconds) if at.step_seconds else None,
-            },
-            "status": status,
-        }
-        | _counts(method)
-    )
-
-
-def _about(experiment: Experiment) -> dict[str, Any]:
-    return {
-        "name": experiment.name,
-        "method": experiment.method,
-        "dataset": experiment.data.name,
-        "seed": experiment.seed,
-        "clients": experiment.clients,
-    }
-
-
-def failed_summary(
-    experiment: Experiment, run: RunDirectory, reason: str, clients_lost: int = 0
-) -> None:
-    """Write the ``summary.json`` of a run that failed: its keys, from what ``metrics.jsonl`` has.
-
-    What only a living run knows is null, or empty.
-
-    Parameters
-    ----------
-    reason : str
-        Why the run failed.
-    clients_lost : int
-        Clients whose workers were lost.
-    """
-    try:
-        lines = run.metrics()
-    except (RunError, OSError):  # perhaps the very reason
-        lines = []
-    trained = [line for line in lines if line["split"] == "train"]
-    tests = [line for line in lines if line["split"] == "test"]
-    # A test ends an epoch, so its step says how many steps an epoch has.
-    epochs = tests[-1]["epoch"] + 1 if tests else None
-    per = experiment.clients * trained[-1]["step"] * epochs / tests[-1]["step"] if epochs else None
-    sent = {way: sum(line["bytes"][way] for line in trained) for way in ("up", "down")}
-    seconds = [line["seconds"] for line in trained]
-    summary = _about(experiment) | {
-        "epochs_completed": len(tests),
-        "steps_completed": max((line["step"] for line in lines), default=0),
-        "loss": trained[-1]["loss"] if trained else None,
-        "test": tests[-1]["metric"] if tests else {},
-        "baselines": {},
-        "data": {},
-        "trainable_parameters": {},
-        "communication": {
-            "up_bytes_per_client_per_epoch": sent["up"] / per if per else None,
-            "down_bytes_per_client_per_epoch": sent["down"] / per if per else None,
-        },
-        "seconds": {
-            # Of steps and tests alone: checkpoints and the start are in no line.
-            "total": round(sum(line["seconds"] for line in lines), 3) if lines else None,
-            "step_median": statistics.median(seconds) if seconds else None,
-        },
-        "clients_lost": clients_lost,
-        "clients_returned": trained[-1].get("clients_returned", 0) if trained else 0,
-        "steps_repeated": trained[-1].get("steps_repeated", 0) if trained else 0,
-        "status": "failed",
-        "reason": reason,
-    }
-    run.write_json("summary", summary)

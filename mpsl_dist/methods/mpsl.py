@@ -28,7 +28,7 @@ from mpsl_dist.data.partition import shares
 from mpsl_dist.errors import BackwardError, NonFiniteError
 from mpsl_dist.methods import hosting, testing
 from mpsl_dist.methods.hosting import Setup
-from mpsl_dist.methods.link import absent_from
+from mpsl_dist.methods.link import Back, absent_from
 from mpsl_dist.methods.objective import objective_of
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.methods.split_link import SplitLink, Step
@@ -86,12 +86,15 @@ class Mpsl:
         """Every byte that crossed."""
         return self.clients.traffic
 
-    def welcome(self, clients: list[int]) -> None:
-        """Let clients go on that have come back, as they were at the start of the run."""
+    def welcome(self, back: Back) -> None:
+        """Let clients go on that have come back."""
         steps, epochs = len(self.plan), self.experiment.training.epochs
-        self.clients.begin_training(steps, epochs, clients)
-        own = [] if self.sync.identical else self.clients.restore_kept(clients)
-        self._begin_like_others([n for n in clients if n not in own])
+        self.clients.begin_training(steps, epochs, back.fresh)
+        if self.sync.identical:
+            self._begin_like_others(back.clients)
+        else:
+            own = self.clients.restore_kept(back.fresh)
+            self._begin_like_others([n for n in back.fresh if n not in own])
 
     def _begin_like_others(self, clients: list[int]) -> None:
         """Have clients that have no state of their own continue from that of the others."""
@@ -181,7 +184,7 @@ class Mpsl:
                 with self.clients.step(epoch_step, number, [client]) as step:
                     self._backward(step)
             except BackwardError as alone:
-                lost[client] = Lost(f"client {client}: {alone}")
+                lost[client] = Lost(f"client {client}: {alone}", kind=BackwardError.__name__)
             except ClientsLost as alone:
                 lost |= alone.by_client
             except NonFiniteError:

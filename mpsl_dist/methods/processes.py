@@ -30,6 +30,7 @@ from mpsl_dist.data.remarks import remarks
 from mpsl_dist.errors import ConfigError, LaunchError, UserError
 from mpsl_dist.methods import federation, loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
+from mpsl_dist.methods.method import Method
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
 from mpsl_dist.runtime import (
     admission,
@@ -194,7 +195,7 @@ def connect(
     launched: Environment,
     holdings: Holdings,
     joined: world.World | None = None,
-) -> loop.Method:
+) -> Method:
     """Build the server here and the clients on the workers of a joined world.
 
     Parameters

@@ -27,6 +27,8 @@ from mpsl_dist.runtime.world import SERVER, brief, pong, rank_name, resident
 BuildHosts = Callable[
     [Mapping[int, Sequence[int]], int | None], tuple[int, Mapping[int, RemoteError]]
 ]
+#: Seconds for a worker that was too slow to say that it is there again.
+_PATIENCE = 2.0
 _log = logging.getLogger("mpsl_dist")
 
 
@@ -150,6 +152,21 @@ class Fleet:
             _log.warning("%s", error)
         return sorted(n for rank in hosted if rank not in failed for n in hosted[rank])
 
+    def idle(self, clients: Collection[int]) -> list[int]:
+        """Return those of these clients whose worker answers, and has nothing else to do."""
+        asked = {
+            worker: rpc.rpc_async(worker, _is_idle, args=(self._number,), timeout=_PATIENCE)
+            for worker, hosted in self.hosted.items()
+            if not set(hosted).isdisjoint(clients)
+        }
+        found: set[int] = set()
+        for worker, future in asked.items():
+            try:
+                found |= set(self.hosted[worker]) if future.wait() else set()
+            except RuntimeError:
+                continue
+        return sorted(found & set(clients))
+
     def start(
         self,
         message: str,
@@ -265,6 +282,10 @@ class Fleet:
 
 def _about(host: int) -> tuple[str, str]:
     return host_name(), resident(host).device
+
+
+def _is_idle(host: int) -> bool:
+    return resident(host).idle
 
 
 def _serve(

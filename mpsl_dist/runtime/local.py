@@ -108,3 +108,7 @@ class LocalFleet:
     def returned(self, lost: Collection[int]) -> list[int]:
         """Return nobody: there are no workers to come back."""
         return []
+
+    def idle(self, clients: Collection[int]) -> list[int]:
+        """Return nobody: who is in this process is never too slow."""
+        return []

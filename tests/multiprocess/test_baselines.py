@@ -159,7 +159,7 @@ def _lines(folder: Path, name: str) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.parametrize("method", ["psl", "fedavg"])
+@pytest.mark.parametrize("method", [pytest.param("psl", marks=pytest.mark.campaign), "fedavg"])
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     method: str, launch: Launch, tmp_path: Path
 ) -> None:
@@ -182,7 +182,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
-@pytest.mark.parametrize("method", ["psl", "fedavg"])
+@pytest.mark.parametrize("method", ["psl", pytest.param("fedavg", marks=pytest.mark.campaign)])
 def test_a_killed_worker_ends_the_run_and_leaves_no_process(
     method: str, launch: Launch, tmp_path: Path
 ) -> None:
@@ -193,7 +193,7 @@ def test_a_killed_worker_ends_the_run_and_leaves_no_process(
     assert status != 0
 
 
-@pytest.mark.parametrize("method", ["psl", "fedclip"])
+@pytest.mark.parametrize("method", ["psl", pytest.param("fedclip", marks=pytest.mark.campaign)])
 def test_a_diverging_run_ends_with_advice(method: str, launch: Launch, tmp_path: Path) -> None:
     wild = {"name": "sgd", "lr": 1e200}
     training = _training(server=wild, client=wild)

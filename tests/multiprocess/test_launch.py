@@ -262,6 +262,7 @@ def test_a_killed_worker_is_one_message_and_status_1(training: Start, tmp_path: 
     assert status == 1 and error.startswith("error: worker2 (clients 1-2): lost in "), output
 
 
+@pytest.mark.campaign
 def test_a_run_goes_on_without_a_killed_worker(training: Start, tmp_path: Path) -> None:
     world = training("faults.on_loss=continue")
     run, (rank, child) = tmp_path / "runs" / "toy", ranks(world, 2)
@@ -367,6 +368,7 @@ def test_no_process_outlives_a_killed_launcher(training: Start, tmp_path: Path) 
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.campaign
 def test_not_even_one_that_hangs(training: Start) -> None:
     world = training("faults.exit_timeout=5", "runtime.rpc_timeout=600")
     os.kill(world.rank(2), signal.SIGSTOP)  # so that the server waits for it in the backward
@@ -376,6 +378,7 @@ def test_not_even_one_that_hangs(training: Start) -> None:
     until(lambda: len(world.members()) <= 1, 5, "processes outlive their launcher")
 
 
+@pytest.mark.campaign
 def test_the_line_for_torchrun_listens_on_loopback_alone(under_torchrun: Start) -> None:
     found = listening(under_torchrun())
     assert found and {address for address, _ in found} <= {"127.0.0.1", "::1"}, found

@@ -73,7 +73,11 @@ def assert_went_on_without(folder: Path, rank: int) -> dict:
     return summary
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, marks=pytest.mark.campaign), signal.SIGSTOP],
+    ids=["killed", "stopped"],
+)
 def test_a_worker_that_dies_or_stops_is_left_behind(
     number: signal.Signals, torchrun, config: Path, tmp_path: Path
 ) -> None:
@@ -111,7 +115,7 @@ runpy.run_module("mpsl_dist", run_name="__main__")
     ("how", "message", "lost"),
     [
         ("fails", "loss", 1),
-        ("is slow", "loss", 2),
+        pytest.param("is slow", "loss", 2, marks=pytest.mark.campaign),
         pytest.param("fails", "tokenize", 1, marks=pytest.mark.campaign),
         pytest.param("fails", "step", 1, marks=pytest.mark.campaign),
     ],
@@ -130,6 +134,27 @@ def test_a_client_that_fails_or_is_slow_is_left_behind(
     assert summary["steps_repeated"] == (message != "step")
     counted = [line["clients_lost"] for line in lines(tmp_path) if line["split"] == "train"]
     assert counted[0] == 0 and counted[-1] == lost
+
+
+def test_a_worker_that_was_slow_comes_back_by_itself(
+    torchrun, config: Path, tmp_path: Path
+) -> None:
+    """Its process goes on, with the state that it had."""
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    words = [str(script), "is slow", "loss", "train", str(config), "faults.rejoin=now"]
+    world = torchrun(WORLD, *words, "training.epochs=100000", PYTHONPATH=str(ROOT))
+
+    def all_there_again() -> bool:
+        last = lines(tmp_path)[-1:]
+        return bool(last) and last[0].get("clients_returned") == 2
+
+    until(all_there_again, 240, "two returns")
+    os.kill(world.process.pid, signal.SIGINT)
+    _, output = world.finish(120)
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert (summary["clients_lost"], summary["clients_returned"]) == (0, 2), output
+    assert "started again" not in output
 
 
 def test_where_it_is_told_to_it_stops_and_names_the_client(
@@ -181,5 +206,4 @@ def test_a_client_whose_backward_fails_while_all_answer_is_found_and_left_behind
     assert status == 0, output
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert (summary["status"], summary["clients_lost"]) == ("completed", 3), output
-    assert "client 3 is lost: client 3: backward failed: " in output
-    assert "no gradient today" in output
+    assert output.count("client 3 is lost: client 3: backward failed: ") == 1

@@ -115,6 +115,7 @@ def test_interrupted_and_killed_runs_resume_bit_identical(torchrun, config, tmp_
     assert_same_run(runs / "parts", runs / "whole")
 
 
+@pytest.mark.campaign
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(torchrun, config, tmp_path) -> None:
     status, output = train(torchrun, config).finish()
     assert status == 0, output
@@ -184,6 +185,7 @@ def test_workers_end_when_the_server_is_killed(torchrun, config, tmp_path) -> No
     assert status != 0
 
 
+@pytest.mark.campaign
 def test_workers_that_ask_for_the_server_all_the_time_take_no_end_for_its_death(
     torchrun, tmp_path
 ) -> None:

@@ -170,7 +170,7 @@ def test_array_of_four_runs_skips_the_finished(cluster: Cluster):
     assert status == 0 and output.count("skipped") == 4, output
 
 
-@pytest.mark.parametrize("way", ["submitit", "sbatch"])
+@pytest.mark.parametrize("way", ["submitit", pytest.param("sbatch", marks=pytest.mark.campaign)])
 def test_preempted_job_requeues_itself_and_resumes_bit_for_bit(
     cluster: Cluster, uninterrupted: Path, way: str
 ):

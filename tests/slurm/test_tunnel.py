@@ -169,6 +169,7 @@ def metrics(folder: Path) -> list[str]:
     return (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
 
 
+@pytest.mark.campaign
 def test_without_a_tunnel_a_stranger_is_refused_but_all_is_read(
     hosts: Pair,  # noqa: F811
     launch: Launch,

@@ -19,13 +19,14 @@ from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.errors import BackwardError, DivergedError, NonFiniteError, RemoteError
-from mpsl_dist.methods import loop
+from mpsl_dist.methods import link, loop
 from mpsl_dist.methods.fedavg import FedAvg, build_clients
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.records import checkpoint, state
 from mpsl_dist.records.checkpoint import Manifest
 from mpsl_dist.records.run_directory import RunDirectory
+from mpsl_dist.runtime.answers import Answers, Lost
 
 STEPS, AT, GONE = 12, 4, 2
 
@@ -371,6 +372,8 @@ def test_a_client_whose_backward_fails_is_found_and_lost(capsys) -> None:
     losses += [method.step(n, n) for n in range(1, 4)]
     expected = reference.train(chosen, 4, absent=lambda n, step: n == GONE and step >= 1)
     assert_survivors_equal(method, expected, losses)
+    method.clients.fleet.awake = {GONE}
+    assert method.clients.readmit("step 4").clients == [], "it would only fail again"
     together, *alone = failing.asked
     assert alone[: len(together)] == [[client] for client in together]
     assert (method.clients.lost, method.repeated) == ({GONE}, 1)
@@ -426,10 +429,10 @@ def train_with_a_return(method: Mpsl, keep: Path | None = None, every: int = 2) 
         if step == BACK:
             method.clients.fleet.back = [GONE]
         back = method.clients.readmit(f"step {step}")
-        if back:
-            assert back == [GONE]
+        if back.clients:
+            assert back.clients == [GONE]
             method.welcome(back)
-        if back or epoch_step == 0:
+        if back.clients or epoch_step == 0:
             method.begin_epoch(epoch, epoch_step)
         losses.append(method.step(epoch_step, step))
         if keep and (step + 1) % every == 0:
@@ -465,6 +468,55 @@ def test_a_client_that_comes_back_goes_on_from(keeps: bool, tmp_path: Path) -> N
     assert_survivors_equal(method, expected, losses)
     assert method.clients.present == [0, 1, 2, 3]
     assert (method.clients.lost, method.clients.returned) == (set(), 1)
+
+
+def slow(method: Mpsl) -> None:
+    """Client ``GONE`` gives no answer in step ``AT``; what it was asked it does all the same."""
+    start, number = method.clients.fleet.start, f"step {AT}"
+
+    def silent(message: str, arguments: Any, where: str = "", autograd: Any = None) -> Any:
+        wait = start(message, arguments, where, autograd)
+        if GONE not in arguments or where != number:
+            return wait
+        others = {n: answer for n, answer in wait().by_client.items() if n != GONE}
+        return lambda: Answers(others, {GONE: Lost(f"lost in {message}, {where}")})
+
+    method.clients.fleet.start = silent
+
+
+def test_a_client_that_was_slow_goes_on_with_the_state_that_it_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "_ASK_AGAIN", 0.0)
+    chosen = experiment()
+    method = in_one_process(chosen)
+    slow(method)
+    losses = []
+    for step in range(STEPS):
+        if step == BACK:
+            method.clients.fleet.awake = {GONE}
+        back = method.clients.readmit(f"step {step}")
+        assert (back.fresh, back.awake) == ([], [GONE] if step == BACK else [])
+        if back.clients:
+            method.welcome(back)
+        epoch, epoch_step = divmod(step, len(method.plan))
+        if back.clients or epoch_step == 0:
+            method.begin_epoch(epoch, epoch_step)
+        losses.append(method.step(epoch_step, step))
+    away = range(AT, BACK)
+    expected = reference.train(chosen, STEPS, lambda n, step: n == GONE and step in away)
+    assert_survivors_equal(method, expected, losses)
+    assert (method.clients.lost, method.clients.returned) == (set(), 1)
+
+
+def test_nobody_comes_back_where_nobody_is_to() -> None:
+    method = in_one_process(experiment(faults={"rejoin": "never"}))
+    slow(method)
+    train(method, AT + 1)
+    fleet = method.clients.fleet
+    fleet.awake, fleet.back = {GONE}, [GONE]
+    assert method.clients.readmit("step 5").clients == []
+    assert method.clients.lost == {GONE}
 
 
 @pytest.mark.parametrize("every", [1, 3])

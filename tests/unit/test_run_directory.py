@@ -13,7 +13,7 @@ import yaml
 
 from mpsl_dist.config import ConfigError, load, to_dict
 from mpsl_dist.errors import RunError
-from mpsl_dist.methods import loop
+from mpsl_dist.methods import summary
 from mpsl_dist.reading import read_json, read_text, read_yaml
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.run_directory import RunDirectory, write_atomic
@@ -186,7 +186,7 @@ def test_an_experiment_that_is_no_text_is_named(tmp_path: Path) -> None:
 def test_a_failed_run_tells_what_its_metrics_know(run: RunDirectory) -> None:
     lines = [line(1), line(2), line(2, "test"), line(3, epoch=1, seconds=2.0)]
     (run.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    loop.failed_summary(toys.experiment(), run, "the disk is gone", clients_lost=2)
+    summary.failed_summary(toys.experiment(), run, "the disk is gone", clients_lost=2)
     found = run.summary()
     assert found.keys() >= CONTRACT
     assert (found["status"], found["reason"]) == ("failed", "the disk is gone")
@@ -203,7 +203,7 @@ def test_a_run_that_fails_before_an_epoch_is_over_has_every_key(
 ) -> None:
     if metrics:
         (run.path / "metrics.jsonl").write_text(metrics + "\n")
-    loop.failed_summary(toys.experiment(), run, "no reason")
+    summary.failed_summary(toys.experiment(), run, "no reason")
     found = run.summary()
     assert found.keys() >= CONTRACT and found["clients_lost"] == 0 and found["test"] == {}
     nulls = {f"{way}_bytes_per_client_per_epoch": None for way in ("up", "down")}
