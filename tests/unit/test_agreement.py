@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,14 @@ def experiment(**changes: Any) -> Experiment:
     own = {"name": "manifest", "place": "own", "test_at": "clients", "text_length": 12}
     data = own | {"image_size": 16, "partition": {"kind": "natural"}} | changes.pop("data", {})
     return toys.experiment(clients=2, data=data, **changes)
+
+
+@pytest.fixture(autouse=True)
+def log_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker sends the log to a file: not that of later tests."""
+    log = logging.getLogger("mpsl_dist")
+    for name in ("propagate", "handlers", "level"):
+        monkeypatch.setattr(log, name, getattr(log, name))
 
 
 @pytest.fixture
