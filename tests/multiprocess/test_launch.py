@@ -250,6 +250,7 @@ def test_a_failing_client_is_one_message_and_status_1(start: Start, tmp_path: Pa
     status, output = start(script=str(script)).finish(200)
     (error,) = errors(output)
     expected = r"error: worker\d, tokenize, step 2: client \d: OSError: clip_0042.mp4: truncated"
+    expected += r" \(0 clients are left, faults.min_clients is 1\)"
     assert status == 1 and re.fullmatch(expected, error), output
     assert_nothing_left(tmp_path)
 
@@ -264,7 +265,7 @@ def test_a_killed_worker_is_one_message_and_status_1(training: Start, tmp_path: 
 
 @pytest.mark.campaign
 def test_a_run_goes_on_without_a_killed_worker(training: Start, tmp_path: Path) -> None:
-    world = training("faults.on_loss=continue")
+    world = training("faults.on_loss=continue", "faults.rejoin=never")
     run, (rank, child) = tmp_path / "runs" / "toy", ranks(world, 2)
     os.kill(child, signal.SIGKILL)
     until(lambda: rank not in world.members(), 30, "the rank's end")
