@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mpsl_dist.errors import ConfigError, DiskError, RefusedError, ResumeError, UserError
 
 if TYPE_CHECKING:
-    from mpsl_dist.actors.holdings import Holdings
     from mpsl_dist.config import Experiment
     from mpsl_dist.records.run_directory import RunDirectory
     from mpsl_dist.runtime.environment import Environment
@@ -141,14 +140,15 @@ def _train(options: argparse.Namespace) -> int:
 
     if worker:
         return _serve(experiment, processes.place_in_world(experiment, options.words))
-    launched, holdings = _check_everything(options, experiment)
-    return _train_as_server(options, experiment, launched, holdings)
+    launched, data = _check_everything(options, experiment)
+    return _train_as_server(options, experiment, launched, data)
 
 
 def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> int:
     """Start server and workers on this machine; refuse what can be refused before."""
     from mpsl_dist import config
     from mpsl_dist.actors.part_checks import refusals_without_data
+    from mpsl_dist.methods.federation import refuse_shared_file
     from mpsl_dist.records.run_directory import RunDirectory
     from mpsl_dist.runtime import launch, network
 
@@ -157,6 +157,7 @@ def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> 
         network.existing_interface(chosen, "runtime.interface or TP_SOCKET_IFNAME")
     try:
         launch.check_room(ranks)
+        refuse_shared_file(experiment, None)
         directory = RunDirectory(experiment.run_directory)
         directory.check(config.to_dict(experiment), options.resume, options.overwrite)
         if refused := refusals_without_data(experiment):
@@ -187,7 +188,7 @@ def _serve(experiment: Experiment, launched: Environment) -> int:
 
 def _check_everything(
     options: argparse.Namespace, experiment: Experiment
-) -> tuple[Environment, Holdings]:
+) -> tuple[Environment, Any]:
     """Do everything that can refuse the run, and report all refusals at once."""
     from mpsl_dist import config
     from mpsl_dist.methods import processes
@@ -197,7 +198,7 @@ def _check_everything(
     results, refusals = [], []
     for check in (
         lambda: processes.place_in_world(experiment, options.words),
-        lambda: processes.checked_data(experiment),
+        lambda: processes.checked_at_server(experiment),
         lambda: directory.check(resolved, options.resume, options.overwrite),
     ):
         try:
@@ -206,12 +207,12 @@ def _check_everything(
             refusals.append(str(error))
     if refusals:
         raise ConfigError("\n".join(refusals))
-    launched, holdings, _ = results
-    return launched, holdings
+    launched, data, _ = results
+    return launched, data
 
 
 def _train_as_server(
-    options: argparse.Namespace, experiment: Experiment, launched: Environment, holdings: Holdings
+    options: argparse.Namespace, experiment: Experiment, launched: Environment, data: Any
 ) -> int:
     from mpsl_dist.analysis.plots import learning_curve
     from mpsl_dist.methods import processes
@@ -223,7 +224,7 @@ def _train_as_server(
     if not by_command:
         stop.listen()
     try:
-        summary = processes.train_as_server(experiment, launched, holdings, run, stop)
+        summary = processes.train_as_server(experiment, launched, data, run, stop)
     except Exception as error:
         status = 2 if getattr(error, "user_error", isinstance(error, UserError)) else 1
         try:
@@ -353,14 +354,17 @@ def _cost(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from mpsl_dist.actors import deployable
+    from mpsl_dist.actors.agreement import renumbered
     from mpsl_dist.actors.holdings import load_data, loaders_of
     from mpsl_dist.actors.local_data import TestData
 
     folder = Path(options.run) / "model"
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{options.run}: no model/ there; the run must be completed")
-    model, experiment, _ = deployable.load(folder, options.overrides)
-    splits = load_data(experiment)
+    model, experiment, classes = deployable.load(folder, options.overrides)
+    place = (experiment.data.place, experiment.data.test_at)
+    needs = ("test",) if place == ("own", "server") else ("train", "test")
+    splits = renumbered(load_data(experiment, needs), classes)
     print(f"the test set of {experiment.data.name}:")
     held = TestData(splits.test, loaders=loaders_of(experiment, splits))
     results = model.test(held, experiment.training.test_batch_size)

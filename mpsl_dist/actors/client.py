@@ -22,7 +22,12 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 ``damage``                what is wrong with that file: a text with the file's name, or nothing
 ========================  =====================================================================
 
-and, by distributed autograd in the backward, the gradient of its loss with respect to its
+Where data stay with their owners (``data.place: own``) its host says before all that, once, as an
+:class:`~mpsl_dist.actors.agreement.Offer`: its host's name, the shapes of its modalities, its class
+names (unless ``data.classes`` declares them), each client's number of training and test samples and
+how many of its files are missing; or why it has none to offer, which may name files and labels.
+
+And, by distributed autograd in the backward, the gradient of its loss with respect to its
 predictions. In classification that gradient reads every label (softmax minus one-hot: the one
 negative entry is the label), in this protocol as in the paper's. Raw inputs and labels themselves
 are never returned.
@@ -86,6 +91,8 @@ class Client:
     task : Task
         Compares predictions with its labels.
     device : str
+    home : Path
+        The folder that the folders of its states lie below, unless they are absolute.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class Client:
         fusion: str,
         task: Task,
         device: str = "cpu",
+        home: Path = Path(),
     ) -> None:
         self.number = number
         self.data = data
@@ -107,6 +115,7 @@ class Client:
         self.fusion = fusion
         self.task = task
         self.device = device
+        self.home = home
         self._accumulated: Tensor | None = None
         self._visiting: Tokenizers | None = None
 
@@ -302,6 +311,10 @@ class Client:
         """
         return state.damage(self._file(folder), digest)
 
+    def prune(self, folders: Sequence[str]) -> None:
+        """Remove its files beside these folders, of checkpoints that the run no longer has."""
+        state.prune([self._file(folder) for folder in folders])
+
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
         with state.continuing(self._file(folder), self.device) as parts:
@@ -317,7 +330,7 @@ class Client:
         return self.stepper.parameters
 
     def _file(self, folder: str) -> Path:
-        return Path(folder) / state.client_file(self.number)
+        return self.home / folder / state.client_file(self.number)
 
     def _smash(self, tokenizers: Tokenizers, batch: Batch) -> list[Tensor]:
         dtype = next(tokenizers.parameters()).dtype

@@ -14,7 +14,9 @@ Everything that a client ever sends is what a method of :class:`FederatedClient`
 ``damage``       what is wrong with that file: a text with the file's name, or nothing
 ===============  ==============================================================================
 
-Raw inputs, labels and single gradients never leave; frozen parameters neither leave nor arrive.
+Where data stay with their owners its host says before all that what it has, as
+:mod:`mpsl_dist.actors.client` tells. Raw inputs, labels and single gradients never leave; frozen
+parameters neither leave nor arrive.
 """
 
 from __future__ import annotations
@@ -71,6 +73,8 @@ class FederatedClient:
         Carry the optimizers' state from round to round.
     local_epochs : int
         Per round.
+    home : Path
+        The folder that the folders of its states lie below, unless they are absolute.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class FederatedClient:
         training: Training,
         keep_optimizer: bool,
         local_epochs: int,
+        home: Path = Path(),
     ) -> None:
         self.number = number
         self.data = data
@@ -90,6 +95,7 @@ class FederatedClient:
         self.training = training
         self.keep_optimizer = keep_optimizer
         self.local_epochs = local_epochs
+        self.home = home
         self.learner = Learner(model, training)
         self.counts: list[int] = []
         self.span = (1, 1)
@@ -183,6 +189,10 @@ class FederatedClient:
         """
         return state.damage(self._file(folder), digest)
 
+    def prune(self, folders: Sequence[str]) -> None:
+        """Remove its files beside these folders, of checkpoints that the run no longer has."""
+        state.prune([self._file(folder) for folder in folders])
+
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
         with state.continuing(self._file(folder)) as kept:
@@ -197,7 +207,7 @@ class FederatedClient:
         return self.learner.parameters
 
     def _file(self, folder: str) -> Path:
-        return Path(folder) / state.client_file(self.number)
+        return self.home / folder / state.client_file(self.number)
 
     def _step_of_the_run(self, round_: int, local_epoch: int, epoch_step: int) -> int:
         steps, batches = self.span[0], len(self.counts) * self.local_epochs

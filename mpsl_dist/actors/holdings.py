@@ -1,8 +1,13 @@
-"""Who has which samples: the data of an experiment, dealt once a process."""
+"""Who has which samples: the data of an experiment, dealt once a process.
+
+Where data stay with their owners (``data.place: own``) a worker deals its own host's rows among its
+own clients, and the server knows of them what :mod:`mpsl_dist.actors.agreement` says.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsl_dist import data
+from mpsl_dist.actors.agreement import Agreement, Elsewhere, Offer, renumbered
 from mpsl_dist.actors.choices import pixels_of
 from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.config import Experiment
@@ -22,19 +28,26 @@ from mpsl_dist.errors import ConfigError
 _log = logging.getLogger("mpsl_dist")
 
 
-def load_data(experiment: Experiment) -> Splits:
+def load_data(experiment: Experiment, needs: Sequence[str] = ("train", "test")) -> Splits:
     """Load the experiment's dataset.
+
+    Parameters
+    ----------
+    needs : sequence of str
+        The splits that will be used.
 
     Raises
     ------
     UserError
-        If it is unknown, missing or damaged, or has no use for an option.
+        If it is unknown, missing or damaged, has no use for an option, or has another label than
+        ``data.classes``.
     """
-    chosen = experiment.data
-    splits = data.load(chosen.name, chosen.root, chosen.text_length, **data_options(experiment))
+    chosen, options = experiment.data, data_options(experiment)
+    splits = data.load(chosen.name, chosen.root, chosen.text_length, needs=needs, **options)
     colours = PIXELS.get(pixels_of(experiment))
     train, test = (with_colours(split, colours) for split in (splits.train, splits.test))
-    return replace(splits, train=train, test=test)
+    splits = replace(splits, train=train, test=test)
+    return splits if chosen.classes is None else renumbered(splits, chosen.classes)
 
 
 def loaders_of(experiment: Experiment, splits: Splits) -> Loaders:
@@ -61,6 +74,10 @@ class Holdings:
         (samples,) positions in the test split by client; all empty where the server has them.
     loaders : Loaders
         Read for everyone in this process.
+    first : int
+        Number of the first client whose samples these are: 0, but on a worker that has its own.
+    agreement : Agreement, optional
+        What the hosts agreed on whose own data these are.
     """
 
     experiment: Experiment
@@ -68,27 +85,65 @@ class Holdings:
     dealt: Dealt
     tests: tuple[NDArray[np.int64], ...]
     loaders: Loaders
+    first: int = 0
+    agreement: Agreement | None = None
 
     @classmethod
-    def deal(cls, experiment: Experiment, splits: Splits) -> Holdings:
+    def deal(
+        cls, experiment: Experiment, splits: Splits, clients: Sequence[int] | None = None
+    ) -> Holdings:
         """Deal the samples by the experiment's rule and seed.
+
+        Parameters
+        ----------
+        clients : sequence of int, optional
+            The numbers of those among whom they are dealt, in a row; by default all. One client
+            whose rows name no owner has them all, under ``natural`` too.
 
         Raises
         ------
         UserError
             If there are too few samples, or the data names another number of clients.
         """
-        rule, clients, seed = experiment.data.partition, experiment.clients, experiment.seed
-        dealt = deal(splits, clients, rule.kind, rule.alpha, rule.minimum, seed)
-        if len(dealt.parts) != clients:
+        rule, numbers = experiment.data.partition, clients or range(experiment.clients)
+        count, seed = len(numbers), experiment.seed + numbers[0]
+        nameless = getattr(splits.train, "clients", None) is None
+        kind = "iid" if clients and count == 1 and nameless else rule.kind
+        dealt = deal(splits, count, kind, rule.alpha, rule.minimum, seed)
+        if len(dealt.parts) != count:
+            key = "clients_per_worker" if clients else "clients"
             raise ConfigError(
-                f"clients: {clients}, but the data names {len(dealt.parts)} and "
-                f"data.partition.kind=natural takes each; set clients={len(dealt.parts)}"
+                f"{key}: {count}, but the data names {len(dealt.parts)} and "
+                f"data.partition.kind=natural takes each; set {key}={len(dealt.parts)}"
             )
-        tests = [np.empty(0, dtype=np.int64)] * clients
+        tests = [np.empty(0, dtype=np.int64)] * count
         if experiment.data.test_at == "clients":
-            tests = partition(splits.test.labels, clients, "iid", 1.0, 1, seed)
-        return cls(experiment, splits, dealt, tuple(tests), loaders_of(experiment, splits))
+            tests = partition(splits.test.labels, count, "iid", 1.0, 1, seed)
+        loaders = loaders_of(experiment, splits)
+        return cls(experiment, splits, dealt, tuple(tests), loaders, numbers[0])
+
+    @classmethod
+    def elsewhere(
+        cls, experiment: Experiment, agreement: Agreement, own: Splits | None
+    ) -> Holdings:
+        """Return what the server knows of samples that lie on the workers' hosts.
+
+        Parameters
+        ----------
+        own : Splits, optional
+            Its own data, where it has the test set.
+        """
+        sizes = agreement.train
+        missing_train, missing_test = agreement.missing
+        test = Elsewhere.of(agreement.test, missing_test)
+        if own is not None:
+            test = renumbered(own, agreement.classes).test
+        train = Elsewhere.of(sum(sizes), missing_train)
+        splits = Splits(train, test, agreement.shapes, agreement.classes)
+        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+        dealt = Dealt(parts, "own: every worker's host has its own data")
+        tests, loaders = (np.empty(0, dtype=np.int64),) * len(sizes), loaders_of(experiment, splits)
+        return cls(experiment, splits, dealt, tests, loaders, agreement=agreement)
 
     @classmethod
     def load(cls, experiment: Experiment) -> Holdings:
@@ -102,9 +157,21 @@ class Holdings:
 
     def of(self, number: int) -> tuple[LocalData, TestData]:
         """Return a client's own training and test samples."""
-        part, seed = self.dealt.parts[number], self.experiment.seed
-        train = LocalData(self.splits.train, part, seed, number, self.loaders)
-        return train, TestData(self.splits.test, self.tests[number], self.loaders)
+        part, test = self.dealt.parts[number - self.first], self.tests[number - self.first]
+        train = LocalData(self.splits.train, part, self.experiment.seed, number, self.loaders)
+        return train, TestData(self.splits.test, test, self.loaders)
+
+    def numbered(self, classes: Sequence[str]) -> Holdings:
+        """Return the same, labels numbered by this list of classes, which holds all of theirs."""
+        splits = renumbered(self.splits, classes)
+        return replace(self, splits=splits, loaders=loaders_of(self.experiment, splits))
+
+    def offer(self, host: str) -> Offer:
+        """Return what a host says of these, its own."""
+        splits, test = self.splits, tuple(len(part) for part in self.tests)
+        missing = tuple(len(getattr(part, "missing", ())) for part in (splits.train, splits.test))
+        shapes, classes = dict(splits.shapes), tuple(splits.classes)
+        return Offer(host, shapes, classes, tuple(self.sizes), test, missing)
 
     def log(self) -> None:
         """Log who holds how much, by which rule."""
@@ -117,5 +184,5 @@ class Holdings:
             max(sizes),
             float(np.median(sizes)),
         )
-        for number, name in enumerate(self.dealt.names):
-            _log.info("client %d is '%s': %d samples", number, name, sizes[number])
+        for part, name in enumerate(self.dealt.names):
+            _log.info("client %d is '%s': %d samples", self.first + part, name, sizes[part])

@@ -34,7 +34,7 @@ def refusals_without_data(experiment: Experiment) -> list[str]:
         lambda modality=modality: assembly.tokenizer_options(experiment, modality)
         for modality in experiment.model.tokenizers
     ]
-    return _lines([*checks, *_taken(experiment)])
+    return _built_in(experiment) + _lines([*checks, *_taken(experiment)])
 
 
 def refusals_with_data(experiment: Experiment, splits: Splits) -> list[str]:
@@ -53,6 +53,14 @@ def refusals_with_data(experiment: Experiment, splits: Splits) -> list[str]:
     ]
     refused = _without_a_use(experiment, splits) + _lines(checks)
     return refused or _lines([lambda: _build(experiment, splits)])
+
+
+def _built_in(experiment: Experiment) -> list[str]:
+    """Refuse that hosts have data of their own which are the same everywhere."""
+    name = experiment.data.name
+    if experiment.data.place == "simulated" or name not in DATASETS or DATASETS[name].files:
+        return []
+    return [f"data.place: own, but {name} is built in, the same everywhere; data.place=simulated"]
 
 
 def _build(experiment: Experiment, splits: Splits) -> None:

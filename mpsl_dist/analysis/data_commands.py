@@ -15,6 +15,7 @@ from mpsl_dist.data.fetch.check import Report, check
 from mpsl_dist.data.fetch.download import download
 from mpsl_dist.data.partition import shares
 from mpsl_dist.errors import UserError
+from mpsl_dist.methods.federation import is_own, seen_by_worker
 from mpsl_dist.methods.processes import checked_data
 
 
@@ -46,6 +47,7 @@ def check_data(experiment: Experiment, workers: int | None = None, limit: int | 
             workers=workers or min(8, os.cpu_count() or 1),
             limit=limit,
             text_length=data.text_length,
+            needs=seen_by_worker(experiment)[0],
             **data_options(experiment),
         )
         print(report)
@@ -80,6 +82,13 @@ def _plan(experiment: Experiment, holdings: Holdings) -> list[str]:
     """Return what a run of the experiment would do with its data."""
     sizes, batch = holdings.sizes, experiment.training.batch_size
     steps = len(shares(sizes, batch, experiment.client_share))
+    if is_own(experiment):
+        has = f"{sum(sizes):,} samples for {len(sizes):,} clients"
+        tests = sum(map(len, holdings.tests))
+        return [
+            f"a worker here: {', '.join(holdings.splits.shapes)}; {has}, {tests:,} for testing; "
+            "what other hosts have shows at the start"
+        ]
     where = "the server" if experiment.data.test_at == "server" else "the clients, a part each"
     return [
         f"the run: {experiment.method} on {', '.join(holdings.splits.shapes)}, tested at {where}",

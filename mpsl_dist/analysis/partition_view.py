@@ -65,6 +65,10 @@ def holdings(experiment: Experiment) -> PartitionTable:
     UserError
         If the data cannot be loaded or dealt.
     """
+    if experiment.data.place == "own":
+        raise ConfigError(
+            "data.place: own, so no host sees who holds what; data check shows this host's rows"
+        )
     splits = load_data(experiment)
     dealt = Holdings.deal(experiment, splits).dealt
     labels = splits.train.labels.numpy()

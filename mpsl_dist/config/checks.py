@@ -45,9 +45,17 @@ def problems(experiment: Experiment) -> list[str]:
     try:
         if facts_of(experiment).adapted:
             found += _adapter_problems(experiment)
+        if facts_of(experiment).one_process and experiment.data.place == "own":
+            found.append(
+                f"data.place: own has no meaning for method={experiment.method}, which has all "
+                "the data in one process; take data.place=simulated"
+            )
         found += _modality_problems(experiment)
     except ConfigError as error:
         found += str(error).splitlines()
+    classes = experiment.data.classes
+    if classes is not None and (len(set(classes)) < max(2, len(classes)) or "" in classes):
+        found.append("data.classes: name at least two, each once, or leave it null")
     chosen = experiment.data.modalities
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         found.append("data.modalities: name at least one, each once, or leave it null")

@@ -23,6 +23,18 @@ KEYS_OF_USE = (
     "device",
     "training.test_batch_size",
 )
+#: Keys that are each host's own matter where data stay with their owners (``data.place=own``).
+HOST_KEYS = (
+    "data.cache",
+    "data.loaders",
+    "data.root",
+    "device",
+    "output",
+    "runtime.interface",
+    "runtime.server_threads",
+    "runtime.worker_threads",
+    "weights.root",
+)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -99,6 +111,18 @@ def override(
     if errors:
         raise ConfigError("\n".join(errors))
     return changed
+
+
+def at_home(shared: Experiment, own: Experiment) -> Experiment:
+    """Return the experiment that all hosts share, with :data:`HOST_KEYS` as this host has them."""
+    values, mine = to_dict(shared), to_dict(own)
+    for key in HOST_KEYS:
+        *parents, last = key.split(".")
+        into, source = values, mine
+        for parent in parents:
+            into, source = into[parent], source[parent]
+        into[last] = source[last]
+    return from_dict(values)
 
 
 def _trained_with(values: Mapping[str, Any], key: str) -> str:

@@ -26,6 +26,12 @@ class Data:
     name: str = "digits-qa"
     #: Folder of the datasets that are read from disk.
     root: str | None = None
+    #: ``own``: every host reads its own data alone, from its own ``data.root``, see
+    #: ``docs/federation.md``; ``simulated``: every worker finds all of them, and takes its part.
+    place: Literal["simulated", "own"] = "simulated"
+    #: The classes in the order of their numbers; any other label is refused. Null takes those that
+    #: the data have, with ``own`` those of all hosts together.
+    classes: list[str] | None = None
     #: Who holds the test set: the server (a public benchmark), or the clients, a part each.
     test_at: Literal["server", "clients"] = "server"
     partition: Partition = field(default_factory=Partition)

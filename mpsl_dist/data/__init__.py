@@ -31,6 +31,7 @@ def load(
     *,
     plugins: Sequence[str] = (),
     own_options: Mapping[str, Any] | None = None,
+    needs: Sequence[str] = ("train", "test"),
     **options: Any,
 ) -> Splits:
     """Load a dataset by name.
@@ -48,6 +49,9 @@ def load(
         Modules that may define further datasets.
     own_options : mapping, optional
         Options that only this dataset has, by name.
+    needs : sequence of str
+        The splits that will be used, ``train``, ``test`` or both. A dataset whose parts may lie on
+        several hosts reads no other one, which is empty then.
     options
         ``image_size``, ``audio_frames``, ``modalities``, ``on_error``, ``max_missing`` and
         ``cache``; None leaves the dataset's own default.
@@ -69,6 +73,8 @@ def load(
         given["text_length"] = text_length
     if "on_error" in facts.reads:
         given.setdefault("on_error", facts.on_error)
+    if "needs" in facts.reads:
+        given["needs"] = tuple(needs)
     own = checked_options(facts.options, own_options or {}, "data.options")
     if facts.options is not None:
         given["options"] = own

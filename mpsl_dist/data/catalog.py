@@ -26,6 +26,7 @@ Option = Literal[
     "on_error",
     "max_missing",
     "cache",
+    "needs",
 ]
 #: Captions taken of every picture of a retrieval dataset, the first ones.
 CAPTIONS = 5
@@ -70,7 +71,8 @@ class DatasetFacts:
     reads : tuple of str
         The options of an experiment that it has a use for, of :data:`Option`. All others are
         refused, except ``text_length``, which is not passed on then. An option that the experiment
-        leaves out is not passed either: the default of ``load`` counts.
+        leaves out is not passed either: the default of ``load`` counts. ``needs`` is no key but
+        what this host will use: ``("train",)``, ``("test",)`` or both.
     options : type or None
         A frozen dataclass of options that this dataset alone has. ``load`` receives an instance as
         ``options``, made and checked from ``data.options`` of the configuration.
@@ -296,6 +298,6 @@ DATASETS: dict[str, DatasetFacts] = {
     ),
     "manifest": DatasetFacts(
         f"{_SETS}.manifest:load",
-        reads=("text_length", "image_size", "audio_frames", "modalities", *_ON_DISK),
+        reads=("text_length", "image_size", "audio_frames", "modalities", "needs", *_ON_DISK),
     ),
 }

@@ -21,7 +21,7 @@ def remarks(splits: Splits) -> list[str]:
         if isinstance(part, FileDataset) and "text" in part.view.modalities:
             length = part.view.text_length
             # Of very many texts some, spread evenly.
-            every = -(-len(part.samples) // _COUNTED)
+            every = max(1, -(-len(part.samples) // _COUNTED))
             texts = [part.samples[row].text or "" for row in range(0, len(part.samples), every)]
             if cut := _longer(texts, length):
                 of = f"{len(texts):,} {name} texts{' looked at' if every > 1 else ''}"

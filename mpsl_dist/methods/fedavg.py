@@ -194,6 +194,7 @@ def build_clients(
             experiment.training,
             rules.optimizer == "keep",
             rules.local_epochs,
+            experiment.run_directory.absolute(),
         )
         for number in numbers
     ]

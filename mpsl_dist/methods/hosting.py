@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mpsl_dist.actors.agreement import Agreement
 from mpsl_dist.actors.assembly import build_shared_text, build_tokenizers
 from mpsl_dist.actors.choices import describe, device_of, fusion_of, task_of
 from mpsl_dist.actors.client import Client, Local
@@ -19,13 +20,14 @@ from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import RemoteError
+from mpsl_dist.methods import federation
 from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import environment, world
 from mpsl_dist.runtime.answers import name_clients
 from mpsl_dist.runtime.fleet import Fleet
 from mpsl_dist.runtime.generations import Generations
-from mpsl_dist.runtime.placement import gpu_of, place
+from mpsl_dist.runtime.placement import gpu_of, place, place_in_order
 
 #: ``build(experiment, numbers, holdings, reference)`` returns clients that live in the process that
 #: it runs in. ``reference(tokenizers)`` returns a client's handle on its tokenizers: an RRef.
@@ -92,17 +94,24 @@ def build_clients(
     shared_text = build_shared_text(experiment, splits)
     first = build_tokenizers(experiment, splits, shared_text).to(device)
     fusion, task = fusion_of(experiment, splits), task_of(splits)
+    home = experiment.run_directory.absolute()
     clients = []
     for number in numbers:
         tokenizers = copy_of(first)
         stepper = Stepper(tokenizers.parameters(), experiment.training.client)
         own = holdings.of(number)
-        clients.append(Client(number, *own, reference(tokenizers), stepper, fusion, task, device))
+        owned = (reference(tokenizers), stepper, fusion, task, device, home)
+        clients.append(Client(number, *own, *owned))
     return clients
 
 
 def host_clients(
-    experiment: Experiment, numbers: Sequence[int], rank: int, threads: int, build: BuildClients
+    experiment: Experiment,
+    numbers: Sequence[int],
+    rank: int,
+    threads: int,
+    build: BuildClients,
+    agreement: Agreement | None = None,
 ) -> Host:
     """Build clients on a worker, where this runs.
 
@@ -114,11 +123,18 @@ def host_clients(
         The worker's rank and its compute threads.
     build : callable
         As of :data:`BuildClients`.
+    agreement : Agreement, optional
+        Where the data are the worker's own: what all hosts agreed on, as it was told.
     """
+    holdings = None
+    if agreement is not None:
+        holdings = federation.as_agreed(experiment, numbers, rank, agreement)
+        experiment = holdings.experiment
+        threads = experiment.runtime.worker_threads or threads
     log = log_to(experiment.run_directory / f"rank{rank}.log")
     world.set_threads(threads)
     experiment = on_own_gpu(experiment)
-    holdings = Holdings.load(experiment)
+    holdings = holdings or Holdings.load(experiment)
     device = describe(device_of(experiment))
     host = Host(build(experiment, numbers, holdings, world.reference), device)
     for client in host.clients.values():
@@ -135,6 +151,8 @@ def timeout_of(experiment: Experiment) -> float:
 def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) -> Fleet:
     """Have every worker build its clients; all workers get about equally many samples.
 
+    Where the data are the workers' own, clients live on the workers in the order of their numbers.
+
     Parameters
     ----------
     build : callable
@@ -147,8 +165,11 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
     RemoteError
         If a worker fails or is lost.
     """
-    experiment = setup.experiment
-    placed = dict(enumerate(place(setup.holdings.sizes, experiment.workers), 1))
+    experiment, agreement = setup.experiment, setup.holdings.agreement
+    spread = place(setup.holdings.sizes, experiment.workers)
+    if agreement is not None:
+        spread = place_in_order(experiment.clients, experiment.clients_per_worker)
+    placed = dict(enumerate(spread, 1))
 
     def who(rank: int) -> str:
         return f"{world.rank_name(rank)} ({name_clients(placed[rank])})"
@@ -157,7 +178,11 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
         hosted: Mapping[int, Sequence[int]], number: int | None
     ) -> tuple[int, dict[int, RemoteError]]:
         arguments = {
-            rank: (experiment, hosted[rank], rank, setup.worker_threads, build) for rank in hosted
+            rank: (
+                *(experiment, hosted[rank], rank, setup.worker_threads, build),
+                agreement.told(rank) if agreement else None,
+            )
+            for rank in hosted
         }
         return world.create(host_clients, arguments, experiment.runtime.start_timeout, number, who)
 

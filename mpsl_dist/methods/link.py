@@ -70,6 +70,10 @@ class Transport(Protocol):
         """Take back workers of lost clients that are there again; return their clients, as new."""
         ...
 
+    def where(self, client: int) -> str:
+        """Return a client as a user reads it: its number, and where it is."""
+        ...
+
     def idle(self, clients: Collection[int]) -> list[int]:
         """Return those of these clients whose worker answers, and has nothing else to do."""
         ...
@@ -122,6 +126,9 @@ class Link:
         self.done = 0
         #: Client -> folder and digest of what it last kept for its return.
         self._kept: dict[int, tuple[str, str]] = {}
+        #: The server's run directory, where clients have their own in its place
+        #: (``data.place: own``); None where they write to the server's.
+        self.run: Path | None = None
 
     def __len__(self) -> int:
         return len(self.fleet.clients)
@@ -241,8 +248,13 @@ class Link:
         self._asked = now
         return self.fleet.idle(silent)
 
+    def _there(self, folder: str) -> str:
+        """Return a folder of the run as clients are told it: below their own, if they have one."""
+        return folder if self.run is None else str(Path(folder).relative_to(self.run))
+
     def keep(self, folder: str, where: str) -> None:
         """Have every client write its state where it is, for its own return."""
+        folder = self._there(folder)
         digests = self.start("save", self.everyone(folder), where)()
         self._kept |= {client: (folder, digest) for client, digest in digests.items()}
 
@@ -277,7 +289,8 @@ class Link:
         dict of str to str
             Name of every part -> its SHA-256.
         """
-        wait = self.start("save", self.everyone(folder), f"checkpoint, step {self.done}")
+        there = self._there(folder)
+        wait = self.start("save", self.everyone(there), f"checkpoint, step {self.done}")
         try:
             digests = {state.SERVER: own()}
         finally:
@@ -293,13 +306,21 @@ class Link:
             What :meth:`save` returned; empty where nobody kept it.
         """
         asked = {
-            n: (folder, files.get(state.client_file(n)))
+            n: (self._there(folder), files.get(state.client_file(n)))
             for n in self.fleet.clients
             if not absent_from(files, n)
         }
         wait = self.start("damage", asked, "resume", needed=True)
         own = state.damage(Path(folder) / state.SERVER, files.get(state.SERVER))
-        return next((found for found in (own, *wait().values()) if found), None)
+        told = wait()
+        found = (f"{self.fleet.where(n)}: {why}" for n, why in told.items() if why)
+        return own or next(found, None)
+
+    def prune(self, folders: Sequence[str]) -> None:
+        """Have clients remove from their own disks what they wrote of other checkpoints."""
+        if self.run is not None:
+            kept = [self._there(folder) for folder in folders]
+            self.start("prune", self.everyone(kept), "checkpoint")()
 
     def restore(self, folder: str, files: Mapping[str, str], own: Callable[[], None]) -> None:
         """Have every client that has a part continue from :meth:`save`.
@@ -311,7 +332,8 @@ class Link:
         own : callable
             Does so for the server.
         """
-        asked = {n: (folder,) for n in self.fleet.clients if not absent_from(files, n)}
+        there = self._there(folder)
+        asked = {n: (there,) for n in self.fleet.clients if not absent_from(files, n)}
         wait = self.start("restore", asked, "resume", needed=True)
         try:
             own()

@@ -36,6 +36,8 @@ def train(
     DataError
         If test files cannot be read, see :func:`mpsl_dist.methods.evidence.look_at_tests`.
     """
+    if method.clients and experiment.data.place == "own":
+        method.clients.run = run.path.absolute()
     at = _resume(experiment, method, run)
     look_at_tests(splits, method, stop)
     started = time.perf_counter() - at.seconds
@@ -216,4 +218,7 @@ def _save(experiment: Experiment, method: Method, run: RunDirectory, at: Positio
         checkpoint.abandon(run.checkpoints, at.step)
         raise
     at.saved = at.step
+    if method.clients:
+        kept = [str(path.absolute()) for path in checkpoint.complete_ones(run.checkpoints)]
+        method.clients.prune(kept)
     _log.info("checkpoint at step %d", at.step)

@@ -6,15 +6,18 @@ import importlib.metadata
 import logging
 import os
 import shlex
-from collections.abc import Collection, Sequence
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from mpsl_dist import plugins
 from mpsl_dist.actors.choices import describe, device_of, head_of, unread_by_head
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data, refusals_without_data
 from mpsl_dist.config import Experiment, to_dict
+from mpsl_dist.config.loading import HOST_KEYS
 from mpsl_dist.config.methods import (
     comes_back,
     facts_of,
@@ -22,9 +25,10 @@ from mpsl_dist.config.methods import (
     processes_of,
     unread,
 )
+from mpsl_dist.data import Splits
 from mpsl_dist.data.remarks import remarks
 from mpsl_dist.errors import ConfigError, LaunchError, UserError
-from mpsl_dist.methods import loop
+from mpsl_dist.methods import federation, loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.methods.method import Method
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
@@ -59,13 +63,15 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
     Raises
     ------
     ConfigError
-        If the launcher started another number of processes.
+        If the launcher started another number of processes, or several of one host would read the
+        same data as their own.
     LaunchError
         If its variables contradict each other, or there is none and so many processes do not fit
         this machine.
     """
     needed = processes_of(experiment)
     found = environment.resolve(os.environ)
+    federation.refuse_shared_file(experiment, found)
     if found is None:
         launch.check_room(needed)
         return environment.alone()
@@ -87,6 +93,7 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
 def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
     """Host clients until the server ends the world, through all of its generations."""
     returns = supervisor.returns()
+    world.settle(experiment)
     # Three pings without an answer, and the waits between them, are faults.exit_timeout.
     patience = max(5.0, experiment.faults.exit_timeout / 4)
 
@@ -100,7 +107,7 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
             process.leave(0)
     else:
         joined = join(experiment, launched)
-        if supervisor.is_child():
+        if supervisor.is_child() and not federation.is_own(experiment):
             supervisor.beat()
     if launched.folder:
         process.follow_server(ping)
@@ -114,21 +121,43 @@ def serve_as_worker(experiment: Experiment, launched: Environment) -> None:
         end_watch()
         if word == "end":
             break
-        generations.follow(joined, number)
+        if word == "refused":
+            _leave_refused(number, ping)
+        elif word == "meet":
+            generations.follow(joined, number)
+        elif supervisor.is_child():  # agreed: from now on it is a loss if this process ends
+            supervisor.beat()
     if not number:  # not together
         process.leave(0)
     world.stop()
 
 
+def _leave_refused(why: str, ping: Callable[[], bool]) -> NoReturn:
+    """Say why this host cannot take part, and end after the server, which tells its own user."""
+    print("\n".join(f"error: {line}" for line in why.splitlines()), file=sys.stderr, flush=True)
+    while ping():
+        time.sleep(0.2)
+    process.leave(2)
+
+
 def train_as_server(
     experiment: Experiment,
     launched: Environment,
-    holdings: Holdings,
+    data: Holdings | Splits | None,
     run: RunDirectory,
     stop: process.StopRequest,
 ) -> dict[str, Any]:
-    """Train with the clients of all workers, and return what ``summary.json`` holds."""
+    """Train with the clients of all workers, and return what ``summary.json`` holds.
+
+    Parameters
+    ----------
+    data : Holdings, Splits or None
+        Of :func:`checked_at_server`.
+    """
     joined = join(experiment, launched) if launched.world > 1 else None
+    holdings = data
+    if federation.is_own(experiment):
+        holdings = federation.open_federation(experiment, data, joined)
     method = connect(experiment, launched, holdings, joined)
     if launched.folder:
         stop.listen()
@@ -188,6 +217,8 @@ def connect(
 def checked_data(experiment: Experiment) -> Holdings:
     """Load and deal the data; refuse what cannot work before any process waits for another.
 
+    Where data stay with their owners: this host's, as one of its workers would have them.
+
     Raises
     ------
     UserError
@@ -197,9 +228,10 @@ def checked_data(experiment: Experiment) -> Holdings:
     """
     refusals = refusals_without_data(experiment)
     splits = holdings = None
+    needs, clients = federation.seen_by_worker(experiment)
     try:
-        splits = load_data(experiment)
-        holdings = Holdings.deal(experiment, splits)
+        splits = load_data(experiment, needs)
+        holdings = Holdings.deal(experiment, splits, clients)
     except UserError as error:
         refusals += str(error).splitlines()
     if splits is not None:
@@ -207,6 +239,22 @@ def checked_data(experiment: Experiment) -> Holdings:
     if refusals or holdings is None:
         raise ConfigError("\n".join(dict.fromkeys(refusals)))
     return holdings
+
+
+def checked_at_server(experiment: Experiment) -> Holdings | Splits | None:
+    """Return what the server can look at before it meets the workers; raises as above.
+
+    Returns
+    -------
+    Holdings, Splits or None
+        All data, dealt; where data stay with their owners the server's own test set, None where it
+        has none.
+    """
+    if not federation.is_own(experiment):
+        return checked_data(experiment)
+    if refusals := refusals_without_data(experiment):
+        raise ConfigError("\n".join(refusals))
+    return federation.servers_data(experiment)
 
 
 def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirectory:
@@ -280,7 +328,8 @@ def prove(
     versions = {name: importlib.metadata.version(name) for name in ("mpsl_dist", "torch")}
     facts = {name: version.partition("+")[0] for name, version in versions.items()}
     facts |= flatten(to_dict(experiment))
-    del facts["runtime.interface"]  # a host's own matter
+    for key in HOST_KEYS if federation.is_own(experiment) else ("runtime.interface",):
+        del facts[key]
     card = admission.Card(launched.rank, network.host_name(), facts)
     token, patience = read_token(os.environ), patience or experiment.runtime.start_timeout
     port = launched.port + 1

@@ -81,6 +81,11 @@ def begin(checkpoints: Path, step: int) -> Path:
     return folder
 
 
+def complete_ones(checkpoints: Path) -> list[Path]:
+    """Return the folders of all complete checkpoints, the earliest first."""
+    return [path for path in _folders(checkpoints) if (path / "manifest.json").is_file()]
+
+
 def abandon(checkpoints: Path, step: int) -> None:
     """Remove what was written of a checkpoint that could not be completed."""
     _remove(folder_of(checkpoints, step))

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +57,19 @@ def save(path: Path, state: Mapping[str, Any]) -> str:
             partial.unlink()
         raise DiskError.of(path, error) from error
     return stream.digest.hexdigest()
+
+
+def prune(kept: Sequence[Path]) -> None:
+    """Remove files of the same name in the folders beside those of these; keep these.
+
+    What cannot be removed stays: it costs room alone.
+    """
+    for path in kept[:1]:
+        for old in path.parent.parent.glob(f"*/{path.name}"):
+            if old not in kept:
+                with contextlib.suppress(OSError):
+                    old.unlink()
+                    old.parent.rmdir()  # unless another client has a file there
 
 
 class _Digesting:

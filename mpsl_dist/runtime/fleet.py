@@ -267,6 +267,11 @@ class Fleet:
             lines.append(f"{where}: {name_clients(hosted)}")
         return lines
 
+    def where(self, client: int) -> str:
+        """Return a client as a user reads it: its number, and its worker and node."""
+        worker = next(name for name, hosted in self.hosted.items() if client in hosted)
+        return self._who(worker, [client])
+
     def _who(self, worker: str, clients: Sequence[int]) -> str:
         return f"{self._at(worker)} ({name_clients(clients)})"
 

@@ -101,6 +101,10 @@ class LocalFleet:
         """Open what the gradients of one backward through these clients live in."""
         yield LocalAutograd()
 
+    def where(self, client: int) -> str:
+        """Return a client as a user reads it."""
+        return f"client {client}"
+
     def returned(self, lost: Collection[int]) -> list[int]:
         """Return nobody: there are no workers to come back."""
         return []

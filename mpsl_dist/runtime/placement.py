@@ -33,6 +33,14 @@ def place(sizes: Sequence[int], workers: int) -> list[list[int]]:
     return [sorted(clients) for clients in placed]
 
 
+def place_in_order(clients: int, each: int) -> list[list[int]]:
+    """Return the client numbers of worker rank 1, 2, ...: ``each`` in the order of their numbers.
+
+    So a client's number follows from its worker's rank alone.
+    """
+    return [list(range(first, min(first + each, clients))) for first in range(0, clients, each)]
+
+
 def gpu_of(local_rank: int, gpus: int, beside_server: bool) -> int:
     """Return the index of a rank's GPU among those of its node.
 

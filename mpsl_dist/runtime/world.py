@@ -23,12 +23,15 @@ from mpsl_dist.runtime.meeting import GENERATION, Notices, number_generation, op
 
 SERVER = "server"
 #: What the server tells a worker's main thread: ``("end", together)`` or ``("meet", generation)``;
-#: a call from afar finds only what a module names.
-Word = tuple[str, int]
+#: a call from afar finds only what a module names. Where data stay with their owners, ``("agreed",
+#: 0)`` or ``("refused", why)`` comes first.
+Word = tuple[str, Any]
 _words: queue.SimpleQueue[Word] = queue.SimpleQueue()
 #: What :func:`create` made here, by the number that the server knows it by.
 _residents: dict[int, Any] = {}
 _numbers = itertools.count()
+#: What :func:`settle` keeps its value by.
+_HOME = -1
 #: Seconds for a worker to take note of a word.
 _FAREWELL = 10.0
 #: Seconds for which a generation's agent is kept after it was left: torch goes on for about 13 s to
@@ -255,13 +258,40 @@ def create(
         Rank -> why there is none.
     """
     number = next(_numbers) if number is None else number
+    kept = {rank: (number, function, values) for rank, values in arguments.items()}
+    _, failed = _call(_keep, kept, timeout, who)
+    return number, failed
+
+
+def ask(
+    function: Callable[..., Any], arguments: Mapping[int, Sequence[Any]], timeout: float
+) -> dict[int, Any]:
+    """Call ``function`` on workers, all at once; return what it returns there, by rank.
+
+    Raises
+    ------
+    RemoteError
+        If a worker is lost, or the function fails.
+    """
+    answers, failed = _call(function, arguments, timeout)
+    for error in failed.values():
+        raise error
+    return answers
+
+
+def _call(
+    function: Callable[..., Any],
+    arguments: Mapping[int, Sequence[Any]],
+    timeout: float,
+    who: Callable[[int], str] = rank_name,
+) -> tuple[dict[int, Any], dict[int, RemoteError]]:
     futures = {
         rank: rpc.rpc_async(
-            rank_name(rank), _keep, args=(number, function, tuple(values)), timeout=timeout
+            rank_name(rank), _answer, args=(function, tuple(values)), timeout=timeout
         )
         for rank, values in arguments.items()
     }
-    failed = {}
+    answers, failed = {}, {}
     for rank, future in futures.items():
         try:
             answer = future.wait()
@@ -271,15 +301,30 @@ def create(
         if isinstance(answer, Failure):
             words = f"{who(rank)}: set-up: {answer.message}"
             failed[rank] = RemoteError(words, answer.details, answer.user_error)
-    return number, failed
+        else:
+            answers[rank] = answer
+    return answers, failed
 
 
-def _keep(number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Failure | None:
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     try:
-        _residents[number] = function(*arguments)
+        return function(*arguments)
     except Exception as error:
         return Failure.of(error)
-    return None
+
+
+def _keep(number: int, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    _residents[number] = function(*arguments)
+
+
+def settle(value: Any) -> None:
+    """Keep what this process has of its own, for calls that come to it; see :func:`home`."""
+    _residents[_HOME] = value
+
+
+def home() -> Any:
+    """Return what this process settled with."""
+    return resident(_HOME)
 
 
 def resident(number: int) -> Any:

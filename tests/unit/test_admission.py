@@ -322,6 +322,7 @@ def joining(rank: int, port: int, **settings: Any) -> Callable[[], None]:
         ({}, ""),
         ({"runtime": {"interface": "lo"}}, ""),
         ({"seed": 5}, "seed is 5 there and 2024 at the server"),
+        ({"output": "elsewhere"}, "output is elsewhere there and runs at the server"),
     ],
 )
 def test_a_run_of_two_hosts_is_one_experiment(
@@ -343,6 +344,38 @@ def test_a_run_of_two_hosts_is_one_experiment(
             else:
                 side.result(30)
     assert "no MPSL_DIST_TOKEN_FILE: who reaches them joins" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "differs"),
+    [
+        ({"root": "/data/own.csv", "cache": "/tmp/cache", "loaders": 2}, ""),
+        ({"text_length": 8}, "data.text_length is 8 there and None at the server"),
+        ({"classes": ["a", "b"]}, r"data.classes is \['a', 'b'\] there and None at the server"),
+        ({"place": "simulated"}, "data.place is simulated there and own at the server"),
+    ],
+)
+def test_hosts_with_their_own_data_differ_in_their_own_matters_alone(
+    settings: dict[str, Any],
+    differs: str,
+    place: tuple[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(token.TOKEN_FILE, raising=False)
+    monkeypatch.setattr(processes.world, "World", Mock(side_effect=Joined))
+    own = {"place": "own"}
+    with ThreadPoolExecutor() as pool:
+        server = pool.submit(joining(0, place[1] - 1, data=own))
+        there = {"data": own | settings, "device": "cpu", "output": "x", "weights": {"root": "y"}}
+        if "place" in settings:
+            there = {"data": settings}
+        worker = pool.submit(joining(1, place[1] - 1, **there))
+        for side, error in ((server, LaunchError), (worker, RefusedError)):
+            if differs:
+                with pytest.raises(error, match=f"rank 1 on .* disagrees: .*{differs}"):
+                    side.result(30)
+            else:
+                side.result(30)
 
 
 def test_there_is_a_port_for_the_proof() -> None:

@@ -47,9 +47,9 @@ def test_evaluate_takes_overrides_of_where_and_how(
     batches: list[int] = []
     load_data, test = holdings.load_data, deployable.Deployable.test
 
-    def seen_data(experiment: Experiment) -> Any:
+    def seen_data(experiment: Experiment, *needs: Any) -> Any:
         asked.append(experiment)
-        return load_data(experiment)
+        return load_data(experiment, *needs)
 
     def seen_batch(self: Any, held: Any, batch_size: int) -> Any:
         batches.append(batch_size)

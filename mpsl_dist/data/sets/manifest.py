@@ -43,6 +43,7 @@ from mpsl_dist.data.sets.manifest_table import UNUSED, Rows, read
 from mpsl_dist.data.sets.tables import MAX_MISSING, Files, Table, build
 from mpsl_dist.errors import DataError
 
+SPLITS = ("train", "test")
 #: Frames of a spectrogram where the data does not say: at least, and at most.
 FRAMES = (32, 1024)
 #: Sounds whose length is looked at, spread evenly over the rows.
@@ -60,6 +61,7 @@ def load(
     on_error: OnError = "raise",
     max_missing: float = MAX_MISSING,
     cache: str | Path | None = None,
+    needs: Sequence[str] = ("train", "test"),
 ) -> Splits:
     """Read the data that a manifest lists.
 
@@ -80,6 +82,9 @@ def load(
         has. Clips have ``audio`` if any of them has a sound track.
     on_error, max_missing, cache
         As in :func:`mpsl_dist.data.sets.image_text.load_coco_qa`.
+    needs : sequence of str
+        The splits that will be used. Rows of the other are passed over, and without a ``split``
+        column all rows are of the one that is needed.
 
     Returns
     -------
@@ -94,7 +99,7 @@ def load(
     path = _find(root)
     rows = read(path)
     notes = list(rows.notes)
-    parts = _split(path, rows, notes)
+    parts = _needed(path, rows, needs, notes)
     labels = _classes({rows.label[row] for part in parts for row in part} - {None})
     notes += _likely_the_same(labels)
     tables = [_table(rows, part, labels) for part in parts]
@@ -112,7 +117,8 @@ def load(
         text_length=text_length,
     )
     files = Files(on_error, max_missing, cache)
-    return build(str(path), *tables, labels, view, files, source=_SOURCE, notes=notes)
+    made = {"source": _SOURCE, "notes": notes, "needs": needs}
+    return build(str(path), *tables, labels, view, files, **made)
 
 
 def _find(root: str | Path | None) -> Path:
@@ -126,6 +132,14 @@ def _find(root: str | Path | None) -> Path:
     if len(existing) != 1:
         raise DataError(f"{path}: expected one of manifest.csv and manifest.jsonl in it")
     return existing[0]
+
+
+def _needed(path: Path, rows: Rows, needs: Sequence[str], notes: list[str]) -> list[Sequence[int]]:
+    """Return which rows are for training and which for testing, none of what is not needed."""
+    every = range(len(rows.samples))
+    whole = "split" not in rows.columns and len(needs) == 1
+    found = (every, every) if whole else _split(path, rows, notes)
+    return [part if split in needs else () for split, part in zip(SPLITS, found, strict=True)]
 
 
 def _split(path: Path, rows: Rows, notes: list[str]) -> tuple[Sequence[int], Sequence[int]]:

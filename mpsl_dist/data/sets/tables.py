@@ -127,6 +127,7 @@ def build(
     *,
     source: str,
     notes: Sequence[str] = (),
+    needs: Sequence[str] = ("train", "test"),
 ) -> Splits:
     """Return the splits of the listed samples, without those whose files are missing.
 
@@ -144,17 +145,19 @@ def build(
         Where the files come from, for messages.
     notes : sequence of str
         What was decided in reading them.
+    needs : sequence of str
+        The splits that must have samples.
 
     Raises
     ------
     DataError
-        If a split has no samples, or as :func:`keep_existing`.
+        If a split that is needed has no samples, or as :func:`keep_existing`.
     """
     if files.on_error not in ("raise", "skip"):
         raise DataError(f"data.on_error: expected 'raise' or 'skip', found '{files.on_error}'")
     parts = []
     for split, table in (("train", train), ("test", test)):
-        if not table.samples:
+        if not table.samples and split in needs:
             raise DataError(f"{name}: the {split} split has no samples; {source}")
         kept, missing = keep_existing(table.samples, files, f"{name} ({split})", source)
         parts.append(
@@ -168,7 +171,7 @@ def build(
                 missing=missing,
             )
         )
-    baselines = {"majority": _majority(*parts)} if classes else {}
+    baselines = {"majority": _majority(*parts)} if classes and len(needs) > 1 else {}
     return Splits(parts[0], parts[1], view.shapes, tuple(classes), baselines, tuple(notes))
 
 
