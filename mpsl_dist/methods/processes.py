@@ -48,7 +48,7 @@ from mpsl_dist.typed import flatten
 
 _log = logging.getLogger("mpsl_dist")
 #: Seconds that a worker that came back between two steps waits for others that were lost with it.
-_HOLD = 30.0
+_HOLD = 15.0
 
 
 def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:

@@ -279,6 +279,7 @@ def test_a_run_goes_on_without_a_killed_worker(training: Start, tmp_path: Path) 
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.campaign
 def test_no_supervised_process_outlives_a_killed_launcher(training: Start) -> None:
     world = training("faults.on_loss=continue", "faults.exit_timeout=15")
     for member in ranks(world, 1):

@@ -73,11 +73,8 @@ def assert_went_on_without(folder: Path, rank: int) -> dict:
     return summary
 
 
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGKILL, marks=pytest.mark.campaign), signal.SIGSTOP],
-    ids=["killed", "stopped"],
-)
+@pytest.mark.campaign
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_worker_that_dies_or_stops_is_left_behind(
     number: signal.Signals, torchrun, config: Path, tmp_path: Path
 ) -> None:
