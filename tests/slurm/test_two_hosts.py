@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ class Host:
         shown = json.loads(self.do("ip", "-json", "-statistics", "link", "show", self.cable))
         return shown[0]["stats64"]["rx"]["bytes"]
 
-    def torchrun(self, launch: Launch, *words: str) -> World:
+    def torchrun(self, launch: Launch, *words: str, **variables: str) -> World:
         """Start this host's two ranks, by the line that the documentation gives."""
         enter = ["ip", "netns", "exec", self.name, "unshare", "--uts", "--mount"]
         # Like any host, it can look up its own name.
@@ -65,7 +66,7 @@ class Host:
         ranks = ["--local-addr", self.address, "--nproc-per-node", "2"]
         # Two namespaces share a memory, which payloads would take otherwise.
         task = ["-m", "mpsl_dist", "train", str(TINY), "runtime.channels=tcp", *words]
-        return launch([*enter, *named, *line, *meet, *ranks, *task])
+        return launch([*enter, *named, *line, *meet, *ranks, *task], **variables)
 
 
 @pytest.fixture
@@ -126,3 +127,42 @@ def test_firewall_in_mid_run_ends_it_with_a_clear_error(hosts, launch: Launch, t
     ended = [world.finish(120) for world in worlds]
     assert all(status != 0 for status, _ in ended), ended
     assert any(reason in output for _, output in ended), ended
+
+
+def _hosting_clients(world: World) -> list[int]:
+    """Ids of the processes of a host that host clients, the children of their ranks' own."""
+    return [n for n in world.members() if b"MPSL_DIST_SUPERVISED=" in _variables(n)]
+
+
+def _variables(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/environ").read_bytes()
+    except OSError:  # it has just ended
+        return b""
+
+
+def test_a_worker_that_comes_back_on_another_host_proves_the_token(
+    hosts, launch: Launch, tmp_path: Path
+):
+    token = tmp_path / "run.token"
+    token.write_text("0123456789abcdef" * 2)
+    token.chmod(0o600)
+    words = ("training.epochs=100000", "faults.rejoin=now")
+    worlds = [host.torchrun(launch, *words, MPSL_DIST_TOKEN_FILE=str(token)) for host in hosts]
+    run = tmp_path / "runs" / "tiny"
+
+    def steps() -> list[dict]:
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    until(lambda: len(steps()) >= 3, 240, "first steps")
+    # The server's host has one worker beside it, the other one two.
+    far, near = sorted(worlds, key=lambda world: len(_hosting_clients(world)), reverse=True)
+    os.kill(_hosting_clients(far)[0], signal.SIGKILL)
+    until(lambda: steps()[-1].get("clients_returned", 0) > 0, 120, "a return")
+    assert steps()[-1]["clients_lost"] == 0
+    os.kill(near.rank(0), signal.SIGINT)
+    outputs = [world.finish(120)[1] for world in (near, far)]
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped", outputs
+    assert outputs[0].count("who joins must prove the token") == 2, outputs[0]
