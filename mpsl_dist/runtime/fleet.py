@@ -7,6 +7,7 @@ per worker and phase serves them all.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from mpsl_dist.runtime.world import SERVER, brief, pong, rank_name, resident
 BuildHosts = Callable[
     [Mapping[int, Sequence[int]], int | None], tuple[int, Mapping[int, RemoteError]]
 ]
+#: Seconds after a loss in which the world stays as it is: torch tells a lost worker five times,
+#: over 13 s, that its step is over, and leaving RPC meanwhile can hang or end the process.
+_SETTLE = 20.0
 #: Seconds for a worker that was too slow to say that it is there again.
 _PATIENCE = 2.0
 _log = logging.getLogger("mpsl_dist")
@@ -60,6 +64,7 @@ class Autograd:
         try:
             dist_autograd.backward(self.number, [loss])
         except RuntimeError as error:
+            self.fleet.last_loss = time.monotonic()
             silent = self.fleet.silent(self.clients)
             if not silent:
                 raise BackwardError(f"backward failed: {error}, {where}") from error
@@ -108,6 +113,8 @@ class Fleet:
         #: Numbers of all clients, ascending.
         self.clients = sorted(client for clients in hosted.values() for client in clients)
         self.timeout = timeout
+        #: When a worker last did not answer, by the monotonic clock.
+        self.last_loss = -_SETTLE
         self.watchdog = Watchdog(timeout)
         self.watchdog.start()
         self._host, self._generations = host, generations
@@ -139,7 +146,7 @@ class Fleet:
         RemoteError
             If the world can't be made anew.
         """
-        if self._generations is None:
+        if self._generations is None or time.monotonic() - self.last_loss < _SETTLE:
             return []
         gone = {r for name, r in self._ranks.items() if set(self.hosted[name]) <= set(lost)}
         back = self._generations.waiting(gone)
@@ -206,6 +213,7 @@ class Fleet:
                 try:
                     answers = future.wait()
                 except RuntimeError as error:
+                    self.last_loss = time.monotonic()
                     gone = f"{self._who(worker, asked)}: lost in {phase}: {brief(error)}"
                     lost |= dict.fromkeys(asked, Lost(gone))
                     continue

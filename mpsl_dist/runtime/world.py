@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import queue
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +20,7 @@ import torch
 from torch.distributed import rpc
 
 from mpsl_dist.errors import Failure, RemoteError
+from mpsl_dist.runtime import process
 from mpsl_dist.runtime.environment import Environment
 from mpsl_dist.runtime.meeting import GENERATION, Notices, number_generation, open_store
 
@@ -37,6 +40,8 @@ _FAREWELL = 10.0
 #: Seconds for which a generation's agent is kept after it was left: torch goes on for about 13 s to
 #: tell a lost worker that a backward is over, and aborts the process if the agent is gone by then.
 _AFTERLIFE = 60.0
+#: Seconds after which a process that is stuck in leaving a generation is ended.
+_STUCK = 60.0
 
 
 def rank_name(rank: int) -> str:
@@ -142,7 +147,23 @@ class World:
             now = time.monotonic()
             self._left = [(agent, at) for agent, at in self._left if now - at < _AFTERLIFE]
             self._left.append((rpc.api._get_current_rpc_agent(), now))
-            rpc.shutdown(graceful=False)
+            guard = threading.Timer(_STUCK, self._give_up)
+            guard.daemon = True
+            guard.start()
+            try:
+                rpc.shutdown(graceful=False)
+            finally:
+                guard.cancel()
+
+    def _give_up(self) -> None:
+        name = rank_name(self.launched.rank)
+        print(
+            f"error: {name} could not leave the world within {_STUCK:g} s; "
+            "--resume continues from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        process.leave(1)
 
     def dismiss(self, together: bool = True) -> None:
         """Tell the workers, as the server, that the run is over, and leave with them.

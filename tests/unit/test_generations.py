@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pytest
 from torch.distributed import HashStore
 
 from mpsl_dist.errors import LaunchError, RemoteError
-from mpsl_dist.runtime import generations
+from mpsl_dist.runtime import generations, world
 from mpsl_dist.runtime.generations import Generations, come_back, follow
 from mpsl_dist.runtime.meeting import Notices
 
@@ -188,3 +189,19 @@ def test_who_came_back_between_steps_waits_a_while_for_others_that_were_lost_wit
     notices.say("back/3", 1)
     assert server.waiting(gone={2, 3}) == {2, 3}
     assert Generations(FakedWorld(store, 0), proved).waiting(gone={1, 2, 3}) == {2, 3}
+
+
+def test_a_process_that_is_stuck_in_leaving_is_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(world, "_STUCK", 0.05)
+    monkeypatch.setattr(world.process, "leave", lambda status: over.set())
+    monkeypatch.setattr(world.rpc.api, "_is_current_rpc_agent_set", lambda: True)
+    monkeypatch.setattr(world.rpc.api, "_get_current_rpc_agent", object)
+    monkeypatch.setattr(world.rpc, "shutdown", lambda graceful: over.wait(10))
+    stuck = world.World.__new__(world.World)
+    stuck.launched, stuck._left = SimpleNamespace(rank=0), []
+    stuck.leave()
+    assert over.is_set()
+    assert "error: server could not leave the world within 0.05 s" in capsys.readouterr().err
