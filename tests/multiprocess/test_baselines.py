@@ -159,7 +159,8 @@ def _lines(folder: Path, name: str) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.parametrize("method", [pytest.param("psl", marks=pytest.mark.campaign), "fedavg"])
+@pytest.mark.campaign
+@pytest.mark.parametrize("method", ["psl", "fedavg"])
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     method: str, launch: Launch, tmp_path: Path
 ) -> None:

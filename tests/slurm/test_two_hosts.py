@@ -141,6 +141,7 @@ def _variables(process: int) -> bytes:
         return b""
 
 
+@pytest.mark.campaign
 def test_a_worker_that_comes_back_on_another_host_proves_the_token(
     hosts, launch: Launch, tmp_path: Path
 ):
