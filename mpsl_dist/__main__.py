@@ -236,7 +236,7 @@ def _train_as_server(
     status = 0 if summary["status"] == "completed" else 1
     if by_command:
         _leave(status)  # Python's own end takes seconds, of which a stopped run has few
-    if summary["clients_lost"]:
+    if summary["clients_lost"] or summary["clients_returned"]:
         atexit.register(_leave, status)  # RPC is still on, see world.dismiss
     return status
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import os
 import queue
-import sys
 import threading
 import time
 import warnings
@@ -20,7 +19,6 @@ import torch
 from torch.distributed import rpc
 
 from mpsl_dist.errors import Failure, RemoteError
-from mpsl_dist.runtime import process
 from mpsl_dist.runtime.environment import Environment
 from mpsl_dist.runtime.meeting import GENERATION, Notices, number_generation, open_store
 
@@ -40,8 +38,8 @@ _FAREWELL = 10.0
 #: Seconds for which a generation's agent is kept after it was left: torch goes on for about 13 s to
 #: tell a lost worker that a backward is over, and aborts the process if the agent is gone by then.
 _AFTERLIFE = 60.0
-#: Seconds after which a process that is stuck in leaving a generation is ended.
-_STUCK = 60.0
+#: Seconds after which an agent that does not come to an end is left behind.
+_STUCK = 5.0
 
 
 def rank_name(rank: int) -> str:
@@ -142,28 +140,24 @@ class World:
         rpc._set_rpc_timeout(self.place.timeout)
 
     def leave(self) -> None:
-        """Leave this generation by oneself, if one is in it."""
-        if rpc.api._is_current_rpc_agent_set():
-            now = time.monotonic()
-            self._left = [(agent, at) for agent, at in self._left if now - at < _AFTERLIFE]
-            self._left.append((rpc.api._get_current_rpc_agent(), now))
-            guard = threading.Timer(_STUCK, self._give_up)
-            guard.daemon = True
-            guard.start()
-            try:
-                rpc.shutdown(graceful=False)
-            finally:
-                guard.cancel()
+        """Leave this generation by oneself, if one is in it.
 
-    def _give_up(self) -> None:
-        name = rank_name(self.launched.rank)
-        print(
-            f"error: {name} could not leave the world within {_STUCK:g} s; "
-            "--resume continues from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        process.leave(1)
+        As ``rpc.shutdown(graceful=False)`` does, which can wait for ever for a job of a backward
+        that has lost a worker. By then its connections are closed.
+        """
+        if not rpc.api._is_current_rpc_agent_set():
+            return
+        agent, now = rpc.api._get_current_rpc_agent(), time.monotonic()
+        self._left = [(old, at) for old, at in self._left if now - at < _AFTERLIFE]
+        self._left.append((agent, now))
+        rpc.api._destroy_rref_context(True)
+        stopping = threading.Thread(target=agent.shutdown, daemon=True)
+        stopping.start()
+        stopping.join(_STUCK)
+        if stopping.is_alive():
+            self._left[-1] = (agent, float("inf"))
+        rpc.api._cleanup_python_rpc_handler()
+        rpc.api._reset_current_rpc_agent()
 
     def dismiss(self, together: bool = True) -> None:
         """Tell the workers, as the server, that the run is over, and leave with them.
