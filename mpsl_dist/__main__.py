@@ -172,7 +172,7 @@ def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> 
 def _serve(experiment: Experiment, launched: Environment) -> int:
     """Host clients; a failure of this worker alone is the launching process's to tell."""
     from mpsl_dist.methods import processes
-    from mpsl_dist.runtime import launch
+    from mpsl_dist.runtime import launch, supervisor
 
     try:
         processes.serve_as_worker(experiment, launched)
@@ -181,8 +181,8 @@ def _serve(experiment: Experiment, launched: Environment) -> int:
             raise
         launch.leave_word(launched, error)
         _leave(1)
-    if launched.folder:
-        _leave(0)
+    if launched.folder or supervisor.is_child():
+        _leave(0)  # an agent that was left behind must not spoil the end of a worker that is done
     return 0
 
 
@@ -237,7 +237,8 @@ def _train_as_server(
     if by_command:
         _leave(status)  # Python's own end takes seconds, of which a stopped run has few
     if summary["clients_lost"] or summary["clients_returned"]:
-        atexit.register(_leave, status)  # RPC is still on, see world.dismiss
+        # RPC, or what was left of an earlier generation, is still on: see world.World.
+        atexit.register(_leave, status)
     return status
 
 

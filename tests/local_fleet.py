@@ -32,7 +32,7 @@ class WatchedFleet(LocalFleet):
         self.back: list[int] = []
         self.awake: set[int] = set()
 
-    def returned(self, lost: Collection[int]) -> list[int]:
+    def returned(self) -> list[int]:
         back, self.back = self.back, []
         if back:
             self.host.clients |= {c.number: c for c in self.rebuild(back)}

@@ -66,8 +66,8 @@ class Transport(Protocol):
         """Open what the gradients of one backward through these clients live in."""
         ...
 
-    def returned(self, lost: Collection[int]) -> list[int]:
-        """Take back workers of lost clients that are there again; return their clients, as new."""
+    def returned(self) -> list[int]:
+        """Take back workers that had been lost; return their clients, as new."""
         ...
 
     def where(self, client: int) -> str:
@@ -232,7 +232,7 @@ class Link:
         """
         if not self.lost or self.faults.rejoin == "never":
             return Back([], [])
-        fresh = [client for client in self.fleet.returned(self.lost) if client in self.lost]
+        fresh = [client for client in self.fleet.returned() if client in self.lost]
         back = Back(fresh, self._awake(self._silent & self.lost - set(fresh)))
         self.lost -= set(back.clients)
         self._silent &= self.lost

@@ -47,8 +47,6 @@ from mpsl_dist.runtime.token import TOKEN_FILE, read_token
 from mpsl_dist.typed import flatten
 
 _log = logging.getLogger("mpsl_dist")
-#: Seconds that a worker that came back between two steps waits for others that were lost with it.
-_HOLD = 15.0
 
 
 def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
@@ -209,8 +207,7 @@ def connect(
     build = plugins.resolve(facts_of(experiment).build)
     back = joined is not None and comes_back(experiment)
     admit = partial(prove, experiment, launched)
-    hold = _HOLD if experiment.faults.rejoin == "now" else 0.0
-    renewed = generations.Generations(joined, admit, hold) if back else None
+    renewed = generations.Generations(joined, admit) if back else None
     return build(Setup(experiment, holdings, worker_threads, renewed, options_of(experiment)))
 
 

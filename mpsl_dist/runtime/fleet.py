@@ -131,15 +131,10 @@ class Fleet:
         for worker, future in asked.items():
             self.nodes[worker], self.devices[worker] = future.wait()
 
-    def returned(self, lost: Collection[int]) -> list[int]:
+    def returned(self) -> list[int]:
         """Make the world anew if lost workers have come back; return the clients that they host.
 
         They are as they were at the start of the run. Who dies meanwhile is lost at its next call.
-
-        Parameters
-        ----------
-        lost : collection of int
-            All clients that are not there.
 
         Raises
         ------
@@ -148,8 +143,7 @@ class Fleet:
         """
         if self._generations is None or time.monotonic() - self.last_loss < _SETTLE:
             return []
-        gone = {r for name, r in self._ranks.items() if set(self.hosted[name]) <= set(lost)}
-        back = self._generations.waiting(gone)
+        back = self._generations.waiting()
         if not back:
             return []
         back &= self._generations.renew(back)

@@ -41,36 +41,24 @@ class Generations:
         The first generation, joined.
     admit : callable
         ``admit(ranks, seconds)`` lets workers in that prove the run's token.
-    hold : float
-        Seconds that a worker that came back waits for others that were lost with it.
     """
 
-    def __init__(
-        self, world: World, admit: Callable[[Collection[int], float], None], hold: float = 0.0
-    ) -> None:
+    def __init__(self, world: World, admit: Callable[[Collection[int], float], None]) -> None:
         self.world = world
         self._admit = admit
-        self._hold = hold
         self._seen: dict[int, str] = {}
-        self._first: float | None = None
+        self._returns: str | None = None
         self._calls = 0
         self._standins: dict[int, subprocess.Popen] = {}
 
-    def waiting(self, gone: Collection[int] = ()) -> set[int]:
-        """Return the ranks of workers that have come back and are to be let in now.
-
-        Parameters
-        ----------
-        gone : collection of int
-            Ranks of all workers that are lost.
-        """
-        back = self._back()
-        if not back:
-            self._first = None
-            return back
-        self._first = self._first or time.monotonic()
-        may_come = set(gone) - back - self._standins.keys()
-        return set() if may_come and time.monotonic() - self._first < self._hold else back
+    def waiting(self) -> set[int]:
+        """Return the ranks of workers that have come back and wait to be let in."""
+        count = self.world.notices.told("returns")
+        if count == self._returns:  # one look at the store where nobody has come back
+            return set()
+        self._returns = count
+        said = {rank: self.world.notices.told(f"back/{rank}") for rank in self.world.workers}
+        return {rank for rank, count in said.items() if count and count != self._seen.get(rank)}
 
     def renew(self, back: Collection[int]) -> set[int]:
         """Make the world anew with these; return the ranks of all workers that are in it.
@@ -80,7 +68,7 @@ class Generations:
         RemoteError
             If the world can't be made anew.
         """
-        world, following, self._first = self.world, self.world.generation + 1, None
+        world, following = self.world, self.world.generation + 1
         living = tell(set(world.workers) - set(back) - self._standins.keys(), ("meet", following))
         world.leave()
         world.notices.say(f"left/{following}")
@@ -96,10 +84,6 @@ class Generations:
                 _log.warning("generation %d: %s", generation, error)
                 failure = error
         raise failure
-
-    def _back(self) -> set[int]:
-        said = {rank: self.world.notices.told(f"back/{rank}") for rank in self.world.workers}
-        return {rank for rank, count in said.items() if count and count != self._seen.get(rank)}
 
     def _call(self, ranks: Collection[int], generation: int) -> set[int]:
         """Call workers that came back to this generation; return those that are let in."""
@@ -123,7 +107,7 @@ class Generations:
             }
             if here == expected or time.monotonic() > deadline:
                 return here
-            if back := self._back():
+            if back := self.waiting():
                 expected = expected | self._call(back, generation)
             time.sleep(_LOOK / 10)
 
@@ -170,6 +154,7 @@ def come_back(world: World, count: int, enter: Callable[[Collection[int], float]
     rank = world.launched.rank
     before = world.notices.told(f"call/{rank}")
     world.notices.say(f"back/{rank}", count)
+    world.notices.count("returns")
     while (called := world.notices.told(f"call/{rank}")) == before:
         if world.notices.told("over") is not None:
             return False

@@ -105,7 +105,7 @@ class LocalFleet:
         """Return a client as a user reads it."""
         return f"client {client}"
 
-    def returned(self, lost: Collection[int]) -> list[int]:
+    def returned(self) -> list[int]:
         """Return nobody: there are no workers to come back."""
         return []
 

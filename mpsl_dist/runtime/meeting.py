@@ -91,6 +91,10 @@ class Notices:
         """Tell all."""
         self._store.set(key, str(value))
 
+    def count(self, key: str) -> None:
+        """Add one to what :meth:`told` returns of this key, as a text."""
+        self._store.add(key, 1)
+
     def told(self, key: str) -> str | None:
         """Return what was said, None if nothing was."""
         return self._store.get(key).decode() if self._store.check([key]) else None

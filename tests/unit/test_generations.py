@@ -181,14 +181,11 @@ def test_who_comes_back_meanwhile_is_let_in_too(meeting) -> None:
     assert worlds[1].started == [1]
 
 
-def test_who_came_back_between_steps_waits_a_while_for_others_that_were_lost_with_it() -> None:
-    store = HashStore()
-    notices, server = Notices(store), Generations(FakedWorld(store, 0), proved, 60.0)
-    notices.say("back/2", 1)
-    assert server.waiting(gone={2, 3}) == set()
-    notices.say("back/3", 1)
-    assert server.waiting(gone={2, 3}) == {2, 3}
-    assert Generations(FakedWorld(store, 0), proved).waiting(gone={1, 2, 3}) == {2, 3}
+def test_a_step_in_which_nobody_comes_back_costs_one_look_at_the_store() -> None:
+    server = Generations(FakedWorld(HashStore(), 0), proved)
+    looked, told = [], server.world.notices.told
+    server.world.notices.told = lambda key: looked.append(key) or told(key)
+    assert server.waiting() == set() and len(looked) == 1
 
 
 def test_an_agent_that_does_not_come_to_an_end_is_left_behind(
