@@ -160,4 +160,5 @@ def _info_nce(embeddings: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _adamw(module: torch.nn.Module, settings: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained(module), lr=settings.lr, weight_decay=settings.weight_decay)
+    rates = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    return torch.optim.AdamW(trained(module), **rates, fused=True)

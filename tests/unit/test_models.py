@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from mpsl_dist.models.average import average, load_trainable, trainable_state
 from mpsl_dist.models.heads import linear
 from mpsl_dist.models.server_model import SIZES, ServerModel, build_encoder
 from mpsl_dist.models.tokenizers import (
+    Patchify,
     PatchTokenizer,
     TextTokenizer,
     Tokenizers,
@@ -97,3 +99,19 @@ def test_the_average_is_weighted_by_samples() -> None:
 def test_weights_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="bias"):
         load_trainable(torch.nn.Linear(2, 2), {"weight": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("sides", [(28, 28), (30, 21)])
+@pytest.mark.parametrize("stride", [4, 3])
+def test_patches_are_embedded_as_by_a_convolution(sides: tuple[int, int], stride: int) -> None:
+    torch.manual_seed(0)
+    ours = Patchify(3, 8, 4, stride, bias=False).double()
+    theirs = nn.Conv2d(3, 8, 4, stride, bias=False).double()
+    theirs.load_state_dict(ours.state_dict())
+    plane_bchw = torch.randn(2, 3, *sides, dtype=torch.float64)
+    found, expected = ours(plane_bchw), theirs(plane_bchw).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    upstream = torch.randn_like(expected)
+    found.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=0, atol=1e-12)
