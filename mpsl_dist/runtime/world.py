@@ -35,10 +35,10 @@ _numbers = itertools.count()
 _HOME = -1
 #: Seconds for a worker to take note of a word.
 _FAREWELL = 10.0
-#: Seconds for which a generation's agent is kept after it was left: torch goes on for about 13 s to
-#: tell a lost worker that a backward is over, and aborts the process if the agent is gone by then.
+#: Seconds from leaving a generation until its connections are closed: torch goes on for about 13 s,
+#: longer on a busy machine, to tell a lost worker that a backward is over.
 _AFTERLIFE = 60.0
-#: Seconds after which an agent that does not come to an end is left behind.
+#: Seconds after which an agent whose connections do not close is left as it is.
 _STUCK = 5.0
 
 
@@ -89,7 +89,9 @@ class World:
         self.place = place
         self.launched = place.launched
         self.generation = generation
+        #: Agents of generations that were left, and when; those whose connections are closed.
         self._left: list[tuple[Any, float]] = []
+        self._ended: list[Any] = []
         os.environ["TP_SOCKET_IFNAME"] = place.interface
         # RPC's start meets in a gloo group, which else goes by what the host's name resolves to.
         os.environ["GLOO_SOCKET_IFNAME"] = place.interface
@@ -142,22 +144,29 @@ class World:
     def leave(self) -> None:
         """Leave this generation by oneself, if one is in it.
 
-        As ``rpc.shutdown(graceful=False)`` does, which can wait for ever for a job of a backward
-        that has lost a worker. By then its connections are closed.
+        Its agent lives on for a while, see :data:`_AFTERLIFE`: ``rpc.shutdown(graceful=False)``
+        waits for ever, or ends the process, while torch has not done with a worker that was lost.
         """
         if not rpc.api._is_current_rpc_agent_set():
             return
-        agent, now = rpc.api._get_current_rpc_agent(), time.monotonic()
-        self._left = [(old, at) for old, at in self._left if now - at < _AFTERLIFE]
-        self._left.append((agent, now))
+        self._end_agents()
+        self._left.append((rpc.api._get_current_rpc_agent(), time.monotonic()))
         rpc.api._destroy_rref_context(True)
-        stopping = threading.Thread(target=agent.shutdown, daemon=True)
-        stopping.start()
-        stopping.join(_STUCK)
-        if stopping.is_alive():
-            self._left[-1] = (agent, float("inf"))
         rpc.api._cleanup_python_rpc_handler()
         rpc.api._reset_current_rpc_agent()
+
+    def _end_agents(self) -> None:
+        """Close the connections of generations that were left long ago.
+
+        Their agents are kept: to destroy one can end the process, and what they hold is idle.
+        """
+        now = time.monotonic()
+        while self._left and now - self._left[0][1] >= _AFTERLIFE:
+            agent, _ = self._left.pop(0)
+            self._ended.append(agent)
+            ending = threading.Thread(target=agent.shutdown, daemon=True)
+            ending.start()
+            ending.join(_STUCK)
 
     def dismiss(self, together: bool = True) -> None:
         """Tell the workers, as the server, that the run is over, and leave with them.

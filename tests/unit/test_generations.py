@@ -188,20 +188,27 @@ def test_a_step_in_which_nobody_comes_back_costs_one_look_at_the_store() -> None
     assert server.waiting() == set() and len(looked) == 1
 
 
-def test_an_agent_that_does_not_come_to_an_end_is_left_behind(
+def test_an_agent_is_ended_long_after_it_was_left_and_never_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    over, reset = threading.Event(), []
-    api = world.rpc.api
+    over, asked, reset, api = threading.Event(), [], [], world.rpc.api
     monkeypatch.setattr(world, "_STUCK", 0.05)
     monkeypatch.setattr(api, "_is_current_rpc_agent_set", lambda: True)
-    agent = SimpleNamespace(shutdown=lambda: over.wait(10))
-    monkeypatch.setattr(api, "_get_current_rpc_agent", lambda: agent)
+    agents = [
+        SimpleNamespace(shutdown=lambda n=n: asked.append(n) or over.wait(10)) for n in range(3)
+    ]
+    current = iter(agents)
+    monkeypatch.setattr(api, "_get_current_rpc_agent", lambda: next(current))
     monkeypatch.setattr(api, "_destroy_rref_context", lambda ignore: None)
     monkeypatch.setattr(api, "_cleanup_python_rpc_handler", lambda: None)
     monkeypatch.setattr(api, "_reset_current_rpc_agent", lambda: reset.append(True))
-    stuck = world.World.__new__(world.World)
-    stuck._left = []
-    stuck.leave()
-    assert reset == [True] and stuck._left == [(agent, float("inf"))]
+    member = world.World.__new__(world.World)
+    member._left, member._ended = [], []
+    member.leave()
+    member.leave()
+    assert not asked and len(reset) == 2
+    monkeypatch.setattr(world, "_AFTERLIFE", 0.0)
+    member.leave()
     over.set()
+    assert asked == [0, 1] and len(reset) == 3
+    assert member._ended == agents[:2] and [agent for agent, _ in member._left] == agents[2:]
