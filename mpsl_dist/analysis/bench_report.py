@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table
 
 from mpsl_dist.analysis.stopwatch import PHASES, Seconds, Turn, directions
 from mpsl_dist.errors import RunError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Words of a GPU's name -> its peak in FLOP/s, bf16 without sparsity, from NVIDIA's data sheets of
 #: the H200, H100, A100, L40S and L4 Tensor Core GPUs (where a sheet has the figure with sparsity
@@ -163,10 +166,12 @@ class Report:
     def show(self, console: Console | None = None) -> None:
         """Print the tables."""
         console, figures = console or Console(), self.figures
-        what = ", ".join(f"{name} {value}" for name, value in self.setting.about.items())
-        console.print(f"{self.setting.name}: {what}", highlight=False)
+        console.print(_title(self.setting), highlight=False)
         console.print(_steps_table(figures))
         console.print(_phases_table(figures["methods"]))
+        if self.setting.flop_per_sample:
+            rates = [_rate(name, found) for name, found in figures["methods"].items()]
+            console.print("; ".join(rates), highlight=False)
         told = [f"{process} {_peaks(peak)}" for process, peak in figures["peak_memory"].items()]
         console.print(f"peak memory, all methods together: {'; '.join(told)}", highlight=False)
 
@@ -190,33 +195,44 @@ class Report:
         return written
 
     def _draw(self, path: Path) -> None:
-        """Draw a bar of phases for every method, and every step as a dot above it."""
+        """Draw a bar of phases for every method, and every step as a stroke above it."""
         from matplotlib.figure import Figure
 
         figures = self.figures
-        methods = list(figures["methods"].items())
+        methods = figures["methods"]
         figure = Figure(figsize=(10, 1.7 + 0.95 * len(methods)), layout="constrained")
         axes = figure.subplots()
-        for row, (name, found) in enumerate(methods):
-            left = 0.0
-            for number, (phase, title) in enumerate(PHASES.items()):
-                width = 1e3 * found["phases"].get(phase, 0.0)
-                label = title if row == 0 else None
-                colour = "0.8" if phase == "rest" else f"C{number}"
-                axes.barh(row, width, left=left, height=0.5, color=colour, label=label)
-                left += width
+        right = 1.6e3 * max(sum(found["phases"].values()) for found in methods.values())
+        for row, (name, found) in enumerate(methods.items()):
+            end = _draw_phases(axes, row, found["phases"])
+            axes.annotate(f"  {_words(name, figures)}", (end, row), va="center")
             each = [1e3 * seconds for seconds in found["seconds"]["each"]]
             axes.plot(each, [row - 0.36] * len(each), "|", color="0.35", markersize=6)
-            axes.annotate(f"  {_words(name, figures)}", (max(left, *each), row), va="center")
-        axes.set_yticks(range(len(methods)), [name for name, _ in methods])
+            if beyond := sum(x > right for x in each):
+                axes.annotate(f"{beyond} more → ", (right, row - 0.36), ha="right", va="center")
+        axes.set_yticks(range(len(methods)), methods)
         axes.set(xlabel="ms a step: phases (mean of the middle half), every step as a stroke")
-        axes.invert_yaxis()
-        axes.margins(x=0.35)
-        axes.set_xlim(left=0)
+        axes.set(xlim=(0, right), ylim=(len(methods) - 0.5, -0.5))
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=len(PHASES), frameon=False, fontsize=8)
+        figure.legend(
+            loc="outside lower center",
+            ncols=len(PHASES),
+            frameon=False,
+            fontsize=8,
+        )
         figure.suptitle(_title(self.setting), fontsize=9)
         figure.savefig(path, dpi=120)
+
+
+def _draw_phases(axes: Axes, row: int, phases: Mapping[str, float]) -> float:
+    """Draw a method's phases one after the other; return where they end."""
+    end = 0.0
+    for number, (phase, title) in enumerate(PHASES.items()):
+        width, label = 1e3 * phases[phase], title if row == 0 else None
+        colour = "0.8" if phase == "rest" else f"C{number}"
+        axes.barh(row, width, left=end, height=0.5, color=colour, label=label)
+        end += width
+    return end
 
 
 def _title(setting: Setting) -> str:
@@ -238,30 +254,32 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     table.add_column("method", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
 def _steps_table(figures: Mapping[str, Any]) -> Table:
-    title = f"Median and quartiles of {figures['steps']} steps"
-    columns = ["ms", "", "samples/s", "/ centralized", "", "MiB up", "MiB down"]
-    on_gpu = figures["gpu"] is not None
-    table = _table(title, [*columns, "TFLOP/s", "bf16 peak"] if on_gpu else columns)
+    title = f"Median and quartiles of {figures['steps']} steps; ratio: to centralized in the round"
+    columns = ["ms", "quartiles", "samples/s", "ratio", "quartiles", "MiB up", "down"]
+    table = _table(title, columns)
     for name, found in figures["methods"].items():
         seconds, sent = found["seconds"], found["bytes_per_step"]
         ratio = figures["ratios"].get(f"{name}/centralized")
-        rate, share = found.get("flop_per_second"), found.get("share_of_bf16_peak")
-        cells = [
+        table.add_row(
+            name,
             *_middle({key: 1e3 * value for key, value in seconds.items() if key != "each"}, 1),
             f"{found['samples_per_second']:,.0f}",
             *(_middle(ratio, 2) if ratio else ("", "")),
             f"{sent['up'] / _MIB:.2f}",
             f"{sent['down'] / _MIB:.2f}",
-        ]
-        if on_gpu:
-            cells += [f"{rate / 1e12:.3g}" if rate else "", f"{share:.1%}" if share else ""]
-        table.add_row(name, *cells)
+        )
     return table
+
+
+def _rate(name: str, found: Mapping[str, Any]) -> str:
+    share = found.get("share_of_bf16_peak")
+    of_peak = f", {share:.1%} of the bf16 peak" if share else ""
+    return f"{name} {found['flop_per_second'] / 1e12:.3g} TFLOP/s{of_peak}"
 
 
 def _middle(values: Mapping[str, float], places: int) -> tuple[str, str]:
@@ -271,7 +289,7 @@ def _middle(values: Mapping[str, float], places: int) -> tuple[str, str]:
 
 
 def _phases_table(methods: Mapping[str, Any]) -> Table:
-    table = _table("Phases, ms: mean of the middle half of the steps", list(PHASES.values()))
+    table = _table("Phases, ms: mean of the middle half of the steps", list(PHASES))
     for name, found in methods.items():
         table.add_row(name, *(f"{1e3 * found['phases'][phase]:.1f}" for phase in PHASES))
     return table
