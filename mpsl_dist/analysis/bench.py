@@ -88,30 +88,9 @@ class Bench:
             With every refusal, one a line.
         """
         names, path = methods.split(","), Path(out) / f"bench-{experiment.name}"
-        files = [Path(f"{path}{ending}") for ending in (".json", ".png")]
-        known = ", ".join(METHODS)
-        refusals = [
-            f"--methods: expected some of {known}, found '{name}'"
-            for name in names
-            if name not in METHODS
-        ]
-        if len(set(names)) < len(names):
-            refusals.append(f"--methods: name each once, found {methods}")
-        if steps < 1:
-            refusals.append(f"--steps: must be at least 1, found {steps}")
-        if Path(out).exists() and not Path(out).is_dir():
-            refusals.append(f"--out: {out} is no folder")
+        refusals = [*_refused_options(steps, names), *_refused_files(path, overwrite)]
         if experiment.data.place == "own":
-            refusals.append(
-                "data.place: own keeps the data from centralized training; bench with "
-                "data.place=simulated"
-            )
-        if not overwrite:
-            refusals += [
-                f"{file} exists: choose another --out or name=..., or replace it with --overwrite"
-                for file in files
-                if file.exists()
-            ]
+            refusals.append("data.place: own has no pooled data; bench with data.place=simulated")
         if refusals:
             raise ConfigError("\n".join(refusals))
         # Whoever is lost ends it: nobody is waited for, and no process stands by.
@@ -180,23 +159,42 @@ class Bench:
     def _setting(
         self, launched: Environment, timed: Mapping[str, Timed], holdings: Holdings
     ) -> Setting:
-        splits, samples = holdings.splits, _full_steps(next(iter(timed.values())).method)[1]
+        one, splits = next(iter(timed.values())), holdings.splits
         sizes = len(splits.train.labels), len(splits.test.labels)
         inputs = Inputs(splits.shapes, len(splits.classes), *sizes)
-        links = [one.method.clients for one in timed.values() if one.method.clients]
-        device = next(iter(timed.values())).watch.device
-        fleet = links[0].fleet if links else None
-        devices = {world.SERVER: describe(str(device))} | (fleet.devices if fleet else {})
-        placement = fleet.hosted if fleet else {}
+        device = one.watch.device
+        devices, placement = {world.SERVER: describe(str(device))}, {}
+        if links := [one.method.clients for one in timed.values() if one.method.clients]:
+            devices, placement = devices | links[0].fleet.devices, links[0].fleet.hosted
         return Setting(
             self.lead.name,
             about(self.lead, inputs) | {"workers": launched.world - 1},
             environment_of(launched.world, devices, placement),
             torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            samples,
+            _full_steps(one.method)[1],
             _flop(self.lead, inputs),
             WARM_UP,
         )
+
+
+def _refused_options(steps: int, names: Sequence[str]) -> Iterator[str]:
+    known = ", ".join(METHODS)
+    for name in names:
+        if name not in METHODS:
+            yield f"--methods: expected some of {known}, found '{name}'"
+    if len(set(names)) < len(names):
+        yield f"--methods: name each once, found {','.join(names)}"
+    if steps < 1:
+        yield f"--steps: must be at least 1, found {steps}"
+
+
+def _refused_files(path: Path, overwrite: bool) -> Iterator[str]:
+    """Yield what stands in the way of ``path.json`` and ``path.png``."""
+    if path.parent.exists() and not path.parent.is_dir():
+        yield f"--out: {path.parent} is no folder"
+    for file in (Path(f"{path}.json"), Path(f"{path}.png")):
+        if file.exists() and not overwrite:
+            yield f"{file} exists: choose another --out or name=..., or replace it with --overwrite"
 
 
 def connect(experiment: Experiment, launched: Environment, holdings: Holdings) -> Timed:
@@ -219,6 +217,7 @@ def measure(timed: Mapping[str, Timed], steps: int) -> dict[str, list[Turn]]:
     turns: dict[str, list[Turn]] = {name: [] for name in timed}
     started = spoke = time.perf_counter()
     total, at = WARM_UP + steps, _steps(methods)
+    print(f"{total} rounds of {', '.join(timed)}", flush=True)
     for done in range(total):
         epoch_step, number = next(at)
         for name in next(orders):

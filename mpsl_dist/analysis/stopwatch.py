@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mpsl_dist.actors.client import Client
+from mpsl_dist.actors.client import Client, Local
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
@@ -147,7 +147,7 @@ def build_timed_clients(
     experiment: Experiment,
     numbers: Sequence[int],
     holdings: Holdings,
-    reference: Callable[[Any], Any],
+    reference: Callable[[Any], Any] = Local,
 ) -> list[Client]:
     """Build clients as :func:`~mpsl_dist.methods.hosting.build_clients`, with a watch each.
 
