@@ -247,14 +247,15 @@ def _full_steps(method: Method) -> tuple[list[int], int]:
 
 def _memory(timed: Mapping[str, Timed]) -> dict[str, dict[str, int]]:
     """Return every process's peak memory in bytes."""
-    found = {world.SERVER: peak_memory()}
+    found: dict[str, dict[str, int]] = {}
     for one in timed.values():
         link = one.method.clients
         if link:
             first = {hosted[0]: worker for worker, hosted in link.fleet.hosted.items()}
             told = link.start("peak_memory", dict.fromkeys(first, ()), "the end")()
             found |= {first[client]: peak for client, peak in told.items()}
-    return found
+    workers = sorted(found, key=lambda name: (len(name), name))
+    return {world.SERVER: peak_memory()} | {name: found[name] for name in workers}
 
 
 def _flop(experiment: Experiment, inputs: Inputs) -> int | None:

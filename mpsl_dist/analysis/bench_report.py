@@ -34,6 +34,7 @@ PEAKS: dict[tuple[str, ...], float] = {
     ("L4",): 121e12,
 }
 _MIB = 2**20
+_MIDDLE = ("median", "lower_quartile", "upper_quartile")
 
 
 def peak_of(device: str) -> float | None:
@@ -267,7 +268,9 @@ def _steps_table(figures: Mapping[str, Any]) -> Table:
         ratio = figures["ratios"].get(f"{name}/centralized")
         table.add_row(
             name,
-            *_middle({key: 1e3 * value for key, value in seconds.items() if key != "each"}, 1),
+            *_middle(
+                {key: 1e3 * seconds[key] for key in _MIDDLE}, 1 if seconds["median"] < 1 else 0
+            ),
             f"{found['samples_per_second']:,.0f}",
             *(_middle(ratio, 2) if ratio else ("", "")),
             f"{sent['up'] / _MIB:.2f}",
@@ -284,8 +287,8 @@ def _rate(name: str, found: Mapping[str, Any]) -> str:
 
 def _middle(values: Mapping[str, float], places: int) -> tuple[str, str]:
     """Return the median, and the quartiles."""
-    lower, upper = (f"{values[key]:.{places}f}" for key in ("lower_quartile", "upper_quartile"))
-    return f"{values['median']:.{places}f}", f"{lower}–{upper}"
+    median, lower, upper = (f"{values[key]:.{places}f}" for key in _MIDDLE)
+    return median, f"{lower}–{upper}"
 
 
 def _phases_table(methods: Mapping[str, Any]) -> Table:

@@ -102,7 +102,7 @@ def test_the_watch_finds_every_phase_and_changes_nothing(
     for step in range(2):
         turn, before = timed.turn(step, step), plain.traffic.totals()
         plain.step(step, step)
-        assert sum(turn.phases.values()) == pytest.approx(turn.seconds, rel=0.01)
+        assert sum(turn.phases.values()) == pytest.approx(turn.seconds)
         assert min(turn.phases.values()) >= 0
         assert all(turn.phases[phase] > 0 for phase in PHASES if phase != "send")
         assert all(turn.slowest_worker[phase] > 0 for phase in ("data", "loss", "owners"))
@@ -116,7 +116,7 @@ def test_centralized_training_spends_nothing_on_sending() -> None:
     method = centralized.build(Setup(chosen, Holdings.load(chosen), 1))
     method.begin_epoch(0)
     turn = Timed(method, "cpu").turn(0, 0)
-    assert sum(turn.phases.values()) == pytest.approx(turn.seconds, rel=0.01)
+    assert sum(turn.phases.values()) == pytest.approx(turn.seconds)
     assert {phase for phase in PHASES if not turn.phases[phase]} == {"send"}
     assert turn.sent == {} and turn.slowest_worker == {}
 
@@ -206,7 +206,7 @@ def test_the_table_shows_medians_ratios_and_bytes(capsys: pytest.CaptureFixture[
     _report().show(Console(width=80))
     output = capsys.readouterr().out
     row = next(line.split() for line in output.splitlines() if line.split()[0] == "mpsl")
-    assert row[:6] == ["mpsl", "3000.0", "2000.0–5000.0", "10", "2.00", "2.00–2.00"]
+    assert row[:6] == ["mpsl", "3000", "2000–5000", "10", "2.00", "2.00–2.00"]
     assert "of the bf16 peak" not in output and "…" not in output
 
 
