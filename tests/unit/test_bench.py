@@ -27,6 +27,7 @@ from mpsl_dist.methods.hosting import Setup
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.psl import Psl
 from mpsl_dist.models.average import trainable_state
+from mpsl_dist.runtime import launch
 
 # -- the watch ---------------------------------------------------------------------------------
 
@@ -255,6 +256,7 @@ def test_what_cannot_be_measured_is_refused_before_any_process_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "run", lambda *_: pytest.fail("processes were started"))
     Path("toy.yaml").write_text(yaml.safe_dump(to_dict(toys.experiment())))
     Path("full").mkdir()
     Path("full/bench-toy.png").touch()
