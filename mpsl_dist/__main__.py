@@ -16,7 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpsl_dist.errors import ConfigError, DiskError, RefusedError, ResumeError, UserError
+from mpsl_dist.errors import (
+    ConfigError,
+    DiskError,
+    DivergedError,
+    RefusedError,
+    RemoteError,
+    ResumeError,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from mpsl_dist.config import Experiment
@@ -50,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.again = ["-m", "mpsl_dist", *arguments] if arguments else sys.orig_argv[1:]
     try:
         command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
-        command |= {"data": _data, "partition": _partition}
+        command |= {"data": _data, "partition": _partition, "bench": _bench}
         return command[options.command](options)
     except UserError as error:
         return _user_error(str(error), told=isinstance(error, RefusedError))
@@ -78,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="methods beside each other, from their runs")
     compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="completed run directories")
     compare.add_argument("--out", metavar="FILE.md", help="write page, csv and picture")
+    bench = commands.add_parser("bench", help="steps of several methods in turns, timed by phase")
+    _add_experiment(bench)
+    bench.add_argument("--steps", type=int, default=20, metavar="N", help="of each method: 20")
+    methods = "mpsl,psl,centralized"
+    bench.add_argument("--methods", default=methods, metavar="A,B", help=f"default: {methods}")
+    bench.add_argument("--out", default=".", metavar="DIR", help="for bench-<name>.json and .png")
+    bench.add_argument("--overwrite", action="store_true", help="replace an earlier bench there")
     _add_data_commands(commands)
     return parser
 
@@ -302,6 +317,33 @@ def _report(summary: dict[str, Any], path: Path) -> None:
     print(f"everything lies in {path}")
     if summary["status"] == "stopped":
         print("stopped on request; the same command with --resume continues")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from mpsl_dist import config
+    from mpsl_dist.analysis.bench import Bench
+    from mpsl_dist.methods import processes
+    from mpsl_dist.runtime import environment, launch
+
+    experiment = config.load(options.config, options.overrides)
+    bench = Bench.asked(experiment, options.steps, options.methods, options.out, options.overwrite)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    launched = environment.resolve(os.environ)
+    if launched is None and bench.ranks > 1:
+        _leave(bench.start(options.again))
+    if launched and launched.folder:
+        launch.follow(launched, experiment.faults.exit_timeout)
+    launched = processes.place_in_world(bench.lead, options.words)
+    if launched.rank:
+        return _serve(bench.lead, launched)
+    try:
+        bench.run(launched)
+    except Exception as error:  # others may still be in the world
+        told = isinstance(error, UserError | RemoteError | DivergedError)
+        for line in (str(error) if told else traceback.format_exc()).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        _leave(2 if getattr(error, "user_error", isinstance(error, UserError)) else 1)
+    return 0
 
 
 def _compare(options: argparse.Namespace) -> int:

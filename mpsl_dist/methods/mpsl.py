@@ -27,7 +27,7 @@ from mpsl_dist.data.loading import Unread
 from mpsl_dist.data.partition import shares
 from mpsl_dist.errors import BackwardError, NonFiniteError
 from mpsl_dist.methods import hosting, testing
-from mpsl_dist.methods.hosting import Setup
+from mpsl_dist.methods.hosting import BuildClients, Setup
 from mpsl_dist.methods.link import Back, absent_from
 from mpsl_dist.methods.objective import objective_of
 from mpsl_dist.methods.progress import warn
@@ -257,10 +257,12 @@ class Mpsl:
         self._begin_like_others([n for n in self.sizes if absent_from(files, n)])
 
 
-def build(setup: Setup, method: type[Mpsl] = Mpsl) -> Mpsl:
+def build(
+    setup: Setup, method: type[Mpsl] = Mpsl, clients: BuildClients = hosting.build_clients
+) -> Mpsl:
     """Build the server here and the clients on the workers of a joined world."""
     experiment, splits = setup.experiment, setup.splits
-    fleet = hosting.open_fleet(setup, hosting.build_clients)
+    fleet = hosting.open_fleet(setup, clients)
     tokenizers = build_tokenizers(experiment, splits)
     model = build_server_model(experiment, splits, tokenizers.lengths)
     stepper = Stepper(model.parameters(), experiment.training.server)

@@ -193,6 +193,7 @@ def connect(
     launched: Environment,
     holdings: Holdings,
     joined: world.World | None = None,
+    build: Callable[[Setup], Method] | None = None,
 ) -> Method:
     """Build the server here and the clients on the workers of a joined world.
 
@@ -200,11 +201,13 @@ def connect(
     ----------
     joined : World, optional
         What :func:`join` returned, where lost workers may come back.
+    build : callable, optional
+        Builds the method, if not as its facts say.
     """
     server_threads, worker_threads = _threads(experiment, launched)
     world.set_threads(server_threads)
     holdings.log()
-    build = plugins.resolve(facts_of(experiment).build)
+    build = build or plugins.resolve(facts_of(experiment).build)
     back = joined is not None and comes_back(experiment)
     admit = partial(prove, experiment, launched)
     renewed = generations.Generations(joined, admit) if back else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +43,6 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
     return told
 
 
-def side_by_side(
-    experiments: list[Experiment], launched: environment.Environment, steps: int
-) -> list[list[float]]:
-    """Train step by step in turns; give every experiment's seconds of every step."""
-    methods = [processes.connect(e, launched, Holdings.load(e)) for e in experiments]
-    seconds: list[list[float]] = [[] for _ in methods]
-    for method in methods:
-        method.begin_epoch(0)
-    for step in range(steps):
-        for method, taken in zip(methods, seconds, strict=True):
-            started = time.perf_counter()
-            method.step(step, step)
-            taken.append(time.perf_counter() - started)
-    return seconds
-
-
 def main() -> None:
     path = Path(sys.argv[1])
     launched = environment.resolve(os.environ)
@@ -70,10 +53,7 @@ def main() -> None:
     joined = processes.join(toys.experiment(), launched)
     task = json.loads(path.read_text())
     experiments = [from_dict(e) for e in task["experiments"]]
-    if task.get("side_by_side"):
-        told: list = side_by_side(experiments, launched, task["steps"])
-    else:
-        told = [train_and_tell(experiment, launched, task["steps"]) for experiment in experiments]
+    told = [train_and_tell(experiment, launched, task["steps"]) for experiment in experiments]
     torch.save(told, path.with_suffix(".pt"))
     joined.dismiss()
 

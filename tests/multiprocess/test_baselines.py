@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import statistics
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import yaml
 from conftest import ROOT, Launch, World, launcher, torchrun_line, until
 from local_fleet import LocalRounds
 
-from mpsl_dist import config
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import to_dict
@@ -98,25 +96,6 @@ def test_naive_psl_runs_one_server_backward_per_client(told: dict) -> None:
     shares = [mpsl["plan"][step % len(mpsl["plan"])] for step in range(STEPS)]
     assert len(mpsl["backwards"]) == STEPS
     assert len(psl["backwards"]) == sum(size > 0 for step in shares for size in step) > 3 * STEPS
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("clients", [10, 25])
-def test_mpsls_step_is_faster_than_naive_psls(clients: int, launch: Launch, tmp_path: Path) -> None:
-    changes = [f"clients={clients}", "clients_per_worker=5", "training.batch_size=100"]
-    changes += ["tokenizer_sync.mode=none", f"output={tmp_path}"]
-    listed = [
-        to_dict(config.load(ROOT / "configs/quickstart.yaml", [*changes, f"method={method}"]))
-        for method in ("mpsl", "psl")
-    ]
-    task = tmp_path / "task.json"
-    task.write_text(json.dumps({"steps": 40, "side_by_side": True, "experiments": listed}))
-    line = torchrun_line(clients // 5 + 1, str(HERE / "baseline_ranks.py"), str(task))
-    status, output = launch(line).finish(500)
-    assert status == 0, output
-    mpsl, psl = (statistics.median(taken[5:]) for taken in torch.load(task.with_suffix(".pt")))
-    print(f"N={clients}: MPSL {1e3 * mpsl:.0f} ms, PSL {1e3 * psl:.0f} ms, {psl / mpsl:.2f} times")
-    assert psl > mpsl
 
 
 def test_fedavg_of_one_client_over_rpc_equals_centralized_step_for_step(told: dict) -> None:

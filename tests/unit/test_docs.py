@@ -31,7 +31,9 @@ def test_files_of_the_project_that_are_named_exist(page: Path) -> None:
 def shown_commands() -> list[str]:
     lines = [line for page in PAGES for line in page.read_text("utf-8").splitlines()]
     shown = [line.strip() for line in lines if line.startswith("    ")]
-    return [line for line in shown if re.search(r"mpsl_dist (train|cost|partition|data) ", line)]
+    return [
+        line for line in shown if re.search(r"mpsl_dist (train|cost|partition|data|bench) ", line)
+    ]
 
 
 @pytest.mark.parametrize("line", shown_commands())
