@@ -1,6 +1,6 @@
 """What clients cost on one machine: memory, start-up and time of a step, by their number.
 
-    python tests/measure_clients.py [--clients 10 100 1000] [--workers 4] [key.path=value ...]
+    python tests/measure_clients.py [key.path=value ...] [--clients 10,100,1000] [--workers 4]
 
 Every row is one epoch of the quickstart by the command line, all rows with one global batch of as
 many samples as the largest row has clients. Memory is what a process has to itself (``RssAnon``:
@@ -99,15 +99,16 @@ def trained_bytes(words: list[str]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--clients", default="10,100,1000")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--spare", type=float, default=3.0)
     options, words = parser.parse_known_args()
-    words = [f"training.batch_size={max(options.clients)}", *words]
+    numbers = [int(number) for number in options.clients.split(",")]
+    words = [f"training.batch_size={max(numbers)}", *words]
     print(f"a client trains {trained_bytes(words) / KIB:.1f} KiB; MiB by process")
     print("clients workers start-up,s step,s    server  a worker  KiB per further client")
     before: tuple[int, int, int] | None = None
-    for clients in options.clients:
+    for clients in numbers:
         hosts, workers, row = measure(clients, options.workers, words, options.spare)
         if before and before[2] == workers:
             row += f" {(hosts - before[0]) / (clients - before[1]) / KIB:12.1f}"
