@@ -19,7 +19,7 @@ from mpsl_dist.actors.agreement import Agreement, Elsewhere, Offer, renumbered
 from mpsl_dist.actors.choices import pixels_of
 from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.config import Experiment
-from mpsl_dist.data import Splits
+from mpsl_dist.data import Dataset, Splits, TensorDataset
 from mpsl_dist.data.decode.samples import PIXELS, with_colours
 from mpsl_dist.data.loading import Loaders
 from mpsl_dist.data.partition import Dealt, deal, partition
@@ -150,6 +150,28 @@ class Holdings:
         """Load the experiment's data and deal it; raises as :func:`load_data` and :meth:`deal`."""
         return cls.deal(experiment, load_data(experiment))
 
+    def only(self, numbers: Sequence[int]) -> Holdings:
+        """Return the same without the samples of other clients than these, for a worker of many.
+
+        Splits that lie in memory are cut to what these clients hold; what lies in files is not
+        read before it is asked for.
+        """
+        places = {number - self.first for number in numbers}
+
+        def own(parts: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+            return [part if n in places else part[:0] for n, part in enumerate(parts)]
+
+        train, parts = _cut(self.splits.train, own(self.dealt.parts))
+        test, tests = _cut(self.splits.test, own(self.tests))
+        splits = replace(self.splits, train=train, test=test)
+        return replace(
+            self,
+            splits=splits,
+            dealt=replace(self.dealt, parts=parts),
+            tests=tuple(tests),
+            loaders=loaders_of(self.experiment, splits),
+        )
+
     @property
     def sizes(self) -> list[int]:
         """Training samples of every client."""
@@ -186,3 +208,14 @@ class Holdings:
         )
         for part, name in enumerate(self.dealt.names):
             _log.info("client %d is '%s': %d samples", self.first + part, name, sizes[part])
+
+
+def _cut(
+    dataset: Dataset, parts: list[NDArray[np.int64]]
+) -> tuple[Dataset, list[NDArray[np.int64]]]:
+    """Return a split in memory with the rows that are in the parts alone, and where they are."""
+    if not isinstance(dataset, TensorDataset):
+        return dataset, parts
+    rows = np.sort(np.concatenate(parts))
+    kept = dataset.fetch(rows)
+    return TensorDataset(kept.inputs, kept.labels), [np.searchsorted(rows, p) for p in parts]

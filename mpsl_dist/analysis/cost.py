@@ -34,7 +34,8 @@ class Row:
         ``parameters``, ``flops``, ``bytes_per_sample``, ``bytes_per_epoch`` or ``memory``.
     method : str
         A key of :data:`mpsl_dist.config.methods.METHODS`.
-    owner : "client" or "server"
+    owner : "client", "server" or "worker"
+        A worker hosts ``clients_per_worker`` clients.
     part : str
         What of the owner, ``total`` for all of it.
     quantity : str
@@ -273,7 +274,7 @@ def _memory(method: str, parts: ModelParts, of: Measured) -> Iterator[Row]:
         client["cut layer and its gradient"] = 2 * own * cut
         server["kept for backward"] = of.kept("server", batch)
         server["cut layer and its gradient"] = 2 * batch * cut
-        owners = {"client": client, "server": server}
+        owners = {"client": client, "server": server, "worker": _hosted(parts, client)}
     else:
         whole = {name: client[name] + server[name] for name in client}
         size = batch if facts.one_process else experiment.federated.batch_size or own
@@ -284,6 +285,14 @@ def _memory(method: str, parts: ModelParts, of: Measured) -> Iterator[Row]:
     for owner, items in owners.items():
         for part, value in (items | {"total": sum(items.values())}).items():
             yield Row("memory", method, owner, part, "peak", value, "bytes")
+
+
+def _hosted(parts: ModelParts, client: dict[str, int]) -> dict[str, int]:
+    """Return the memory in bytes of a worker's clients, which share what is frozen."""
+    count = min(parts.experiment.clients_per_worker, parts.experiment.clients)
+    frozen = client["parameters"] - traffic_model.trained_bytes(parts, "client")
+    own = sum(client.values()) - frozen
+    return {"frozen, once": frozen, f"clients' own, {count} times": count * own}
 
 
 def _averaging(parts: ModelParts, model: int) -> dict[str, int]:

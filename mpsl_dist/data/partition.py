@@ -74,8 +74,9 @@ def natural(owners: Sequence[str] | None) -> tuple[tuple[str, ...], Positions]:
     unique = set(owners)
     numbers = all(name.isdecimal() for name in unique)
     names = sorted(unique, key=lambda name: (int(name) if numbers else 0, name))
-    held = np.array(owners, dtype=object)
-    return tuple(names), [np.flatnonzero(held == name) for name in names]
+    number = {name: client for client, name in enumerate(names)}
+    owner = np.array([number[name] for name in owners], dtype=np.int64)
+    return tuple(names), _by_owner(owner, len(names))
 
 
 def partition(
@@ -127,8 +128,9 @@ def partition(
         if not np.isfinite(proportions).all() or proportions.sum() == 0:
             proportions = np.eye(clients)[rng.integers(clients)]
         cuts = np.round(np.cumsum(proportions)[:-1] * len(members)).astype(int)
-        for client, part in enumerate(np.split(members, cuts)):
-            held[client].extend(part.tolist())
+        bounds = np.array([0, *cuts, len(members)])
+        for client in np.flatnonzero(np.diff(bounds)):
+            held[client].extend(members[bounds[client] : bounds[client + 1]].tolist())
     _fill(held, minimum, rng)
     return [np.sort(np.array(part, dtype=np.int64)) for part in held]
 
@@ -146,11 +148,20 @@ def deal_pictures(pictures: Tensor, clients: int, seed: int) -> Positions:
     DataError
         If there are fewer pictures than clients.
     """
-    values = pictures.numpy()
-    shuffled = np.random.default_rng(seed).permutation(np.unique(values))
+    unique, place = np.unique(pictures.numpy(), return_inverse=True)
+    shuffled = np.random.default_rng(seed).permutation(len(unique))
     if len(shuffled) < clients:
         raise DataError(f"clients: {clients} clients, but only {len(shuffled)} training pictures")
-    return [np.flatnonzero(np.isin(values, part)) for part in np.array_split(shuffled, clients)]
+    owner = np.empty(len(unique), dtype=np.int64)
+    for client, part in enumerate(np.array_split(shuffled, clients)):
+        owner[part] = client
+    return _by_owner(owner[place], clients)
+
+
+def _by_owner(owner: NDArray[np.int64], clients: int) -> Positions:
+    """Return every client's positions, ascending, given the owner of every sample."""
+    order = np.argsort(owner, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
 
 
 def _fill(held: list[list[int]], minimum: int, rng: np.random.Generator) -> None:

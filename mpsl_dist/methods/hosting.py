@@ -134,7 +134,7 @@ def host_clients(
     log = log_to(experiment.run_directory / f"rank{rank}.log")
     world.set_threads(threads)
     experiment = on_own_gpu(experiment)
-    holdings = holdings or Holdings.load(experiment)
+    holdings = holdings or Holdings.load(experiment).only(numbers)
     device = describe(device_of(experiment))
     host = Host(build(experiment, numbers, holdings, world.reference), device)
     for client in host.clients.values():

@@ -33,7 +33,6 @@ from mpsl_dist.methods.objective import objective_of
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.methods.split_link import SplitLink, Step
 from mpsl_dist.methods.sync import is_due, sync_of
-from mpsl_dist.models.average import average
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.answers import ClientsLost, Lost
@@ -104,9 +103,9 @@ class Mpsl:
         if self.sync.identical:
             self.clients.hand_over(there, clients)
         else:
-            weights = self.clients.tokenizer_weights(there, "return", "sync_up")
-            mean = average(list(weights.values()), [self.sizes[n] for n in weights])
-            self.clients.set_tokenizer_weights(mean, "return", clients)
+            mean = self.clients.mean_tokenizers(there, self.sizes, "return", "sync_up")
+            if mean:
+                self.clients.set_tokenizer_weights(mean, "return", clients)
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Tell every client its part of each step of the epoch."""

@@ -18,10 +18,13 @@ from torch import Tensor
 from mpsl_dist.errors import DivergedError, NonFiniteError
 from mpsl_dist.methods.link import Autograd, Link, Wait
 from mpsl_dist.methods.progress import warn
+from mpsl_dist.models.average import Mean
 from mpsl_dist.runtime.answers import name_clients
 
 #: Smashed activations by client: early fusion one tensor each, late fusion one per modality.
 Smashed = dict[int, list[Tensor]]
+#: Clients whose tokenizers the server holds at once when it averages.
+_AT_ONCE = 64
 
 
 class SplitLink(Link):
@@ -70,12 +73,31 @@ class SplitLink(Link):
         self.start("step_on_sum", self.everyone(step, vector), where, down="sync_down")()
 
     def tokenizer_weights(
-        self, clients: Sequence[int], where: str, kind: str
+        self, clients: Sequence[int], where: str, kind: str, needed: bool = True
     ) -> dict[int, dict[str, Tensor]]:
-        """Fetch these clients' trained tokenizer parameters, counted as traffic of this kind."""
+        """Fetch these clients' trained tokenizer parameters, counted as traffic of this kind.
+
+        ``needed`` as of :meth:`only_finite`.
+        """
         asked: dict[int, tuple[Any, ...]] = dict.fromkeys(clients, ())
         fetched = self.start("tokenizer_weights", asked, where, up=kind)()
-        return self.only_finite(fetched, f"{where}: the tokenizers")
+        return self.only_finite(fetched, f"{where}: the tokenizers", needed)
+
+    def mean_tokenizers(
+        self, clients: Sequence[int], samples: Mapping[int, int], where: str, kind: str
+    ) -> dict[str, Tensor] | None:
+        """Return the mean of these clients' trained tokenizer parameters, weighted by samples.
+
+        Few clients' are fetched at once and none are kept, so that the server's memory does not
+        grow with their number. None where nobody has answered.
+        """
+        mean = Mean(float(sum(samples[n] for n in clients)))
+        for start in range(0, len(clients), _AT_ONCE):
+            asked = [n for n in clients[start : start + _AT_ONCE] if n not in self.lost]
+            needed = not mean.weight and start + _AT_ONCE >= len(clients)
+            for n, weights in self.tokenizer_weights(asked, where, kind, needed).items():
+                mean.add(weights, samples[n])
+        return mean.result() if mean.weight else None
 
     def set_tokenizer_weights(
         self, weights: Mapping[str, Tensor], where: str, clients: Sequence[int] | None = None
@@ -84,7 +106,9 @@ class SplitLink(Link):
         told = dict.fromkeys(self.present if clients is None else clients, (weights,))
         self.start("set_tokenizer_weights", told, where, down="sync_down")()
 
-    def only_finite(self, answers: dict[int, Any], whose: str) -> dict[int, Any]:
+    def only_finite(
+        self, answers: dict[int, Any], whose: str, needed: bool = True
+    ) -> dict[int, Any]:
         """Return what is to be summed or averaged without what would spoil it for everybody.
 
         Parameters
@@ -93,18 +117,20 @@ class SplitLink(Link):
             Client -> a tensor, tensors by name, or None.
         whose : str
             What the user should read, as "step 17: the gradients".
+        needed : bool
+            Whether one of these must be left, there being no others.
 
         Raises
         ------
         DivergedError
             If one holds a number that is not finite and ``faults.on_nonfinite`` is ``stop``, or
-            if nothing else is left.
+            if nothing is left that is needed.
         """
         wrong = [client for client in answers if not _finite(answers[client])]
         if not wrong:
             return answers
         said = f"{whose} of {name_clients(wrong)} hold numbers that are not finite"
-        if self.faults.on_nonfinite == "stop" or len(wrong) == len(answers):
+        if self.faults.on_nonfinite == "stop" or (needed and len(wrong) == len(answers)):
             raise DivergedError(f"{said}. Lower training.server.lr and training.client.lr")
         warn(f"{said}: left out")
         return {client: answer for client, answer in answers.items() if client not in wrong}

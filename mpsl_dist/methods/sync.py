@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from mpsl_dist.config import Experiment
 from mpsl_dist.methods.link import Wait
 from mpsl_dist.methods.split_link import SplitLink, Step
-from mpsl_dist.models.average import average
 
 #: Bytes by kind and client.
 Bytes = dict[str, NDArray[np.int64]]
@@ -157,9 +156,9 @@ class AverageWeights(Separate):
     ) -> None:
         """Replace every client's weights by the average, weighted by samples."""
         where = f"step {step}"
-        weights = link.tokenizer_weights(link.present, where, "sync_up")
-        mean = average(list(weights.values()), [sizes[n] for n in weights])
-        link.set_tokenizer_weights(mean, where)
+        mean = link.mean_tokenizers(link.present, sizes, where, "sync_up")
+        if mean:  # none where everybody is lost
+            link.set_tokenizer_weights(mean, where)
 
     def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
         """Return the weights up from and down to everybody."""

@@ -49,8 +49,9 @@ def evaluate(method: SplitMethod) -> dict[str, float]:
         As of :meth:`mpsl_dist.methods.mpsl.Mpsl.evaluate`.
     """
     own = method.experiment.training.evaluate_own
-    weights = _fetch(method, everyone=own)
-    mean = _mean(method, weights)
+    weights = _everyones(method) if own else {}
+    sizes = [method.sizes[n] for n in weights]
+    mean = average(list(weights.values()), sizes) if own else _mean(method)
     if method.experiment.data.test_at == "clients":
         scores, *alone = _at_clients(method, mean, own)
         each = [_accuracy(score) for scores_own in alone for score in scores_own.values()]
@@ -71,21 +72,21 @@ def _spread(each: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def fetch_average(method: SplitMethod) -> None:
     """Load the average of the clients' tokenizers into the server's copy."""
-    load_trainable(method.tokenizers, _mean(method, _fetch(method)))
+    load_trainable(method.tokenizers, _mean(method))
 
 
-def _fetch(method: SplitMethod, everyone: bool = False) -> dict[int, dict[str, Tensor]]:
-    """Fetch the tokenizers; one client speaks for all where they are kept identical."""
-    same = method.sync.identical and not everyone
-    found: dict[int, dict[str, Tensor]] = {}
-    while not found:  # again where the one that was asked was lost; too few left end the run
-        asked = method.clients.present[: 1 if same else None]
-        found = method.clients.tokenizer_weights(asked, method.clients.in_test, "test_weights_up")
-    return found
+def _everyones(method: SplitMethod) -> dict[int, dict[str, Tensor]]:
+    link = method.clients
+    return link.tokenizer_weights(link.present, link.in_test, "test_weights_up")
 
 
-def _mean(method: SplitMethod, weights: Mapping[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return average(list(weights.values()), [method.sizes[n] for n in weights])
+def _mean(method: SplitMethod) -> dict[str, Tensor]:
+    """Fetch the average; one client speaks for all where they are kept identical."""
+    link, mean = method.clients, None
+    while mean is None:  # again where the one that was asked was lost; too few left end the run
+        asked = link.present[: 1 if method.sync.identical else None]
+        mean = link.mean_tokenizers(asked, method.sizes, link.in_test, "test_weights_up")
+    return mean
 
 
 def _at_server(

@@ -8,27 +8,53 @@ import torch
 from torch import Tensor
 
 
-def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return the weighted mean of states, key by key, in the types of the first.
+class Mean:
+    """A weighted mean of states that come one by one; none of them is kept.
 
     The sum runs in float64, so that equal float32 states average to themselves, bit for bit.
 
     Parameters
     ----------
+    total : float
+        The weights of all that are expected; fewer may come.
+    """
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+        #: The weights of those that came.
+        self.weight = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._like: dict[str, torch.dtype] = {}
+
+    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
+        """Take in a state; all have the same keys and shapes."""
+        self._like = self._like or {key: x.dtype for key, x in state.items()}
+        for key, x in state.items():
+            part = x.double() * (weight / self.total)
+            self._sums[key] = self._sums[key].add_(part) if key in self._sums else part
+        self.weight += weight
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the mean of what came, key by key, in the types of the first state."""
+        assert self.weight > 0
+        missed = self.total / self.weight
+        return {key: (x * missed).to(self._like[key]) for key, x in self._sums.items()}
+
+
+def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return the weighted mean of states, as :class:`Mean` takes it.
+
+    Parameters
+    ----------
     states : sequence of mapping
-        At least one; all have the same keys and shapes.
+        At least one.
     weights : sequence of float
         One per state; they need not sum to one.
     """
-    total = float(sum(weights))
-    assert states and total > 0 and len(states) == len(weights)
-    result = {}
-    for key, like in states[0].items():
-        parts = [
-            state[key].double() * (w / total) for state, w in zip(states, weights, strict=True)
-        ]
-        result[key] = torch.stack(parts).sum(0).to(like.dtype)
-    return result
+    mean = Mean(float(sum(weights)))
+    for state, weight in zip(states, weights, strict=True):
+        mean.add(state, weight)
+    return mean.result()
 
 
 def trainable_state(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -178,6 +178,14 @@ def fuse(tokens: Sequence[Tensor], fusion: str) -> list[Tensor]:
 
 
 def copy_of(tokenizers: Tokenizers) -> Tokenizers:
-    """Return a copy for another client of this process; frozen parameters are shared with it."""
-    frozen = {id(p): p for p in tokenizers.parameters() if not p.requires_grad}
+    """Return a copy for another client of this process; what is frozen is shared with it."""
+    frozen: dict[int, object] = {id(p): p for p in tokenizers.parameters() if not p.requires_grad}
+    frozen |= {id(part): part for part in tokenizers.modules() if _is_frozen(part)}
     return copy.deepcopy(tokenizers, memo=frozen)
+
+
+def _is_frozen(part: nn.Module) -> bool:
+    """Return whether a part has parameters and no state that could move (norms' buffers can)."""
+    parameters = list(part.parameters())
+    moves = any(p.requires_grad for p in parameters) or any(True for _ in part.buffers())
+    return bool(parameters) and not moves

@@ -8,6 +8,9 @@ from typing import Any
 
 from mpsl_dist.errors import RemoteError
 
+#: Clients that a message names one by one.
+_NAMED = 25
+
 
 @dataclass(frozen=True)
 class Lost:
@@ -75,10 +78,13 @@ class Answers:
 
 
 def name_clients(numbers: Sequence[int]) -> str:
-    """Return ``client 3``, ``clients 2-5`` or ``clients 1, 4``."""
+    """Return ``client 3``, ``clients 2-5`` or ``clients 1, 4``; of very many the first few."""
     first, last = numbers[0], numbers[-1]
     if len(numbers) == 1:
         return f"client {first}"
     if list(numbers) == list(range(first, last + 1)):
         return f"clients {first}-{last}"
+    if len(numbers) > _NAMED:
+        some = ", ".join(map(str, numbers[:_NAMED]))
+        return f"clients {some} and {len(numbers) - _NAMED} more"
     return "clients " + ", ".join(map(str, numbers))

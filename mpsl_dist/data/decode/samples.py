@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from mpsl_dist.data.dataset import Batch, Dataset
 from mpsl_dist.data.decode import audio, media, text
@@ -301,8 +301,15 @@ def _column(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values)[:, None, None]
 
 
+def _transforms() -> ModuleType:
+    # Its import takes 90 MiB and three seconds, of every worker, pictures in files or not.
+    from torchvision.transforms.v2 import functional
+
+    return functional
+
+
 def _squash(pixels: Tensor, view: View) -> Tensor:
-    return transforms.resize(pixels, [view.image_size, view.image_size], antialias=True)
+    return _transforms().resize(pixels, [view.image_size, view.image_size], antialias=True)
 
 
 def _crop(pixels: Tensor, size: int, random: torch.Generator | None) -> Tensor:
@@ -310,7 +317,7 @@ def _crop(pixels: Tensor, size: int, random: torch.Generator | None) -> Tensor:
     height, width = pixels.shape[1:]
     scale = round(size * 8 / 7) / min(height, width)
     shape = [max(size, round(height * scale)), max(size, round(width * scale))]
-    resized = transforms.resize(pixels, shape, antialias=True)
+    resized = _transforms().resize(pixels, shape, antialias=True)
     spare = [shape[0] - size, shape[1] - size]
     if random is None:
         top, left = spare[0] // 2, spare[1] // 2
@@ -323,8 +330,8 @@ def _jitter(scaled: Tensor, random: torch.Generator) -> Tensor:
     """Return a picture mirrored half of the time, its brightness and saturation changed."""
     mirror, brightness, saturation = torch.rand(3, generator=random).tolist()
     flipped = scaled.flip(-1) if mirror < 0.5 else scaled
-    brighter = transforms.adjust_brightness(flipped, 0.8 + 0.4 * brightness)
-    return transforms.adjust_saturation(brighter, 0.8 + 0.4 * saturation)
+    brighter = _transforms().adjust_brightness(flipped, 0.8 + 0.4 * brightness)
+    return _transforms().adjust_saturation(brighter, 0.8 + 0.4 * saturation)
 
 
 def _audio(path: str, at: float, view: View, cache: Cache | None) -> Tensor:
