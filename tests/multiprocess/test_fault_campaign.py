@@ -51,7 +51,7 @@ BEFORE = ("tokenize", "loss", "backward")
 AFTER = ("tokenize_test", "save")
 
 
-def experiment(mode: str = "weights", **faults: Any) -> Experiment:
+def experiment(mode: str = "weights", replicas: int = 1, **faults: Any) -> Experiment:
     """Six clients on three workers, 60 steps; tests and checkpoints after every fifth."""
     data = {"name": "toy-image+text", "partition": {"alpha": 5.0, "minimum": 8}}
     training = to_dict(toys.experiment())["training"] | {
@@ -65,6 +65,7 @@ def experiment(mode: str = "weights", **faults: Any) -> Experiment:
         training=training,
         tokenizer_sync={"mode": mode, "every": MEET_EVERY},
         checkpoint={"every_epochs": 1},
+        server={"replicas": replicas},
         faults={
             "client_timeout": 8.0,
             "exit_timeout": 15.0,
@@ -253,6 +254,27 @@ def test_a_run_survives_three_faults(run: Callable, tmp_path: Path) -> None:
     status, output = run(chosen, *faults)
     assert status == 0, output
     assert_as_told(tmp_path / "runs" / "toy", chosen, read("\n".join(faults)))
+
+
+@pytest.mark.campaign
+def test_a_group_of_replicas_survives_lost_clients(run: Callable, tmp_path: Path) -> None:
+    faults = ["exception 1 tokenize 5", "kill 0 backward 12", "nan 4 backward 21", "kill 3 loss 31"]
+    chosen = experiment(replicas=2)
+    status, output = run(chosen, *faults)
+    assert status == 0 and re.search(r"^replica1 on \S+, cpu$", output, re.MULTILINE), output
+    assert_as_told(tmp_path / "runs" / "toy", chosen, read("\n".join(faults)))
+
+
+@pytest.mark.campaign
+def test_replicas_take_part_in_the_meeting_that_lets_a_worker_back_in(
+    run: Callable, tmp_path: Path
+) -> None:
+    """Fewer clients are there for a while, so that nothing but the end can be compared."""
+    chosen = experiment(replicas=2, rejoin="now")
+    status, output = run(chosen, "kill 3 loss 10")
+    assert status == 0 and "came back" in output, output
+    summary = json.loads((tmp_path / "runs" / "toy" / "summary.json").read_text())
+    assert (summary["clients_lost"], summary["clients_returned"]) == (0, 2)
 
 
 def errors(output: str) -> list[str]:
