@@ -6,6 +6,7 @@ backward goes through all of them; gradients are summed by a process group of th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -128,6 +129,9 @@ class Reduction:
         self._group: Any
         if nccl:
             from torch.distributed import ProcessGroupNCCL
+
+            # Else it takes an interface of its own choice, as RPC and gloo do not.
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
 
             options = ProcessGroupNCCL.Options()
             options._timeout = patience

@@ -265,18 +265,6 @@ def test_a_group_of_replicas_survives_lost_clients(run: Callable, tmp_path: Path
     assert_as_told(tmp_path / "runs" / "toy", chosen, read("\n".join(faults)))
 
 
-@pytest.mark.campaign
-def test_replicas_take_part_in_the_meeting_that_lets_a_worker_back_in(
-    run: Callable, tmp_path: Path
-) -> None:
-    """Fewer clients are there for a while, so that nothing but the end can be compared."""
-    chosen = experiment(replicas=2, rejoin="now")
-    status, output = run(chosen, "kill 3 loss 10")
-    assert status == 0 and "came back" in output, output
-    summary = json.loads((tmp_path / "runs" / "toy" / "summary.json").read_text())
-    assert (summary["clients_lost"], summary["clients_returned"]) == (0, 2)
-
-
 def errors(output: str) -> list[str]:
     assert "Traceback" not in output, output
     return re.findall(r"^error: (.*)$", output, re.MULTILINE)

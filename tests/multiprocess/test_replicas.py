@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import Launch, until
+from conftest import ROOT, Launch, until
 from test_exactness import _case, _retrieval, assert_equals_reference, run_gold
 from test_fault_campaign import errors, experiment
 from test_runs import assert_same_run, steps_done
@@ -82,3 +82,14 @@ def test_a_killed_replica_ends_the_run_and_resuming_it_equals_an_uninterrupted_o
     status, output = torchrun(5, TOY_COMMAND, *command[2:], "name=parts", "--resume").finish(300)
     assert status == 0, output
     assert_same_run(runs / "parts", runs / "whole")
+
+
+@pytest.mark.campaign
+def test_fsdp_goes_together_with_a_distributed_backward_only_as_the_page_says(
+    launch: Launch,
+) -> None:
+    status, output = launch([sys.executable, str(ROOT / "tests/measure_sharding.py")]).finish(120)
+    assert status == 0, output
+    page = (ROOT / "docs" / "replicas.md").read_text("utf-8")
+    told = [line.strip() for line in page.splitlines() if "one graph: " in line or "cut at" in line]
+    assert len(told) == 2 and all(line in output for line in told), output
