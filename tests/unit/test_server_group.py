@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +66,9 @@ class Others:
         self.replica = replica
         self.told: list[tuple[str, Any]] = []
 
+    def everyone(self, *arguments: Any) -> list[tuple[Any, ...]]:
+        return [arguments]
+
     def start(self, message: str, arguments: Sequence[Sequence[Any]], **options: Any) -> Any:
         self.told.append((message, arguments[0]))
         answer = getattr(self.replica, message)(*arguments[0])
@@ -87,6 +91,21 @@ def test_a_group_predicts_what_one_server_does_and_each_client_is_served_once() 
     with torch.no_grad():  # a test is replica 0's alone
         group.forward(held)
     assert len(others.told) == 1
+
+
+def test_every_replica_continues_from_replica_0s_checkpoint(tmp_path: Path) -> None:
+    toy, splits = toys.experiment(server={"replicas": 2}), toys.load(("image", "text"))
+    own, other = (Replica(build_server(toy, splits, [5, 6])) for _ in range(2))
+    group = ServerGroup(own, Others(other), 2)
+    saved = {name: x.clone() for name, x in group.model.state_dict().items()}
+    group.save(str(tmp_path))
+    for replica in (own, other):
+        for parameter in replica.server.model.parameters():
+            parameter.data.add_(1)
+    group.restore(str(tmp_path))
+    for replica in (own, other):
+        for name, x in replica.server.model.state_dict().items():
+            assert torch.equal(x, saved[name]), name
 
 
 def test_a_replica_without_clients_steps_on_the_others_gradients() -> None:
