@@ -147,7 +147,8 @@ def _train(options: argparse.Namespace) -> int:
     elif launched and launched.folder:
         launch.follow(launched, patience)
     worker = launched is not None and launched.rank > 0
-    if worker and goes_on(experiment) and not supervisor.is_child():
+    hosts = launched is not None and launched.rank >= experiment.server.replicas
+    if hosts and goes_on(experiment) and not supervisor.is_child():
         # Before torch is imported: the rank itself stays small.
         restarts = experiment.faults.restarts if comes_back(experiment) else 0
         return supervisor.supervise(options.again, patience, restarts, bool(launched.folder))
@@ -181,7 +182,8 @@ def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> 
         _check_everything(options, experiment)  # raises, and tells what else is wrong
         raise
     # Python's own end would take seconds, and what is to be done is done.
-    _leave(launch.run(ranks, options.again, experiment.faults.exit_timeout, chosen))
+    grace, replicas = experiment.faults.exit_timeout, experiment.server.replicas
+    _leave(launch.run(ranks, options.again, grace, chosen, replicas))
 
 
 def _serve(experiment: Experiment, launched: Environment) -> int:

@@ -51,6 +51,7 @@ def problems(experiment: Experiment) -> list[str]:
                 "the data in one process; take data.place=simulated"
             )
         found += _modality_problems(experiment)
+        found += _replica_problems(experiment)
     except ConfigError as error:
         found += str(error).splitlines()
     classes = experiment.data.classes
@@ -60,6 +61,18 @@ def problems(experiment: Experiment) -> list[str]:
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         found.append("data.modalities: name at least one, each once, or leave it null")
     return found + _encoder_problems(experiment) + _weight_problems(experiment)
+
+
+def _replica_problems(experiment: Experiment) -> list[str]:
+    replicas, method = experiment.server.replicas, experiment.method
+    if replicas > 1 and "server.replicas" not in facts_of(experiment).reads:
+        return [f"server.replicas: {replicas}, but method={method} has one server; take 1"]
+    if replicas > experiment.clients >= 1:
+        return [
+            f"server.replicas: {replicas} for {experiment.clients} clients; each takes whole "
+            f"clients, so at most {experiment.clients}"
+        ]
+    return []
 
 
 def _modality_problems(experiment: Experiment) -> list[str]:
@@ -104,6 +117,7 @@ def _too_small(experiment: Experiment) -> list[str]:
             "data.audio_frames": data.audio_frames,
             "checkpoint.keep": experiment.checkpoint.keep,
             "faults.min_clients": experiment.faults.min_clients,
+            "server.replicas": experiment.server.replicas,
             "faults.save_clients_every": experiment.faults.save_clients_every,
             "runtime.server_threads": runtime.server_threads,
             "runtime.worker_threads": runtime.worker_threads,

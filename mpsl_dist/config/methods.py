@@ -77,12 +77,13 @@ _REMOTE = (
     "runtime.worker_threads",
 )
 _SPLIT = (*_REMOTE, "contrastive", "tokenizer_sync", "training.evaluate_own")
+_GROUP = ("server.replicas",)
 _ROUNDS = (*_REMOTE, "federated")
 #: What only some methods read.
-OPTIONAL = (*_SPLIT, *_FAULTS, "adapters", "federated")
+OPTIONAL = (*_SPLIT, *_GROUP, *_FAULTS, "adapters", "federated")
 
 METHODS: dict[str, MethodFacts] = {
-    "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=_SPLIT, tolerant=True),
+    "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=(*_SPLIT, *_GROUP), tolerant=True),
     "psl": MethodFacts("mpsl_dist.methods.psl:build", reads=_SPLIT, backwards="per client"),
     "fedavg": MethodFacts(
         "mpsl_dist.methods.fedavg:build", server_model="client", reads=_ROUNDS, tolerant=True
@@ -119,8 +120,10 @@ def options_of(experiment: Experiment) -> Any:
 
 
 def processes_of(experiment: Experiment) -> int:
-    """Return how many processes a run has: the server and its workers, or one."""
-    return 1 if facts_of(experiment).one_process else experiment.workers + 1
+    """Return how many processes a run has: the server's replicas and the workers, or one."""
+    if facts_of(experiment).one_process:
+        return 1
+    return experiment.server.replicas + experiment.workers
 
 
 def goes_on(experiment: Experiment) -> bool:

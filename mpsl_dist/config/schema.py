@@ -264,6 +264,15 @@ class Faults:
 
 
 @dataclass(frozen=True)
+class Server:
+    """The processes that the server's part of the model lives in."""
+
+    #: Equal copies of encoder and head, each a process with a GPU of its own, that share every
+    #: global batch; see ``docs/replicas.md``.
+    replicas: int = 1
+
+
+@dataclass(frozen=True)
 class Runtime:
     """The connection between the processes."""
 
@@ -313,6 +322,7 @@ class Experiment:
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     faults: Faults = field(default_factory=Faults)
+    server: Server = field(default_factory=Server)
     runtime: Runtime = field(default_factory=Runtime)
 
     @property

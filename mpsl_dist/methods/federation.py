@@ -47,9 +47,11 @@ def refuse_shared_file(experiment: Experiment, launched: Environment | None) -> 
     ConfigError
         Saying what would work.
     """
-    local = launched.local_world if launched else experiment.workers + 1
+    replicas = experiment.server.replicas
+    local = launched.local_world if launched else experiment.workers + replicas
     beside_server = launched is None or launched.node == 0
-    readers = local - beside_server + (beside_server and experiment.data.test_at == "server")
+    tests = beside_server and experiment.data.test_at == "server"
+    readers = local - (min(replicas, local) if beside_server else 0) + tests
     if is_own(experiment) and readers > 1 and RANK not in (experiment.data.root or ""):
         raise ConfigError(
             f"data.place: own, but {readers} processes of this host would read the same "
@@ -169,8 +171,9 @@ def open_federation(experiment: Experiment, own: Splits | None, joined: world.Wo
 
 
 def _offers(experiment: Experiment, own: Splits | None) -> dict[int, Offer]:
-    placed = enumerate(place_in_order(experiment.clients, experiment.clients_per_worker), 1)
-    asked = {rank: (experiment, numbers, rank) for rank, numbers in placed}
+    placed = place_in_order(experiment.clients, experiment.clients_per_worker)
+    first = experiment.server.replicas
+    asked = {rank: (experiment, numbers, rank) for rank, numbers in enumerate(placed, first)}
     offers = world.ask(offer, asked, experiment.runtime.start_timeout)
     if own is None:
         return offers

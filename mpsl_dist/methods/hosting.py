@@ -27,7 +27,7 @@ from mpsl_dist.runtime import environment, world
 from mpsl_dist.runtime.answers import name_clients
 from mpsl_dist.runtime.fleet import Fleet
 from mpsl_dist.runtime.generations import Generations
-from mpsl_dist.runtime.placement import gpu_of, place, place_in_order
+from mpsl_dist.runtime.placement import gpu_of, place, place_in_order, replicas_here
 
 #: ``build(experiment, numbers, holdings, reference)`` returns clients that live in the process that
 #: it runs in. ``reference(tokenizers)`` returns a client's handle on its tokenizers: an RRef.
@@ -71,8 +71,10 @@ def on_own_gpu(experiment: Experiment) -> Experiment:
     launched = environment.resolve(os.environ)
     if device_of(experiment) != "cuda" or launched is None:
         return experiment
-    count, beside_server = torch.cuda.device_count(), launched.node == 0
-    return replace(experiment, device=f"cuda:{gpu_of(launched.local_rank, count, beside_server)}")
+    first = launched.rank - launched.local_rank
+    replicas = replicas_here(experiment.server.replicas, first, launched.local_world)
+    gpu = gpu_of(launched.local_rank, torch.cuda.device_count(), replicas)
+    return replace(experiment, device=f"cuda:{gpu}")
 
 
 def build_clients(
@@ -169,7 +171,7 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
     spread = place(setup.holdings.sizes, experiment.workers)
     if agreement is not None:
         spread = place_in_order(experiment.clients, experiment.clients_per_worker)
-    placed = dict(enumerate(spread, 1))
+    placed = dict(enumerate(spread, experiment.server.replicas))
 
     def who(rank: int) -> str:
         return f"{world.rank_name(rank)} ({name_clients(placed[rank])})"

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from torch import Tensor
 
-from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
-from mpsl_dist.actors.choices import device_of, task_of
+from mpsl_dist.actors.assembly import build_tokenizers
+from mpsl_dist.actors.choices import task_of
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.holdings import loaders_of
 from mpsl_dist.actors.local_data import Damage, TestData
-from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
@@ -31,6 +30,7 @@ from mpsl_dist.methods.hosting import BuildClients, Setup
 from mpsl_dist.methods.link import Back, absent_from
 from mpsl_dist.methods.objective import objective_of
 from mpsl_dist.methods.progress import warn
+from mpsl_dist.methods.server_group import ServerGroup, open_server
 from mpsl_dist.methods.split_link import SplitLink, Step
 from mpsl_dist.methods.sync import is_due, sync_of
 from mpsl_dist.models.tokenizers import Tokenizers
@@ -46,7 +46,7 @@ class Mpsl:
     experiment : Experiment
     splits : Splits
         ``test`` is read where the server holds it; ``train`` never is.
-    server : Server
+    server : Server or ServerGroup
     clients : SplitLink
     tokenizers : Tokenizers
         The server's own copy, which receives averages for evaluation.
@@ -56,7 +56,7 @@ class Mpsl:
         self,
         experiment: Experiment,
         splits: Splits,
-        server: Server,
+        server: Server | ServerGroup,
         clients: SplitLink,
         tokenizers: Tokenizers,
     ) -> None:
@@ -263,9 +263,7 @@ def build(
     experiment, splits = setup.experiment, setup.splits
     fleet = hosting.open_fleet(setup, clients)
     tokenizers = build_tokenizers(experiment, splits)
-    model = build_server_model(experiment, splits, tokenizers.lengths)
-    stepper = Stepper(model.parameters(), experiment.training.server)
-    server = Server(model, stepper, device_of(experiment))
+    server = open_server(setup, tokenizers.lengths)
     faults = experiment.faults if facts_of(experiment).tolerant else None
     link = SplitLink(fleet, Traffic(experiment.clients), faults)
     return method(experiment, splits, server, link, tokenizers.to(server.device))

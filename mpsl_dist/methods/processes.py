@@ -43,6 +43,7 @@ from mpsl_dist.runtime import (
     world,
 )
 from mpsl_dist.runtime.environment import Environment
+from mpsl_dist.runtime.placement import replicas_here
 from mpsl_dist.runtime.token import TOKEN_FILE, read_token
 from mpsl_dist.typed import flatten
 
@@ -81,9 +82,11 @@ def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
             f"{found.world}:\n  {line}"
         )
     if found.world != needed:
+        replicas = experiment.server.replicas
+        group = f" and server.replicas={replicas}" if replicas > 1 else ""
         raise ConfigError(
-            f"{experiment.clients} clients at clients_per_worker={experiment.clients_per_worker} "
-            f"need {needed} processes, {found.launcher} started {found.world}:\n  {line}"
+            f"{experiment.clients} clients at clients_per_worker={experiment.clients_per_worker}"
+            f"{group} need {needed} processes, {found.launcher} started {found.world}:\n  {line}"
         )
     return found
 
@@ -300,6 +303,7 @@ def reach(experiment: Experiment, launched: Environment) -> world.World:
         settings.start_timeout,
         launched.interface(settings.interface),
         settings.channels == "tcp",
+        experiment.server.replicas,
     )
     return world.World(place)
 
@@ -356,8 +360,9 @@ def _threads(experiment: Experiment, launched: Environment) -> tuple[int, int]:
     mine = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(mine(0)) if mine else os.cpu_count() or 1
     settings = experiment.runtime
-    workers_here = max(1, launched.local_world - 1)
+    replicas = replicas_here(experiment.server.replicas, 0, launched.local_world)
+    workers_here = max(1, launched.local_world - replicas)
     return (
-        settings.server_threads or cores,
+        settings.server_threads or max(1, cores // replicas),
         settings.worker_threads or max(1, cores // workers_here),
     )

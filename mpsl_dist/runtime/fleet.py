@@ -293,11 +293,12 @@ def _is_idle(host: int) -> bool:
 def _serve(
     host: int, message: str, arguments: dict[int, tuple[Any, ...]], number: int | None
 ) -> dict[int, Any]:
-    gradients = None if number is None else _gradients(number)
+    gradients = None if number is None else gradients_here(number)
     return resident(host).serve(message, arguments, gradients)
 
 
-def _gradients(number: int) -> dict[Tensor, Tensor]:
+def gradients_here(number: int) -> dict[Tensor, Tensor]:
+    """Return this process's gradients of a backward, by parameter."""
     try:
         return dist_autograd.get_gradients(number)
     except RuntimeError as error:

@@ -55,7 +55,13 @@ def check_room(ranks: int) -> None:
         )
 
 
-def run(ranks: int, command: Sequence[str], grace: float, interface: str | None = None) -> int:
+def run(
+    ranks: int,
+    command: Sequence[str],
+    grace: float,
+    interface: str | None = None,
+    replicas: int = 1,
+) -> int:
     """Start every rank of a run on this machine, wait for their end and return the exit status.
 
     A stop signal is handed to the server alone, once, which writes a checkpoint and ends the
@@ -71,6 +77,8 @@ def run(ranks: int, command: Sequence[str], grace: float, interface: str | None 
         Seconds from a stop signal until whatever still lives is killed.
     interface : str, optional
         Network interface that the user chose for RPC; else it is loopback.
+    replicas : int
+        How many of the ranks, from 0, are the server's.
 
     Returns
     -------
@@ -89,7 +97,7 @@ def run(ranks: int, command: Sequence[str], grace: float, interface: str | None 
         keeper = threading.Thread(target=_see_to_stop, args=watch, daemon=True)
         keeper.start()
         try:
-            return _told(_start(ranks, command, folder), folder, stop, grace)
+            return _told(_start(ranks, command, folder), folder, stop, grace, replicas)
         except Exception as error:
             print(f"error: the launch failed: {error}", file=sys.stderr, flush=True)
             return 1
@@ -146,7 +154,11 @@ def _start(ranks: int, command: Sequence[str], folder: Path) -> Mapping[int, Pro
 
 
 def _told(
-    failures: Mapping[int, ProcessFailure], folder: Path, stop: StopRequest, grace: float
+    failures: Mapping[int, ProcessFailure],
+    folder: Path,
+    stop: StopRequest,
+    grace: float,
+    replicas: int,
 ) -> int:
     """Return the command's exit status; say what went wrong unless the server has."""
     if not failures:
@@ -173,7 +185,8 @@ def _told(
         how = f"status {code}" if code > 0 else signal.Signals(-code).name
         with contextlib.suppress(OSError):
             how = (folder / f"rank{first}.error").read_text()
-        _error(f"{'the server' if first == 0 else f'worker{first}'} ended: {how}")
+        who = f"{'replica' if first < replicas else 'worker'}{first}" if first else "the server"
+        _error(f"{who} ended: {how}")
     return 1
 
 

@@ -75,6 +75,11 @@ def number_generation(generation: int, seconds: float) -> None:
     rpc.constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=seconds)
 
 
+def part_of_store(name: str) -> Store:
+    """Return a part of the run's store, for processes that meet beside RPC."""
+    return PrefixStore(name, _stores[-1][1])
+
+
 class Notices:
     """What the ranks of a run tell each other while no world stands.
 

@@ -41,18 +41,24 @@ def place_in_order(clients: int, each: int) -> list[list[int]]:
     return [list(range(first, min(first + each, clients))) for first in range(0, clients, each)]
 
 
-def gpu_of(local_rank: int, gpus: int, beside_server: bool) -> int:
+def gpu_of(local_rank: int, gpus: int, replicas: int) -> int:
     """Return the index of a rank's GPU among those of its node.
 
-    The server, local rank 0 of its node, has its GPU to itself where there are several.
+    The server's replicas, the first local ranks of their node, have their GPUs to themselves where
+    there are more of them.
 
     Parameters
     ----------
     local_rank, gpus : int
         The rank among those of its node, from 0; the node's GPUs, at least one.
-    beside_server : bool
-        Whether the server is on this node.
+    replicas : int
+        Replicas of the server on this node.
     """
-    if not beside_server or local_rank == 0 or gpus == 1:
+    if local_rank < replicas or gpus <= replicas:
         return local_rank % gpus
-    return 1 + (local_rank - 1) % (gpus - 1)
+    return replicas + (local_rank - replicas) % (gpus - replicas)
+
+
+def replicas_here(replicas: int, first: int, ranks: int) -> int:
+    """Return how many of the server's replicas are among these ``ranks`` from ``first`` on."""
+    return max(0, min(replicas - first, ranks))

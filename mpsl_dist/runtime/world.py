@@ -1,6 +1,7 @@
 """The RPC world: start, stop, and objects that live on the workers.
 
-Server and workers are named ``server`` and ``worker1`` ... ``workerW`` after their ranks.
+Server and workers are named ``server`` and ``worker1`` ... ``workerW`` after their ranks; where the
+server has replicas, these have the ranks between, and are named ``replica1`` ...
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ _AFTERLIFE = 60.0
 _STUCK = 5.0
 
 
-def rank_name(rank: int) -> str:
-    """Return the RPC name of a rank."""
-    return SERVER if rank == 0 else f"worker{rank}"
+def rank_name(rank: int, replicas: int = 1) -> str:
+    """Return the RPC name of a rank, where the first ``replicas`` ranks are the server's."""
+    if rank == 0:
+        return SERVER
+    return f"replica{rank}" if rank < replicas else f"worker{rank}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Place:
         Network interface that TensorPipe listens on.
     tcp_only : bool
         Keep same-host payloads on the socket instead of process-memory reads.
+    replicas : int
+        How many ranks, from 0, are the server's.
     """
 
     launched: Environment
@@ -68,6 +73,7 @@ class Place:
     start_timeout: float
     interface: str
     tcp_only: bool
+    replicas: int = 1
 
 
 class World:
@@ -104,7 +110,7 @@ class World:
 
     @property
     def workers(self) -> range:
-        """The ranks of all workers."""
+        """The ranks of all workers, and of the server's other replicas, which stay like them."""
         return range(1, self.launched.world)
 
     def start(self, seconds: float | None = None) -> None:
@@ -132,7 +138,7 @@ class World:
         )
         try:
             rpc.init_rpc(
-                rank_name(self.launched.rank),
+                rank_name(self.launched.rank, self.place.replicas),
                 rank=self.launched.rank,
                 world_size=self.launched.world,
                 rpc_backend_options=options,
@@ -187,9 +193,10 @@ class World:
         self.notices.say("over")
         told = tell(self.workers, ("end", together))
         if together:
-            silent = [rank_name(rank) for rank in self.workers if rank not in told]
+            silent = [rank for rank in self.workers if rank not in told]
             if silent:
-                raise RemoteError(f"{', '.join(silent)}: lost at the end of the run")
+                names = ", ".join(rank_name(rank, self.place.replicas) for rank in silent)
+                raise RemoteError(f"{names}: lost at the end of the run")
             stop()
 
     def _not_met(self, error: RuntimeError, seconds: float) -> RemoteError:
@@ -202,10 +209,7 @@ class World:
 
 def tell(ranks: Iterable[int], word: Word) -> set[int]:
     """Tell workers a word; return the ranks that took note of it."""
-    asked = {
-        rank: rpc.rpc_async(rank_name(rank), _hear, args=(word,), timeout=_FAREWELL)
-        for rank in ranks
-    }
+    asked = {rank: rpc.rpc_async(rank, _hear, args=(word,), timeout=_FAREWELL) for rank in ranks}
     told = set()
     for rank, answer in asked.items():
         try:
@@ -241,7 +245,7 @@ def ping(rank: int, timeout: float) -> bool:
     An operator of torch answers without Python's lock, which a long call may hold for minutes.
     """
     try:
-        rpc.rpc_sync(rank_name(rank), torch.add, args=(torch.zeros(1), 1), timeout=timeout)
+        rpc.rpc_sync(rank, torch.add, args=(torch.zeros(1), 1), timeout=timeout)
     except RuntimeError:
         return False
     return True
@@ -310,9 +314,7 @@ def _call(
     who: Callable[[int], str] = rank_name,
 ) -> tuple[dict[int, Any], dict[int, RemoteError]]:
     futures = {
-        rank: rpc.rpc_async(
-            rank_name(rank), _answer, args=(function, tuple(values)), timeout=timeout
-        )
+        rank: rpc.rpc_async(rank, _answer, args=(function, tuple(values)), timeout=timeout)
         for rank, values in arguments.items()
     }
     answers, failed = {}, {}

@@ -20,10 +20,12 @@ import toys
 
 from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.holdings import Holdings
+from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.methods import processes
 from mpsl_dist.methods.mpsl import Mpsl
-from mpsl_dist.runtime import environment, process
+from mpsl_dist.methods.server_group import ServerGroup
+from mpsl_dist.runtime import environment, process, world
 from mpsl_dist.runtime.answers import Answers
 from mpsl_dist.runtime.fleet import Fleet
 
@@ -41,11 +43,33 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
         if epoch_step == 0:
             method.begin_epoch(epoch)
         told["losses"].append(method.step(epoch_step, step))
-    told["server"] = {k: v.cpu().clone() for k, v in method.server.model.state_dict().items()}
+    told |= {"server": state_of(method.server), "moments": moments_of(method.server)}
+    told["replicas"] = []
+    if isinstance(method.server, ServerGroup):
+        number, others = method.server.others._number, range(1, experiment.server.replicas)
+        told["replicas"] = list(
+            world.ask(tell_replica, dict.fromkeys(others, (number,)), 60).values()
+        )
     told["clients"] = method.clients.tokenizer_weights(
         list(method.sizes), "test", "test_weights_up"
     )
     return told
+
+
+def state_of(server: Server | ServerGroup) -> dict[str, torch.Tensor]:
+    return {k: v.cpu().clone() for k, v in server.model.state_dict().items()}
+
+
+def moments_of(server: Server | ServerGroup) -> dict[tuple, torch.Tensor]:
+    """The optimizer's tensors, by parameter and name."""
+    state = server.stepper.copied_state()["state"]
+    return {(at, name): x for at, values in state.items() for name, x in values.items()}
+
+
+def tell_replica(number: int) -> dict[str, Any]:
+    """What a replica has become; runs on it."""
+    server = world.resident(number).server
+    return {"model": state_of(server), "moments": moments_of(server)}
 
 
 def _keep_cut_gradients(method: Mpsl, kept: list) -> None:

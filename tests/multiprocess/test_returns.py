@@ -45,18 +45,19 @@ def test_torch_still_has_the_private_names_that_a_new_generation_sets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "keeps", "once_more"),
+    ("how", "keeps", "replicas", "once_more"),
     [
-        ("command", None, False),
-        pytest.param("command", None, True, marks=pytest.mark.campaign),
-        pytest.param("torchrun", 5, True, marks=pytest.mark.campaign),
+        ("command", None, 1, False),
+        pytest.param("command", None, 2, True, marks=pytest.mark.campaign),
+        pytest.param("torchrun", 5, 1, True, marks=pytest.mark.campaign),
     ],
 )
 def test_workers_killed_and_returned_train_as_the_reference_does(
-    how: str, keeps: int | None, once_more: bool, torchrun, launch, tmp_path: Path
+    how: str, keeps: int | None, replicas: int, once_more: bool, torchrun, launch, tmp_path: Path
 ) -> None:
     """Once alone, once two at the same moment, of which one is gone for good; maybe once more."""
     settings = json.loads(json.dumps(CONFIG))
+    settings["server"] = {"replicas": replicas}
     settings["faults"] |= {"rejoin": "now", "restarts": 1, "save_clients_every": keeps}
     # Thousands of steps pass while workers are away. Training is chaotic: at the rate of CONFIG
     # the rounding of one sum in another order has grown beyond 1e-9 by then.
@@ -66,13 +67,14 @@ def test_workers_killed_and_returned_train_as_the_reference_does(
     config.write_text(yaml.safe_dump(settings))
     words = ["-m", "mpsl_dist", "train", str(config)]
     world = launch([sys.executable, *words]) if how == "command" else torchrun(WORLD, *words)
+    one, two, three = range(replicas, replicas + 3)
     until(lambda: steps_done(tmp_path) >= 6, 240, "six steps")
-    first = kill(world, 2)
+    first = kill(world, two)
     came_back(tmp_path, 2)
-    kill(world, 2, 3, but=first)
-    came_back(tmp_path, 4)  # worker3's clients; worker2's process is started again only once
+    kill(world, two, three, but=first)
+    came_back(tmp_path, 4)  # worker three's clients; the other is started again only once
     if once_more:
-        kill(world, 1)
+        kill(world, one)
         came_back(tmp_path, 6)
     done = steps_done(tmp_path)
     until(lambda: steps_done(tmp_path) >= done + 10, 120, "ten more steps")

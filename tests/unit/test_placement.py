@@ -27,9 +27,9 @@ def test_everyone_is_placed_once_and_no_worker_is_empty_or_crowded(sizes, data):
 
 
 def test_the_server_has_its_gpu_to_itself_where_there_are_several():
-    assert [gpu_of(rank, 4, beside_server=True) for rank in range(8)] == [0, 1, 2, 3, 1, 2, 3, 1]
-    assert [gpu_of(rank, 4, beside_server=False) for rank in range(5)] == [0, 1, 2, 3, 0]
-    assert [gpu_of(rank, 1, beside_server=True) for rank in range(3)] == [0, 0, 0]
+    assert [gpu_of(rank, 4, replicas=1) for rank in range(8)] == [0, 1, 2, 3, 1, 2, 3, 1]
+    assert [gpu_of(rank, 4, replicas=0) for rank in range(5)] == [0, 1, 2, 3, 0]
+    assert [gpu_of(rank, 1, replicas=1) for rank in range(3)] == [0, 0, 0]
 
 
 def test_a_device_is_described_by_its_own_number_with_a_mocked_gpu(monkeypatch) -> None:

@@ -1,0 +1,127 @@
+"""What the configuration, the ranks and the shares of a group of replicas are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import toys
+
+from mpsl_dist.actors.optimizer import Stepper
+from mpsl_dist.actors.server import Server
+from mpsl_dist.config.methods import processes_of, unread
+from mpsl_dist.errors import ConfigError
+from mpsl_dist.methods.server_group import Replica, ServerGroup, build_server, shares
+from mpsl_dist.runtime.placement import gpu_of, replicas_here
+from mpsl_dist.runtime.replicas import _buckets
+from mpsl_dist.runtime.world import rank_name
+
+
+def test_a_group_adds_its_replicas_to_the_processes() -> None:
+    chosen = toys.experiment(clients_per_worker=2, server={"replicas": 3})
+    assert processes_of(chosen) == 5 and unread(chosen) == []
+    names = [rank_name(rank, 3) for rank in range(5)]
+    assert names == ["server", "replica1", "replica2", "worker3", "worker4"]
+
+
+@pytest.mark.parametrize("method", ["psl", "fedavg", "fedclip", "centralized"])
+def test_methods_without_a_group_refuse_replicas(method: str) -> None:
+    with pytest.raises(ConfigError, match=rf"server.replicas: 2, but method={method} has one"):
+        toys.experiment(method=method, server={"replicas": 2})
+
+
+def test_more_replicas_than_clients_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"server.replicas: 5 for 4 clients"):
+        toys.experiment(server={"replicas": 5})
+    with pytest.raises(ConfigError, match=r"server.replicas: must be at least 1"):
+        toys.experiment(server={"replicas": 0})
+
+
+def test_replicas_have_the_first_gpus_to_themselves_where_there_are_more() -> None:
+    assert [gpu_of(rank, 4, replicas=2) for rank in range(7)] == [0, 1, 2, 3, 2, 3, 2]
+    assert [gpu_of(rank, 2, replicas=2) for rank in range(5)] == [0, 1, 0, 1, 0]
+    assert [replicas_here(3, first, 2) for first in (0, 2, 4)] == [2, 1, 0]
+
+
+def smashed(sizes: Sequence[int]) -> dict[int, list[torch.Tensor]]:
+    return {10 + n: [torch.randn(size, 11, 16)] for n, size in enumerate(sizes)}
+
+
+def test_every_client_is_whole_in_one_share_and_shares_are_about_equal() -> None:
+    held = smashed([6, 1, 5, 2])
+    dealt = shares(held, 2)
+    assert [sorted(share) for share in dealt] == [[10, 11], [12, 13]]
+    assert all(share[n][0] is held[n][0] for share in dealt for n in share)
+    assert [len(share) for share in shares(smashed([3]), 3)] == [1, 0, 0]
+
+
+class Others:
+    """One more replica, in this process, that keeps what it is told."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.told: list[tuple[str, Any]] = []
+
+    def everyone(self, *arguments: Any) -> list[tuple[Any, ...]]:
+        return [arguments]
+
+    def start(self, message: str, arguments: Sequence[Sequence[Any]], **options: Any) -> Any:
+        self.told.append((message, arguments[0]))
+        answer = getattr(self.replica, message)(*arguments[0])
+        return lambda: [answer]
+
+
+def test_a_group_predicts_what_one_server_does_and_each_client_is_served_once() -> None:
+    toy = toys.experiment(server={"replicas": 2})
+    splits = toys.load(("image", "text"))
+    own, other = (Replica(build_server(toy, splits, [5, 6])) for _ in range(2))
+    others = Others(other)
+    group, held = ServerGroup(own, others, 2), smashed([6, 1, 5, 2])
+    predictions = group.forward(held)
+    assert list(predictions) == list(held)
+    alone = own.server.forward(held)
+    for client, slice_bk in predictions.items():
+        torch.testing.assert_close(slice_bk, alone[client])
+    ((message, (share,)),) = others.told
+    assert message == "forward" and sorted(share) == [12, 13]
+    with torch.no_grad():  # a test is replica 0's alone
+        group.forward(held)
+    assert len(others.told) == 1
+
+
+def test_every_replica_continues_from_replica_0s_checkpoint(tmp_path: Path) -> None:
+    toy, splits = toys.experiment(server={"replicas": 2}), toys.load(("image", "text"))
+    own, other = (Replica(build_server(toy, splits, [5, 6])) for _ in range(2))
+    group = ServerGroup(own, Others(other), 2)
+    saved = {name: x.clone() for name, x in group.model.state_dict().items()}
+    group.save(str(tmp_path))
+    for replica in (own, other):
+        for parameter in replica.server.model.parameters():
+            parameter.data.add_(1)
+    group.restore(str(tmp_path))
+    for replica in (own, other):
+        for name, x in replica.server.model.state_dict().items():
+            assert torch.equal(x, saved[name]), name
+
+
+def test_a_replica_without_clients_steps_on_the_others_gradients() -> None:
+    layer = torch.nn.Linear(2, 2)
+    toy = toys.experiment(training={"server": {"name": "sgd", "lr": 1.0}})
+    server = Server(layer, Stepper(layer.parameters(), toy.training.server))
+    replica, total = Replica(server), torch.ones(2, 2)
+    assert replica.forward({}) == {}
+    replica.reduction = SimpleNamespace(sum=lambda own, parameters: [total, None])
+    before = [p.detach().clone() for p in layer.parameters()]
+    replica.step(0, (1, 1), {})
+    assert torch.equal(layer.weight, before[0] - 1) and torch.equal(layer.bias, before[1])
+
+
+def test_buckets_hold_every_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpsl_dist.runtime.replicas._BUCKET", 40)
+    tensors = [torch.full((size,), float(size)) for size in (3, 30, 4, 5, 6)]
+    sizes = [[len(tensor) for tensor in bucket] for bucket in _buckets(tensors)]
+    assert sizes == [[6, 5], [4, 30], [3]]
