@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.data.decode.samples import PIXELS
 from mpsl_dist.errors import ConfigError
+from mpsl_dist.models.codecs import CODECS, Codec, Wire
 from mpsl_dist.models.heads import HEADS, HeadFacts
 from mpsl_dist.models.server_model import SIZES
 from mpsl_dist.models.tasks import TASKS, Task
@@ -80,6 +82,27 @@ def pixels_of(experiment: Experiment) -> str:
         f"weights.image: {source} was trained on pixels with the mean {mean}; take another, or "
         f"set data.pixels to one of paper, {', '.join(PIXELS)}"
     )
+
+
+def wire_of(experiment: Experiment) -> Wire:
+    """Return how what crosses the cut is coded.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such codec.
+    """
+    wire = experiment.wire
+    activations = _codec("activations", wire.activations)
+    return Wire(activations, _codec("gradients", wire.gradients), wire.rounding == "stochastic")
+
+
+def _codec(key: str, name: str) -> Codec:
+    if name not in CODECS:
+        near = difflib.get_close_matches(name, CODECS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(CODECS)}"
+        raise ConfigError(f"wire.{key}: unknown codec '{name}'; {hint}")
+    return CODECS[name]
 
 
 def head_of(experiment: Experiment, splits: Splits) -> tuple[str, HeadFacts]:
