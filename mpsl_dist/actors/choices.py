@@ -9,6 +9,7 @@ import torch
 
 from mpsl_dist import plugins
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.decode.samples import PIXELS
 from mpsl_dist.errors import ConfigError
@@ -85,7 +86,7 @@ def pixels_of(experiment: Experiment) -> str:
 
 
 def wire_of(experiment: Experiment) -> Wire:
-    """Return how what crosses the cut is coded.
+    """Return how what crosses the cut is coded; plain where the method has none.
 
     Raises
     ------
@@ -94,7 +95,10 @@ def wire_of(experiment: Experiment) -> Wire:
     """
     wire = experiment.wire
     activations = _codec("activations", wire.activations)
-    return Wire(activations, _codec("gradients", wire.gradients), wire.rounding == "stochastic")
+    gradients = _codec("gradients", wire.gradients)
+    if not facts_of(experiment).split:
+        return Wire()
+    return Wire(activations, gradients, wire.rounding == "stochastic")
 
 
 def _codec(key: str, name: str) -> Codec:

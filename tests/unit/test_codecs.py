@@ -12,7 +12,7 @@ from mpsl_dist.actors.assembly import build_tokenizers
 from mpsl_dist.actors.choices import wire_of
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.config import Experiment
-from mpsl_dist.errors import ConfigError, DivergedError
+from mpsl_dist.errors import ConfigError, DivergedError, NonFiniteError
 from mpsl_dist.models import codecs
 from mpsl_dist.models.codecs import CODECS, Wire, carriers, decode
 from mpsl_dist.models.tokenizers import PatchTokenizer
@@ -69,6 +69,8 @@ def test_a_number_that_is_not_finite_is_still_found_and_in_its_token_alone(
     x_nd = tokens(3, WIDTH)
     x_nd[1, 4] = wrong
     assert there_and_back(name, x_nd).isfinite().all(1).tolist() == [True, False, True]
+    (found_bld,) = Wire(CODECS[name]).through([x_nd.unsqueeze(0)])
+    assert found_bld.isfinite().all(2).tolist() == [[True, False, True]]
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -192,15 +194,31 @@ def _through(model: Deployable, codec: codecs.Codec, inputs: dict[str, Tensor]) 
     return model.server_model(smashed)
 
 
+CODED = {"activations": "int8", "gradients": "int4"}
+
+
+def test_an_activation_that_is_not_finite_names_its_client_through_a_codec() -> None:
+    method = in_one_process(experiment(wire=CODED))
+    tokenizers = method.clients.references[2].tokenizers.local_value()
+    with torch.no_grad():
+        tokenizers.pre_norm.weight[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="client 2"):
+        steps_of(method, 1)
+
+
 def test_a_gradient_that_is_not_finite_stops_training_through_a_codec() -> None:
-    chosen = experiment(wire={"activations": "int8", "gradients": "int4"})
-    method = in_one_process(chosen)
+    method = in_one_process(experiment(wire=CODED))
     encoder = method.server.model.encoder
     encoder.register_forward_pre_hook(
         lambda _, inputs: inputs[0].register_hook(lambda g: g * float("nan")) and None
     )
     with pytest.raises(DivergedError, match="gradient of its tokenizers"):
         steps_of(method, 1)
+
+
+def test_methods_without_a_cut_code_nothing() -> None:
+    assert not wire_of(experiment(wire=CODED)).plain
+    assert wire_of(experiment(wire=CODED, method="centralized")).plain
 
 
 def test_an_unknown_codec_is_refused_with_the_nearest_one() -> None:
