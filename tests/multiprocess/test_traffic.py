@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -209,12 +208,13 @@ ON_THE_CABLE = {
 }
 
 
-def _on_the_cable() -> Iterator[Any]:
-    for name, case in ON_THE_CABLE.items():
-        yield pytest.param(name, marks=pytest.mark.campaign if "wire" in case else ())
+_LONG = {name for name, case in ON_THE_CABLE.items() if "wire" in case}
 
 
-@pytest.mark.parametrize("name", _on_the_cable())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.campaign] * (n in _LONG)) for n in ON_THE_CABLE],
+)
 def test_the_kernel_counts_the_same(
     name: str, cable: tuple[str, str], launch: Launch, tmp_path: Path
 ) -> None:
