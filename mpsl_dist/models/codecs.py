@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-#: A byte that autograd takes for a number.
-_BYTE = torch.float8_e4m3fn
+#: Numbers of a byte: a codec's, and what autograd takes packed bytes for.
+_FP8 = torch.float8_e4m3fn
 #: Bytes of a token's scale, a bfloat16: it reaches as far as float32.
 _SCALE = 2
 
@@ -75,23 +75,21 @@ class Cast:
 class Float8:
     """Eight-bit floating-point numbers, scaled so that a token's largest is their largest."""
 
-    dtype: torch.dtype = torch.float8_e4m3fn
-
     def token_bytes(self, width: int, number: int) -> int:
         """Return as :meth:`Codec.token_bytes`."""
         return _SCALE + width
 
     def pack(self, tokens_nd: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """Return as :meth:`Codec.pack`; it always rounds to the nearest."""
-        most = torch.finfo(self.dtype).max
+        most = torch.finfo(_FP8).max
         scale_n1 = _upward(tokens_nd.abs().amax(-1, keepdim=True).float() / most)
-        values_nd = (tokens_nd.float() / _divisor(scale_n1)).clamp(-most, most).to(self.dtype)
+        values_nd = (tokens_nd.float() / _divisor(scale_n1)).clamp(-most, most).to(_FP8)
         return _behind(scale_n1, values_nd.view(torch.uint8))
 
     def unpack(self, coded_nw: Tensor, width: int, dtype: torch.dtype) -> Tensor:
         """Return as :meth:`Codec.unpack`."""
         scale_n1, values_nd = _apart(coded_nw)
-        return (values_nd.view(self.dtype).float() * scale_n1).to(dtype)
+        return (values_nd.view(_FP8).float() * scale_n1).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,7 @@ class _Encode(torch.autograd.Function):
         coded = wire.activations.pack(tokens_nd).flatten()
         size = len(tokens_nd) * wire.gradients.token_bytes(tokens_nd.shape[1], ctx.dtype.itemsize)
         ctx.mark_non_differentiable(coded)
-        return coded, torch.zeros(1, dtype=torch.uint8).view(_BYTE).expand(size)
+        return coded, torch.zeros(1, dtype=torch.uint8).view(_FP8).expand(size)
 
     @staticmethod
     @once_differentiable
@@ -275,7 +273,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, gradient_bld: Tensor) -> tuple[Tensor, None]:
         noise = None if ctx.seed is None else torch.Generator().manual_seed(ctx.seed)
         gradient_nd = gradient_bld.reshape(-1, gradient_bld.shape[-1])
-        return ctx.wire.gradients.pack(gradient_nd, noise).flatten().view(_BYTE), None
+        return ctx.wire.gradients.pack(gradient_nd, noise).flatten().view(_FP8), None
 
 
 def _upward(scale_n1: Tensor) -> Tensor:
