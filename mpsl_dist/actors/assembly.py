@@ -85,13 +85,14 @@ class _Own:
 
 
 def _image(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
-    patch = own.experiment.model.image_patch
-    return PatchTokenizer(*shape, patch, patch, width)
+    model = own.experiment.model
+    return PatchTokenizer(*shape, model.image_patch, model.image_patch, width, model.merge_patches)
 
 
 def _audio(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
     model = own.experiment.model
-    return PatchTokenizer(1, *shape, model.audio_patch, model.audio_stride, width)
+    patch, stride = model.audio_patch, model.audio_stride
+    return PatchTokenizer(1, *shape, patch, stride, width, model.merge_patches)
 
 
 def _text(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:

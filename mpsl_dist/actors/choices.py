@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
 
 from mpsl_dist import plugins
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.decode.samples import PIXELS
 from mpsl_dist.errors import ConfigError
+from mpsl_dist.models.codecs import CODECS, Codec, Wire
 from mpsl_dist.models.heads import HEADS, HeadFacts
 from mpsl_dist.models.server_model import SIZES
 from mpsl_dist.models.tasks import TASKS, Task
@@ -80,6 +83,30 @@ def pixels_of(experiment: Experiment) -> str:
         f"weights.image: {source} was trained on pixels with the mean {mean}; take another, or "
         f"set data.pixels to one of paper, {', '.join(PIXELS)}"
     )
+
+
+def wire_of(experiment: Experiment) -> Wire:
+    """Return how what crosses the cut is coded; plain where the method has none.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such codec.
+    """
+    wire = experiment.wire
+    activations = _codec("activations", wire.activations)
+    gradients = _codec("gradients", wire.gradients)
+    if not facts_of(experiment).split:
+        return Wire()
+    return Wire(activations, gradients, wire.rounding == "stochastic")
+
+
+def _codec(key: str, name: str) -> Codec:
+    if name not in CODECS:
+        near = difflib.get_close_matches(name, CODECS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(CODECS)}"
+        raise ConfigError(f"wire.{key}: unknown codec '{name}'; {hint}")
+    return CODECS[name]
 
 
 def head_of(experiment: Experiment, splits: Splits) -> tuple[str, HeadFacts]:

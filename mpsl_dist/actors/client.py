@@ -6,11 +6,12 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 
 ========================  =====================================================================
 ``describe``              how many training and test samples it holds
-``tokenize``              smashed activations of the cut layer (training)
+``tokenize``              smashed activations of the cut layer (training), coded as ``wire`` says
 ``loss``                  one number, its mean loss over its mini-batch
 ``pairs``                 which pairs of its mini-batch share a picture (retrieval with
                           ``contrastive: global``, in place of a loss)
-``tokenize_test``         smashed activations (evaluation, where clients hold the test set)
+``tokenize_test``         smashed activations (evaluation, where clients hold the test set), coded
+                          in the same way
 ``score``                 how many of its test predictions were right
 ``read_test``             how many samples of a test batch can be read
 ``damage_met``            how many of its files and samples could not be read
@@ -52,6 +53,7 @@ from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.data import Batch
 from mpsl_dist.errors import DivergedError
 from mpsl_dist.models.average import load_trainable, trainable_state
+from mpsl_dist.models.codecs import Sent, Wire
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, copy_of, fuse
 from mpsl_dist.records import state
@@ -93,6 +95,8 @@ class Client:
     device : str
     home : Path
         The folder that the folders of its states lie below, unless they are absolute.
+    wire : Wire
+        Codes what crosses the cut.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Client:
         task: Task,
         device: str = "cpu",
         home: Path = Path(),
+        wire: Wire = Wire(),  # noqa: B008 (frozen)
     ) -> None:
         self.number = number
         self.data = data
@@ -116,6 +121,7 @@ class Client:
         self.task = task
         self.device = device
         self.home = home
+        self.wire = wire
         self._accumulated: Tensor | None = None
         self._visiting: Tokenizers | None = None
 
@@ -125,16 +131,17 @@ class Client:
         """Return how many samples it holds."""
         return Description(len(self.data), len(self.test_data))
 
-    def tokenize(self, step: int) -> list[Tensor]:
+    def tokenize(self, step: int) -> list[Sent]:
         """Tokenize the mini-batch of this step of the epoch, from 0 (Eq. 1).
 
         Returns
         -------
-        list of Tensor
+        list of Tensor or Packed
             The smashed activations, on CPU: early fusion one (b, l, d), late fusion one
             (b, l_m, d) per modality.
         """
-        return self._smash(self.tokenizers.local_value(), self.data.batch(step))
+        smashed = self._smash(self.tokenizers.local_value(), self.data.batch(step))
+        return self.wire.encode(smashed, self.data.key(step))
 
     def loss(self, step: int, predictions: Tensor) -> Tensor:
         """Compare predictions with its own labels (Eq. 2).
@@ -164,7 +171,7 @@ class Client:
         """
         return self.data.batch(step).labels.unique(return_inverse=True)[1]
 
-    def tokenize_test(self, step: int, own: bool = False) -> list[Tensor]:
+    def tokenize_test(self, step: int, own: bool = False) -> list[Sent]:
         """Tokenize what can be read of its test batch ``step``.
 
         Parameters
@@ -175,7 +182,7 @@ class Client:
         tokenizers = self.tokenizers.local_value() if own else self._visiting
         assert tokenizers is not None
         with torch.no_grad():
-            return self._smash(tokenizers, self.test_data.batch(step))
+            return self.wire.encode(self._smash(tokenizers, self.test_data.batch(step)))
 
     def score(self, step: int, predictions_bk: Tensor) -> int:
         """Return how many predictions (b, k) of its test batch ``step`` are right."""

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
-from mpsl_dist.actors.choices import device_of, pixels_of, task_of
+from mpsl_dist.actors.choices import device_of, pixels_of, task_of, wire_of
 from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.loading import override
 from mpsl_dist.data import Batch, Splits, catalog
 from mpsl_dist.errors import ConfigError, DiskError, RunError, UserError
+from mpsl_dist.models.codecs import Wire
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
@@ -38,17 +39,27 @@ class Deployable(nn.Module):
     tokenizers : Tokenizers
     server_model : ServerModel
     task : Task
+    wire : Wire
+        As in training: tokens lose what they lost there, though nothing travels here.
     """
 
-    def __init__(self, tokenizers: Tokenizers, server_model: ServerModel, task: Task) -> None:
+    def __init__(
+        self,
+        tokenizers: Tokenizers,
+        server_model: ServerModel,
+        task: Task,
+        wire: Wire = Wire(),  # noqa: B008 (frozen)
+    ) -> None:
         super().__init__()
         self.tokenizers = tokenizers
         self.server_model = server_model
         self.task = task
+        self.wire = wire
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return logits (b, classes), or embeddings (b, 2, d), for inputs as in a ``Batch``."""
-        return self.server_model(fuse(self.tokenizers(inputs), self.server_model.fusion))
+        smashed = fuse(self.tokenizers(inputs), self.server_model.fusion)
+        return self.server_model(self.wire.through(smashed))
 
     def to_own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs on the model's device, and in its precision."""
@@ -115,7 +126,8 @@ def build(experiment: Experiment, splits: Splits) -> Deployable:
     """
     tokenizers = build_tokenizers(experiment, splits)
     model = build_server_model(experiment, splits, tokenizers.lengths)
-    return Deployable(tokenizers, model, task_of(splits)).to(device_of(experiment))
+    whole = Deployable(tokenizers, model, task_of(splits), wire_of(experiment))
+    return whole.to(device_of(experiment))
 
 
 def load(

@@ -73,6 +73,7 @@ class LocalData:
         self.indices = indices
         self.seed = seed
         self.client = client
+        self.epoch = 0
         self._reader = (loaders or Loaders([dataset])).reader(dataset)
 
     def __len__(self) -> int:
@@ -95,12 +96,17 @@ class LocalData:
         first_step : int
             The step of the epoch to begin at, when resuming.
         """
+        self.epoch = epoch
         order = self.indices[epoch_order(len(self.indices), self.seed, self.client, epoch)]
         ends = np.cumsum(counts)
         steps = [s for s in range(first_step, len(counts)) if counts[s] > 0]
         batches = {s: order[ends[s] - counts[s] : ends[s]].tolist() for s in steps}
         seed = int(np.random.default_rng([self.seed, self.client, epoch, 1]).integers(2**62))
         self._reader.plan(batches, seed)
+
+    def key(self, step: int) -> tuple[int, ...]:
+        """Return what tells this step of the epoch from any other of any client."""
+        return self.seed, self.client, self.epoch, step
 
     def batch(self, step: int) -> Batch:
         """Return the mini-batch of this step of the epoch; the same one if asked again.

@@ -13,7 +13,7 @@ import torch
 from mpsl_dist import plugins
 from mpsl_dist.actors import assembly
 from mpsl_dist.actors.checks import check_patches, check_task
-from mpsl_dist.actors.choices import dtype_of, head_named, head_of, head_options, width_of
+from mpsl_dist.actors.choices import dtype_of, head_named, head_of, head_options, width_of, wire_of
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import METHODS, options_of
 from mpsl_dist.data import Splits
@@ -27,7 +27,10 @@ from mpsl_dist.models.tokenizers import Tokenizers
 def refusals_without_data(experiment: Experiment) -> list[str]:
     """Return what can be refused before the data is there: names and options of the parts."""
     kind = experiment.model.head.kind
-    checks: list[Callable[[], object]] = [lambda: options_of(experiment)]
+    checks: list[Callable[[], object]] = [
+        lambda: options_of(experiment),
+        lambda: wire_of(experiment),
+    ]
     if kind is not None:
         checks.append(lambda: head_options(experiment, head_named(experiment, kind)))
     checks += [

@@ -267,7 +267,7 @@ def _memory(method: str, parts: ModelParts, of: Measured) -> Iterator[Row]:
     server = _held(parts, "server", experiment.training.server)
     facts = METHODS[method]
     if facts.split:
-        cut = traffic_model.per_sample(parts)["activations"]
+        cut = sum(parts.tokenizers.lengths) * parts.width * parts.bytes_per_number
         if facts.backwards == "per client":  # each leaves gradients of its own
             server["gradients"] *= experiment.clients
         client["kept for backward"] = of.kept("client", own)

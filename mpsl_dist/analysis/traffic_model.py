@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mpsl_dist.actors.choices import wire_of
 from mpsl_dist.analysis import flops
 from mpsl_dist.analysis.flops import ModelParts
 from mpsl_dist.config import Experiment
@@ -47,17 +48,14 @@ def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
     captions : int
         Texts of a sample: 1 as this runtime has it, 5 for a picture of the paper's retrieval.
     """
-    number = parts.bytes_per_number
+    number, wire = parts.bytes_per_number, wire_of(parts.experiment)
     lengths = dict(zip(parts.inputs.shapes, parts.tokenizers.lengths, strict=True))
-    counts = {
-        name: length * (captions if name == "text" else 1) * parts.width * number
-        for name, length in lengths.items()
-    }
-    trained = trained_tokens(parts)
+    tokens = {name: n * (captions if name == "text" else 1) for name, n in lengths.items()}
+    back = sum(tokens[name] for name, trained in trained_tokens(parts).items() if trained)
     predicted = parts.server_model.head(flops.features(parts)).numel() * number
     found = {
-        "activations": sum(counts.values()),
-        "cut_layer_gradients": sum(counts[name] for name in counts if trained[name]),
+        "activations": sum(tokens.values()) * wire.activations.token_bytes(parts.width, number),
+        "cut_layer_gradients": back * wire.gradients.token_bytes(parts.width, number),
     }
     if not objective_of(parts.experiment, parts.task).predictions_travel:
         return found | {"pairs": torch.long.itemsize}
@@ -70,6 +68,14 @@ def trained_tokens(parts: ModelParts) -> dict[str, bool]:
     if parts.server_model.fusion == "early":
         return dict.fromkeys(own, any(own.values()))
     return own
+
+
+def carriers(parts: ModelParts) -> int:
+    """Return the bytes of a client's step that its gradients need to find their way back."""
+    if wire_of(parts.experiment).plain:
+        return 0
+    trained = list(trained_tokens(parts).values())
+    return int(any(trained)) if parts.server_model.fusion == "early" else sum(trained)
 
 
 def training(parts: ModelParts, plan: NDArray[np.int64], epochs: int) -> Bytes:
@@ -87,6 +93,7 @@ def training(parts: ModelParts, plan: NDArray[np.int64], epochs: int) -> Bytes:
         return _rounds(parts, plan.shape[1], epochs)
     samples, steps = plan.sum(0) * epochs, (plan > 0).sum(0) * epochs
     found = {kind: samples * each for kind, each in per_sample(parts).items()}
+    found["activations"] = found["activations"] + steps * carriers(parts)
     number = parts.bytes_per_number
     if objective_of(experiment, parts.task).predictions_travel:
         found |= {"losses": steps * number, "loss_gradients": steps * number}

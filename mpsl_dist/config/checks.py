@@ -112,6 +112,7 @@ def _too_small(experiment: Experiment) -> list[str]:
             "model.image_patch": model.image_patch,
             "model.audio_patch": model.audio_patch,
             "model.audio_stride": model.audio_stride,
+            "model.merge_patches": model.merge_patches,
             "data.partition.minimum": data.partition.minimum,
             "data.image_size": data.image_size,
             "data.audio_frames": data.audio_frames,

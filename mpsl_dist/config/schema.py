@@ -103,6 +103,9 @@ class Model:
     #: Side and stride of an audio patch, in frames and mel bins (AST: 16 and 10).
     audio_patch: int = 16
     audio_stride: int = 10
+    #: Side of the square of neighbouring patches that leave the tokenizer as one token, their mean;
+    #: 1 keeps every patch.
+    merge_patches: int = 1
     #: Trained LayerNorm over the tokens, at the client.
     pre_norm: bool = True
     #: Trained LayerNorm after the encoder, at the server.
@@ -177,6 +180,19 @@ class TokenizerSync:
     mode: Literal["none", "gradients", "weights"] = "none"
     #: In steps.
     every: int = 1
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How smashed activations and their gradients travel, see ``docs/wire.md``."""
+
+    #: ``fp32`` (numbers as they are), ``bf16``, ``fp8``, ``int8``, ``int4`` or ``int2``, the last
+    #: four with a scale for each token.
+    activations: str = "fp32"
+    gradients: str = "fp32"
+    #: Of the gradients' whole numbers; ``stochastic`` keeps their mean. Activations are rounded to
+    #: the nearest.
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
 
 
 @dataclass(frozen=True)
@@ -312,6 +328,7 @@ class Experiment:
     #: ``equal``: ceil(B/N) each until it runs dry, the released code's rule.
     client_share: Literal["proportional", "equal"] = "proportional"
     tokenizer_sync: TokenizerSync = field(default_factory=TokenizerSync)
+    wire: Wire = field(default_factory=Wire)
     #: Retrieval's negatives: each client's own mini-batch (the paper), or the global batch.
     contrastive: Literal["client", "global"] = "client"
     data: Data = field(default_factory=Data)

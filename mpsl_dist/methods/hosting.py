@@ -11,7 +11,7 @@ import torch
 
 from mpsl_dist.actors.agreement import Agreement
 from mpsl_dist.actors.assembly import build_shared_text, build_tokenizers
-from mpsl_dist.actors.choices import describe, device_of, fusion_of, task_of
+from mpsl_dist.actors.choices import describe, device_of, fusion_of, task_of, wire_of
 from mpsl_dist.actors.client import Client, Local
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
@@ -102,7 +102,7 @@ def build_clients(
         tokenizers = copy_of(first)
         stepper = Stepper(tokenizers.parameters(), experiment.training.client)
         own = holdings.of(number)
-        owned = (reference(tokenizers), stepper, fusion, task, device, home)
+        owned = (reference(tokenizers), stepper, fusion, task, device, home, wire_of(experiment))
         clients.append(Client(number, *own, *owned))
     return clients
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from mpsl_dist.actors.assembly import build_tokenizers
-from mpsl_dist.actors.choices import task_of
+from mpsl_dist.actors.choices import task_of, wire_of
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.holdings import loaders_of
 from mpsl_dist.actors.local_data import Damage, TestData
@@ -231,7 +231,8 @@ class Mpsl:
     def deployable(self) -> Deployable:
         """Return the averaged tokenizers joined with the server's part (section 3.3)."""
         testing.fetch_average(self)
-        return Deployable(self.tokenizers, self.server.model, self.task)
+        wire = wire_of(self.experiment)
+        return Deployable(self.tokenizers, self.server.model, self.task, wire)
 
     def trainable_parameters(self) -> dict[str, int]:
         """Return how many parameters one client and the server train."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from mpsl_dist.errors import DivergedError, NonFiniteError
 from mpsl_dist.methods.link import Autograd, Link, Wait
 from mpsl_dist.methods.progress import warn
+from mpsl_dist.models import codecs
 from mpsl_dist.models.average import Mean
 from mpsl_dist.runtime.answers import name_clients
 
@@ -159,7 +160,8 @@ class SplitLink(Link):
     def tokenize_test(self, batch: int, clients: Sequence[int], own: bool = False) -> Smashed:
         """Have clients tokenize a batch of their test samples, maybe with their own tokenizers."""
         asked = dict.fromkeys(clients, (batch, own))
-        return self.start("tokenize_test", asked, self.in_test, up="test_activations")()
+        sent = self.start("tokenize_test", asked, self.in_test, up="test_activations")()
+        return {n: codecs.decode(sent[n]) for n in sent}
 
     def score(self, batch: int, predictions: Mapping[int, Tensor]) -> dict[int, int]:
         """Have clients count the right predictions of a batch of their test samples."""
@@ -189,9 +191,10 @@ class Step:
     def tokenize(self) -> Smashed:
         """Have every client tokenize its mini-batch (Eq. 1)."""
         asked = self._each(self.epoch_step)
-        smashed = self._start("tokenize", asked, up="activations", needed=True)()
-        self.link.traffic.watch_gradients("cut_layer_gradients", smashed)
-        return smashed
+        sent = self._start("tokenize", asked, up="activations", needed=True)()
+        watched = {n: codecs.carriers(sent[n]) for n in sent}
+        self.link.traffic.watch_gradients("cut_layer_gradients", watched)
+        return {n: codecs.decode(sent[n]) for n in sent}
 
     def loss(self, predictions: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Have every client compare its slice of the predictions with its labels (Eq. 2).

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mpsl_dist.actors.choices import wire_of
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.local_data import TestData, batch_sizes
 from mpsl_dist.actors.server import Server
@@ -93,7 +94,8 @@ def _at_server(
     method: SplitMethod, candidates: Sequence[Mapping[str, Tensor]]
 ) -> list[dict[str, float]]:
     """Return the metrics with each of these tokenizers; a batch is read once for all of them."""
-    model = Deployable(method.tokenizers, method.server.model, method.task)
+    wire = wire_of(method.experiment)
+    model = Deployable(method.tokenizers, method.server.model, method.task, wire)
     size = method.experiment.training.test_batch_size
     if not method.task.scored_apart:
         results = []

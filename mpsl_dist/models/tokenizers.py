@@ -71,6 +71,9 @@ class PatchTokenizer(nn.Module):
         In pixels, or in frames and mel bins.
     dimension : int
         Width d of a token.
+    merge : int
+        Side of the square of neighbouring patches whose tokens become one, their mean; squares at
+        the far edges may be smaller. Parameters are those of all patches, whatever it is.
 
     Raises
     ------
@@ -79,16 +82,25 @@ class PatchTokenizer(nn.Module):
     """
 
     def __init__(
-        self, channels: int, height: int, width: int, patch: int, stride: int, dimension: int
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        patch: int,
+        stride: int,
+        dimension: int,
+        merge: int = 1,
     ) -> None:
         super().__init__()
         if min(height, width) < patch:
             raise ValueError(f"a patch of {patch} does not fit an input of {height}x{width}")
         self.patchify = Patchify(channels, dimension, patch, stride, bias=False)
         self.grid = ((height - patch) // stride + 1, (width - patch) // stride + 1)
-        self.length = self.grid[0] * self.grid[1] + 1
+        self.merge = merge
+        rows, columns = (-(-side // merge) for side in self.grid)
+        self.length = rows * columns + 1
         self.cls = nn.Parameter(torch.empty(1, 1, dimension))
-        self.positions = nn.Parameter(torch.empty(1, self.length, dimension))
+        self.positions = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1] + 1, dimension))
         nn.init.normal_(self.cls, std=_STD)
         nn.init.normal_(self.positions, std=_STD)
 
@@ -98,7 +110,13 @@ class PatchTokenizer(nn.Module):
             plane_bchw = plane_bchw.unsqueeze(1)
         patches_bld = self.patchify(plane_bchw)
         cls_b1d = self.cls.expand(len(patches_bld), -1, -1)
-        return torch.cat([cls_b1d, patches_bld], dim=1) + self.positions
+        tokens_bld = torch.cat([cls_b1d, patches_bld], dim=1) + self.positions
+        return tokens_bld if self.merge == 1 else self._merged(tokens_bld)
+
+    def _merged(self, tokens_bld: Tensor) -> Tensor:
+        patches_bdhw = tokens_bld[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+        means_bdhw = functional.avg_pool2d(patches_bdhw, self.merge, ceil_mode=True)
+        return torch.cat([tokens_bld[:, :1], means_bdhw.flatten(2).transpose(1, 2)], dim=1)
 
 
 class TextTokenizer(nn.Module):

@@ -295,7 +295,8 @@ def _positions(
     patches = positions_1ld.shape[1] - 1
     side = int(patches**0.5)
     old = (side, side) if part == "image" else _AST_GRID[::-1]
-    if patches == tokenizer.length - 1 and (part == "audio" or tokenizer.grid[0] == side):
+    rows, columns = tokenizer.grid
+    if patches == rows * columns and (part == "audio" or rows == side):
         return positions_1ld
     if patches != old[0] * old[1]:
         raise WeightsError(f"{source}: {patches} positions besides the CLS's make no {part} grid")

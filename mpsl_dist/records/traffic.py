@@ -30,9 +30,12 @@ KINDS: dict[str, tuple[str, str]] = {
 
 
 def nbytes(value: Any) -> int:
-    """Return the bytes of all tensors in a value: a tensor, or a message made of such."""
+    """Return the bytes of all tensors in a value: a tensor, or a message made of such.
+
+    Of a tensor that is expanded from fewer numbers only these are stored, and sent.
+    """
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
     if isinstance(value, Mapping):
         return sum(nbytes(item) for item in value.values())
     if is_dataclass(value):

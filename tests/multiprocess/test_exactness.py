@@ -42,6 +42,20 @@ def cases(device: str = "cpu") -> dict[str, dict]:
     return {name: case | {"device": device} for name, case in found.items()}
 
 
+def coded_cases() -> dict[str, dict]:
+    """What is coded on its way, which the plain reference knows nothing of."""
+    wires = {
+        "coded early": {"activations": "int4", "gradients": "int8"},
+        "coded late": {"activations": "fp8", "gradients": "int4", "rounding": "nearest"},
+        "coded gradients alone": {"gradients": "bf16"},
+    }
+    late = {"data": {"name": "toy-image+audio"}, "model": {"fusion": "late"}}
+    return {
+        name: {"wire": wire, "clients_per_worker": 2} | (late if "late" in name else {})
+        for name, wire in wires.items()
+    }
+
+
 def _retrieval(contrastive: str, precision: str) -> dict:
     case = {"clients": 3, "contrastive": contrastive} | _case("late", "pairs", precision)
     return case | {"model": {"normalize": True, "temperature": 0.2}}
@@ -74,7 +88,7 @@ def run_gold(folder: Path, chosen: dict[str, dict], steps: int = STEPS) -> dict[
 @pytest.fixture(scope="module")
 def gold(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     """All cases, trained once for the whole module."""
-    return run_gold(tmp_path_factory.mktemp("gold"), cases())
+    return run_gold(tmp_path_factory.mktemp("gold"), cases() | coded_cases())
 
 
 def assert_equals_reference(experiment: Experiment, told: dict) -> None:
@@ -120,7 +134,7 @@ def test_every_clients_tokenizers_change(case: str, gold: dict) -> None:
             assert not torch.equal(value, first[key]), f"client {client}: {key} never moved"
 
 
-@pytest.mark.parametrize("case", ["4 clients on 2 workers", "retrieval global"])
+@pytest.mark.parametrize("case", ["4 clients on 2 workers", "retrieval global", *coded_cases()])
 def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, gold: dict) -> None:
     experiment, told = gold[case]
     method = in_one_process(experiment)

@@ -36,6 +36,7 @@ def _cases() -> dict[str, dict]:
     double = to_dict(toys.experiment())["training"] | {"precision": "float64"}
     own = to_dict(toys.experiment())["training"] | {"evaluate_own": True}
     late = {"data": {"name": "toy-image+audio"}, "model": {"fusion": "late"}}
+    coded = {"activations": "int8", "gradients": "int4"}
     cases = {
         "mpsl": {"data": at_clients, "tokenizer_sync": {"mode": "gradients", "every": 3}},
         "mpsl late": late | {"tokenizer_sync": {"mode": "weights", "every": 2}, "training": own},
@@ -44,6 +45,11 @@ def _cases() -> dict[str, dict]:
         "mpsl dry clients": {"client_share": "equal"},
         "mpsl retrieval": {"data": pairs},
         "mpsl retrieval global": {"data": pairs, "contrastive": "global"},
+        "mpsl coded": {"data": at_clients, "training": own, "wire": coded},
+        "mpsl coded late": late | {"wire": coded | {"gradients": "fp32"}},
+        "mpsl coded frozen": {"model": {"train_tokenizers": False}, "wire": coded},
+        "mpsl merged": {"model": {"merge_patches": 2, "image_patch": 2}},
+        "psl coded": {"method": "psl", "training": double, "wire": coded},
         "psl": {"method": "psl", "tokenizer_sync": {"mode": "gradients", "every": 4}},
         "fedavg": {"method": "fedavg", "data": at_clients, "federated": {"fraction": 0.75}},
         "fedclip": {"method": "fedclip"},
@@ -188,6 +194,12 @@ ON_THE_CABLE = {
         "tokenizer_sync": {"mode": "gradients", "every": 5},
         "training": {"epochs": 1, "batch_size": 256},
     },
+    "mpsl-int8": {
+        "data": {"name": "digits-qa", "text_length": 12},
+        "model": {"encoder": {"size": "custom", "width": 256, "depth": 1, "heads": 2}},
+        "training": {"epochs": 1, "batch_size": 256},
+        "wire": {"activations": "int8", "gradients": "int8"},
+    },
     "fedavg": {
         "data": {"name": "toy-image+audio", "partition": {"alpha": 0.5, "minimum": 3}},
         "model": {"encoder": {"size": "custom", "width": 256, "depth": 4, "heads": 2}},
@@ -196,22 +208,29 @@ ON_THE_CABLE = {
 }
 
 
-@pytest.mark.parametrize("method", ON_THE_CABLE)
+_LONG = {name for name, case in ON_THE_CABLE.items() if "wire" in case}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.campaign] * (n in _LONG)) for n in ON_THE_CABLE],
+)
 def test_the_kernel_counts_the_same(
-    method: str, cable: tuple[str, str], launch: Launch, tmp_path: Path
+    name: str, cable: tuple[str, str], launch: Launch, tmp_path: Path
 ) -> None:
     """The server at one end, at the other a worker for each client.
 
     Clients of one worker would share a single copy of what all are sent.
     """
-    settings = {"method": method, "name": method, "clients": 2, "plugins": ["toys"]}
-    settings |= {"device": "cpu", "runtime": {"channels": "tcp"}} | ON_THE_CABLE[method]
+    method = name.partition("-")[0]
+    settings = {"method": method, "name": name, "clients": 2, "plugins": ["toys"]}
+    settings |= {"device": "cpu", "runtime": {"channels": "tcp"}} | ON_THE_CABLE[name]
     settings["model"] = settings["model"] | {"image_patch": 2 if method == "mpsl" else 4}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     worlds = []
-    for rank, name in enumerate(cable):
-        inside = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]
+    for rank, side in enumerate(cable):
+        inside = ["ip", "netns", "exec", side, sys.executable, "-m", "torch.distributed.run"]
         meet = ["--nnodes", "2", "--node-rank", str(rank)]
         meet += ["--nproc-per-node", str(1 + rank)]
         server = ["--master-addr", ADDRESSES[0], "--master-port", str(PORT)]
@@ -222,14 +241,14 @@ def test_the_kernel_counts_the_same(
     for world in worlds:
         status, output = world.finish(200)
         assert status == 0, output
-    summary = json.loads((tmp_path / "runs" / method / "summary.json").read_text())
+    summary = json.loads((tmp_path / "runs" / name / "summary.json").read_text())
     counted = {"up": 0, "down": 0}
     for phase in summary["communication"]["bytes_by_phase"].values():
         for way in counted:
             counted[way] += phase[way]
     kernel = _kernel_bytes(cable[0])
     again = {"up": _sent_again(cable[1]), "down": _sent_again(cable[0])}
-    print(method, "counted", counted, "kernel", kernel, "of these again, at most", again)
+    print(name, "counted", counted, "kernel", kernel, "of these again, at most", again)
     for way in counted:
         assert counted[way] > 10 * 2**20
         assert kernel[way] > counted[way], (counted, kernel)

@@ -189,6 +189,17 @@ def test_positions_are_resized_as_timm_resizes_them(sides: tuple[int, int]) -> N
     assert f"positions 4x4 -> {sides[0] // 8}x{sides[1] // 8}" in account.changed
 
 
+def test_merged_patches_take_every_patchs_own_weights() -> None:
+    theirs = shaken(TimmViT(img_size=32, patch_size=8, embed_dim=WIDTH, depth=1, num_heads=HEADS))
+    every, merged = (PatchTokenizer(3, 32, 32, 8, 8, WIDTH, merge) for merge in (1, 2))
+    for stem in (every, merged):
+        account = load_stem(stem, nn.Identity(), theirs.state_dict(), "timm:small", "image")
+        assert not any("positions 4x4" in change for change in account.changed)
+    image_bchw = torch.randn(2, 3, 32, 32)
+    tokens_bld = every(image_bchw)
+    assert close(merged(image_bchw)[:, 1], tokens_bld[:, [1, 2, 5, 6]].mean(1))
+
+
 def test_grey_pictures_take_the_sum_of_the_kernels() -> None:
     state = {f"visual.{key}": value for key, value in vision().state_dict().items()}
     colour, grey = PatchTokenizer(3, 32, 32, 8, 8, WIDTH), PatchTokenizer(1, 32, 32, 8, 8, WIDTH)
