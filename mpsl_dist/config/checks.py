@@ -59,6 +59,7 @@ def problems(experiment: Experiment) -> list[str]:
     chosen = experiment.data.modalities
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         found.append("data.modalities: name at least one, each once, or leave it null")
+    found += _cache_problems(experiment)
     return found + _encoder_problems(experiment) + _weight_problems(experiment)
 
 
@@ -107,6 +108,7 @@ def _too_small(experiment: Experiment) -> list[str]:
             "faults.save_clients_every": experiment.faults.save_clients_every,
             "runtime.server_threads": runtime.server_threads,
             "runtime.worker_threads": runtime.worker_threads,
+            "wire.cache_limit": experiment.wire.cache_limit,
         },
         0: {
             "seed": experiment.seed,
@@ -209,6 +211,18 @@ def _batch_problems(experiment: Experiment) -> list[str]:
             f"{-(-batch // clients) * clients}, or client_share=proportional"
         ]
     return []
+
+
+def _cache_problems(experiment: Experiment) -> list[str]:
+    wire, found = experiment.wire, []
+    if wire.cache and experiment.model.train_tokenizers:
+        found.append(
+            "wire.cache: a tokenizer that is trained changes its activations at every step; set "
+            "model.train_tokenizers=false, or wire.cache=false"
+        )
+    if wire.cache_limit is not None and not wire.cache:
+        found.append("wire.cache_limit: only with wire.cache=true")
+    return found
 
 
 def _encoder_problems(experiment: Experiment) -> list[str]:

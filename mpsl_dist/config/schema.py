@@ -180,6 +180,18 @@ class TokenizerSync:
 
 
 @dataclass(frozen=True)
+class Wire:
+    """What crosses the cut layer, and how often."""
+
+    #: Every sample's activations cross once, and the server keeps them: with frozen tokenizers
+    #: (``model.train_tokenizers: false``) and data without augmentation. See ``docs/cache.md``.
+    cache: bool = False
+    #: MiB of activations that the server keeps; beyond them the oldest are dropped, and sent again
+    #: when needed. Null keeps all.
+    cache_limit: int | None = None
+
+
+@dataclass(frozen=True)
 class Federated:
     """What fedavg and fedclip do in a round, which is an epoch of ``training.epochs``."""
 
@@ -309,6 +321,7 @@ class Experiment:
     model: Model = field(default_factory=Model)
     weights: Weights = field(default_factory=Weights)
     training: Training = field(default_factory=Training)
+    wire: Wire = field(default_factory=Wire)
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
