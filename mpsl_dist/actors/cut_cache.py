@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
 from mpsl_dist.data.partition import mini_batches
 
@@ -28,9 +29,17 @@ Ask = Callable[[Mapping[int, tuple[Any, ...]]], Smashed]
 T = TypeVar("T")
 
 
-def cut_cache_of(experiment: Experiment) -> CutCache | None:
-    """Return the experiment's cache; None where it has none."""
-    return CutCache(experiment.seed, limit_of(experiment)) if experiment.wire.cache else None
+def cut_cache_of(experiment: Experiment, server: Server) -> CutCache | None:
+    """Return the experiment's cache; None where it has none.
+
+    With ``wire.cache_prefix`` the server is told to begin after its frozen blocks.
+    """
+    if not experiment.wire.cache:
+        return None
+    if not experiment.wire.cache_prefix:
+        return CutCache(experiment.seed, limit_of(experiment))
+    server.begin = server.model.encoder.frozen_blocks
+    return CutCache(experiment.seed, limit_of(experiment), server.encode_prefix)
 
 
 def limit_of(experiment: Experiment) -> int | None:
@@ -89,10 +98,18 @@ class CutCache:
         The experiment's, of which the order of every client's samples is drawn.
     limit : int, optional
         Bytes that it may hold; beyond them the oldest are dropped, and asked for again when needed.
+    through : callable, optional
+        What arrives is sent through it, and its results are kept in their place.
     """
 
-    def __init__(self, seed: int, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        limit: int | None = None,
+        through: Callable[[Smashed], Smashed] | None = None,
+    ) -> None:
         self.seed = seed
+        self.through = through
         self.kept: Aging[list[Tensor]] = Aging(limit)
         self._parts: dict[int, dict[int, list[int]]] = {}
         # Naive PSL asks for every client on a thread of its own.
@@ -132,6 +149,8 @@ class CutCache:
         lacking = {n: [i for i, row in enumerate(rows[n]) if row is None] for n in clients}
         asked = {n: (step, wanted) for n, wanted in lacking.items() if wanted}
         sent = ask(asked) if asked else {}
+        if sent and self.through is not None:
+            sent = self.through(sent)
         with self._lock:
             for n, tensors in sent.items():
                 arrived = zip(*(x_bld.unbind() for x_bld in tensors), strict=True)

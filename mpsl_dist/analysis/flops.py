@@ -20,7 +20,7 @@ from mpsl_dist.actors import assembly, choices
 from mpsl_dist.analysis.cost_inputs import Inputs
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.models.clip_text import ClipText
-from mpsl_dist.models.server_model import ServerModel
+from mpsl_dist.models.server_model import Encoder, ServerModel
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
 
@@ -194,7 +194,7 @@ def count_encoder(encoder: nn.Sequential, tokens_bld: Tensor) -> Flops:
 
 @contextmanager
 def _without_encoder(model: ServerModel) -> Iterator[None]:
-    encoder, model.encoder = model.encoder, nn.Identity()
+    encoder, model.encoder = model.encoder, Encoder()
     try:
         yield
     finally:
@@ -281,7 +281,16 @@ def kept_by_server(parts: ModelParts, batch: int) -> int:
         ]
         return parts.server_model(tokens)
 
-    return kept_bytes(parts.server_model, run, lengths)
+    kept = kept_bytes(parts.server_model, run, lengths)
+    encoder = parts.server_model.encoder
+    if not encoder.checkpoint_blocks:
+        return kept
+    # One block at a time is computed again, and then keeps what it would have kept.
+    tokens = [
+        torch.empty(batch, n, parts.width, device="meta", requires_grad=True) for n in lengths
+    ]
+    again = [kept_bytes(encoder[-1], lambda x=x: encoder[-1](x), lengths) for x in tokens]
+    return kept + max(again)
 
 
 def kept_bytes(

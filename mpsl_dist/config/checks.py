@@ -59,7 +59,7 @@ def problems(experiment: Experiment) -> list[str]:
     chosen = experiment.data.modalities
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         found.append("data.modalities: name at least one, each once, or leave it null")
-    found += _cache_problems(experiment)
+    found += _cache_problems(experiment) + _precision_problems(experiment)
     return found + _encoder_problems(experiment) + _weight_problems(experiment)
 
 
@@ -222,7 +222,24 @@ def _cache_problems(experiment: Experiment) -> list[str]:
         )
     if wire.cache_limit is not None and not wire.cache:
         found.append("wire.cache_limit: only with wire.cache=true")
+    if wire.cache_prefix and not wire.cache:
+        found.append("wire.cache_prefix: only with wire.cache=true")
+    if wire.cache_prefix and experiment.model.encoder.trainable_blocks == "all":
+        found.append(
+            "wire.cache_prefix: no block of the encoder is frozen; set "
+            "model.encoder.trainable_blocks, or wire.cache_prefix=false"
+        )
     return found
+
+
+def _precision_problems(experiment: Experiment) -> list[str]:
+    training = experiment.training
+    if training.autocast is None or training.precision == "float32":
+        return []
+    return [
+        f"training.autocast: {training.autocast} leaves {training.precision} as it is; take "
+        "training.precision=float32, or training.autocast=null"
+    ]
 
 
 def _encoder_problems(experiment: Experiment) -> list[str]:

@@ -189,6 +189,9 @@ class Wire:
     #: MiB of activations that the server keeps; beyond them the oldest are dropped, and sent again
     #: when needed. Null keeps all.
     cache_limit: int | None = None
+    #: Keep the output of the encoder's last frozen block in their place
+    #: (``model.encoder.trainable_blocks``): frozen blocks then see a sample once.
+    cache_prefix: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,15 @@ class Training:
     server: Optimizer = field(default_factory=Optimizer)
     client: Optimizer = field(default_factory=Optimizer)
     precision: Literal["float32", "float64"] = "float32"
+    #: ``bf16``: the encoder's blocks compute in bfloat16 where torch's autocast has it so; weights,
+    #: tokenizers, the cut layer and the head stay as they are. See ``docs/large.md``.
+    autocast: Literal["bf16"] | None = None
+    #: Keep the input of every block of the encoder alone, and compute the block again in the
+    #: backward: less memory, a third more time.
+    checkpoint_blocks: bool = False
+    #: Compile the encoder's blocks by ``torch.compile``, which needs a C++ compiler (on a GPU
+    #: Triton) on the server.
+    compile: bool = False
     #: Evaluate each client's own tokenizers too, besides their average.
     evaluate_own: bool = False
     #: Test samples per evaluation batch.

@@ -79,7 +79,7 @@ class Mpsl:
         batch_size, epochs = experiment.training.batch_size, experiment.training.epochs
         self.plan = shares(list(self.sizes.values()), batch_size, experiment.client_share)
         self.total_steps = len(self.plan) * epochs
-        clients.cache = cut_cache_of(experiment)
+        clients.cache = cut_cache_of(experiment, server)
         clients.begin_training(len(self.plan), epochs)
         server.stepper.plan(len(self.plan), epochs)
 
@@ -267,6 +267,8 @@ def build(setup: Setup, method: type[Mpsl] = Mpsl) -> Mpsl:
     model = build_server_model(experiment, splits, tokenizers.lengths)
     stepper = Stepper(model.parameters(), experiment.training.server)
     server = Server(model, stepper, device_of(experiment))
+    if experiment.training.compile:
+        server.compile()
     faults = experiment.faults if facts_of(experiment).tolerant else None
     link = SplitLink(fleet, Traffic(experiment.clients), faults)
     return method(experiment, splits, server, link, tokenizers.to(server.device))

@@ -105,7 +105,8 @@ def test_counted_bytes_are_the_computed_ones(case: str, told: dict) -> None:
 
 def test_what_a_cache_saves_over_rpc(told: dict) -> None:
     """An epoch's activations in two epochs; where half of them fit, something between."""
-    cases = ("mpsl late", "mpsl frozen tokenizers", "mpsl cached", "mpsl cached, some", "psl cached")
+    cached = ("mpsl cached", "mpsl cached, some", "psl cached")
+    cases = ("mpsl late", "mpsl frozen tokenizers", *cached)
     sent = {case: sum(told[case][1]["bytes"]["activations"]) for case in cases}
     assert sent["mpsl cached"] == sent["psl cached"]
     # The other case is in float64.
