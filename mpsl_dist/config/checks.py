@@ -59,7 +59,7 @@ def problems(experiment: Experiment) -> list[str]:
     chosen = experiment.data.modalities
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         found.append("data.modalities: name at least one, each once, or leave it null")
-    found += _cache_problems(experiment) + _precision_problems(experiment)
+    found += _cache_problems(experiment) + _compute_problems(experiment)
     return found + _encoder_problems(experiment) + _weight_problems(experiment)
 
 
@@ -232,14 +232,20 @@ def _cache_problems(experiment: Experiment) -> list[str]:
     return found
 
 
-def _precision_problems(experiment: Experiment) -> list[str]:
-    training = experiment.training
-    if training.autocast is None or training.precision == "float32":
-        return []
-    return [
-        f"training.autocast: {training.autocast} leaves {training.precision} as it is; take "
-        "training.precision=float32, or training.autocast=null"
-    ]
+def _compute_problems(experiment: Experiment) -> list[str]:
+    training, found = experiment.training, []
+    if training.autocast is not None and training.precision != "float32":
+        found.append(
+            f"training.autocast: {training.autocast} leaves {training.precision} as it is; take "
+            "training.precision=float32, or training.autocast=null"
+        )
+    if training.compile and training.checkpoint_blocks:
+        # A block that is compiled anew between its two passes keeps other tensors in the second.
+        found.append(
+            "training.compile: a compiled block cannot be computed again reliably; set "
+            "training.checkpoint_blocks=false, or training.compile=false"
+        )
+    return found
 
 
 def _encoder_problems(experiment: Experiment) -> list[str]:

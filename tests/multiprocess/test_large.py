@@ -90,9 +90,9 @@ def test_bfloat16_products_train_alike(gold: dict) -> None:
 
 @pytest.mark.campaign
 def test_compiled_blocks_work_under_distributed_autograd(tmp_path: Path) -> None:
-    """With checkpoints too; the C++ compiler takes its time."""
-    both = {"compile": True, "checkpoint_blocks": True}
-    chosen = {"plain": _case(), "compiled": _case({"compile": True}), "both": _case(both)}
-    found = run_gold(tmp_path, {n: c | {"device": "cpu"} for n, c in chosen.items()})
-    for case in ("compiled", "both"):
-        assert difference(found[case][1], found["plain"][1]) < 1e-9
+    """The C++ compiler takes its time."""
+    single = {"precision": "float32"}
+    chosen = {"plain": _case(single), "compiled": _case(single | {"compile": True})}
+    found = run_gold(tmp_path, chosen, steps=2)
+    losses = {case: told["losses"] for case, (_, told) in found.items()}
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-6)

@@ -218,6 +218,10 @@ def test_tests_still_go_through_every_block(place: str) -> None:
         ({"training": {"autocast": "bf16", "precision": "float64"}}, "training.autocast"),
         ({"wire": {"cache_prefix": True}}, "wire.cache_prefix: only with"),
         (
+            {"training": {"compile": True, "checkpoint_blocks": True}},
+            "training.compile: a compiled",
+        ),
+        (
             {"wire": {"cache": True, "cache_prefix": True}, "model": {"train_tokenizers": False}},
             "wire.cache_prefix: no block of the encoder is frozen",
         ),
