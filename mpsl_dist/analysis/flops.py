@@ -20,7 +20,7 @@ from mpsl_dist.actors import assembly, choices
 from mpsl_dist.analysis.cost_inputs import Inputs
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.models.clip_text import ClipText
-from mpsl_dist.models.server_model import Encoder, ServerModel
+from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
 
@@ -194,7 +194,7 @@ def count_encoder(encoder: nn.Sequential, tokens_bld: Tensor) -> Flops:
 
 @contextmanager
 def _without_encoder(model: ServerModel) -> Iterator[None]:
-    encoder, model.encoder = model.encoder, Encoder()
+    encoder, model.encoder = model.encoder, nn.Identity()
     try:
         yield
     finally:

@@ -154,7 +154,8 @@ class ServerModel(nn.Module):
 
     def features(self, smashed: Sequence[Tensor], begin: int = 0) -> Tensor:
         """Return the head's input, (b, d), or (b, m, d) where modalities stay apart."""
-        encoded = [self.post_norm(self.encoder(tokens_bld, begin)) for tokens_bld in smashed]
+        rest = (begin,) if begin else ()  # any module may stand in for the whole encoder
+        encoded = [self.post_norm(self.encoder(tokens_bld, *rest)) for tokens_bld in smashed]
         if self.fusion == "early":
             encoded = list(encoded[0].split(self.lengths, dim=1))
         if self.pooling == "mean" and not self.apart:
