@@ -16,6 +16,7 @@ for size in ${SIZES:-b l h}; do
         "$python" -m mpsl_dist bench "configs/scale/vit-$size.yaml" \
             "plugins=[synthetic]" "data.name=synthetic-$inputs" data.root=null data.pixels=null \
             weights.encoder=random weights.image=random weights.text=random \
+            training.autocast=bf16 \
             "name=vit-$size-$inputs" --out "$out" "$@"
     done
 done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpsl_dist.actors.agreement import Elsewhere
 from mpsl_dist.actors.choices import head_of, task_of
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
@@ -34,6 +35,30 @@ def check_task(experiment: Experiment, splits: Splits) -> None:
         )
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+def check_cache(experiment: Experiment, splits: Splits) -> None:
+    """Refuse ``wire.cache`` for data that are drawn anew in every epoch.
+
+    Raises
+    ------
+    ConfigError
+        Naming what changes them.
+    """
+    elsewhere = isinstance(splits.train, Elsewhere)  # the hosts that have them say so themselves
+    if not experiment.wire.cache or elsewhere or getattr(splits.train, "unchanging", False):
+        return
+    name = experiment.data.name
+    if getattr(splits.train, "on_error", "raise") == "skip":
+        raise ConfigError(
+            f"wire.cache: in {name} other samples stand in for what cannot be read, in each "
+            "mini-batch another one; set data.on_error=raise, or wire.cache=false"
+        )
+    raise ConfigError(
+        f"wire.cache: the training samples of {name} change from epoch to epoch (random crops, "
+        "frames of clips, windows of sound, or a plugin's dataset that does not say that it is "
+        "'unchanging'); set wire.cache=false"
+    )
 
 
 def check_patches(experiment: Experiment, splits: Splits) -> None:

@@ -6,7 +6,8 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 
 ========================  =====================================================================
 ``describe``              how many training and test samples it holds
-``tokenize``              smashed activations of the cut layer (training), coded as ``wire`` says
+``tokenize``              smashed activations of the cut layer (training), coded as ``wire`` says;
+                          with ``wire.cache`` those of the rows alone that the server asks for
 ``loss``                  one number, its mean loss over its mini-batch
 ``pairs``                 which pairs of its mini-batch share a picture (retrieval with
                           ``contrastive: global``, in place of a loss)
@@ -27,6 +28,12 @@ Where data stay with their owners (``data.place: own``) its host says before all
 :class:`~mpsl_dist.actors.agreement.Offer`: its host's name, the shapes of its modalities, its class
 names (unless ``data.classes`` declares them), each client's number of training and test samples and
 how many of its files are missing; or why it has none to offer, which may name files and labels.
+
+Which samples a mini-batch has is a function of the experiment's seed, which the server has too: it
+can tell that two mini-batches of different epochs have a sample in common, though never what it is.
+With ``wire.cache`` it makes use of that: it keeps every sample's activations, with the client's
+number and the sample's place among the client's own, and so links the sample over epochs, with its
+predictions and their gradients.
 
 And, by distributed autograd in the backward, the gradient of its loss with respect to its
 predictions. In classification that gradient reads every label (softmax minus one-hot: the one
@@ -131,8 +138,14 @@ class Client:
         """Return how many samples it holds."""
         return Description(len(self.data), len(self.test_data))
 
-    def tokenize(self, step: int) -> list[Sent]:
+    def tokenize(self, step: int, rows: Sequence[int] | None = None) -> list[Sent]:
         """Tokenize the mini-batch of this step of the epoch, from 0 (Eq. 1).
+
+        Parameters
+        ----------
+        step : int
+        rows : sequence of int, optional
+            The only ones of it that the server has not kept (``wire.cache``); by default all.
 
         Returns
         -------
@@ -140,7 +153,9 @@ class Client:
             The smashed activations, on CPU: early fusion one (b, l, d), late fusion one
             (b, l_m, d) per modality.
         """
-        smashed = self._smash(self.tokenizers.local_value(), self.data.batch(step))
+        batch = self.data.batch(step)
+        wanted = batch if rows is None else batch.rows(rows)
+        smashed = self._smash(self.tokenizers.local_value(), wanted)
         return self.wire.encode(smashed, self.data.key(step))
 
     def loss(self, step: int, predictions: Tensor) -> Tensor:

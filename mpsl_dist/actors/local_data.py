@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mpsl_dist.data import Batch, Dataset
 from mpsl_dist.data.loading import Loaders, Unread
-from mpsl_dist.data.partition import epoch_order
+from mpsl_dist.data.partition import mini_batches
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,8 @@ class LocalData:
             The step of the epoch to begin at, when resuming.
         """
         self.epoch = epoch
-        order = self.indices[epoch_order(len(self.indices), self.seed, self.client, epoch)]
-        ends = np.cumsum(counts)
-        steps = [s for s in range(first_step, len(counts)) if counts[s] > 0]
-        batches = {s: order[ends[s] - counts[s] : ends[s]].tolist() for s in steps}
+        parts = mini_batches(len(self), counts, self.seed, self.client, epoch)
+        batches = {s: self.indices[parts[s]].tolist() for s in parts if s >= first_step}
         seed = int(np.random.default_rng([self.seed, self.client, epoch, 1]).integers(2**62))
         self._reader.plan(batches, seed)
 

@@ -9,10 +9,11 @@ import difflib
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 from mpsl_dist import plugins
 from mpsl_dist.actors import assembly
-from mpsl_dist.actors.checks import check_patches, check_task
+from mpsl_dist.actors.checks import check_cache, check_patches, check_task
 from mpsl_dist.actors.choices import dtype_of, head_named, head_of, head_options, width_of, wire_of
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import METHODS, options_of
@@ -48,6 +49,7 @@ def refusals_with_data(experiment: Experiment, splits: Splits) -> list[str]:
     checks: list[Callable[[], object]] = [
         lambda: check_patches(experiment, splits),
         lambda: check_task(experiment, splits),
+        lambda: check_cache(experiment, splits),
         lambda: head_options(experiment, head_of(experiment, splits)[1]),
     ]
     checks += [
@@ -70,6 +72,7 @@ def _build(experiment: Experiment, splits: Splits) -> None:
     try:
         tokenizers, model = assembly.build_on_meta(experiment, splits)
         _try_tokenizers(experiment, splits, tokenizers)
+        _refuse_changing(experiment, tokenizers)
         _try_head(experiment, splits, model)
     except RuntimeError as error:
         # A part may read numbers that are not there; it can still work where they are.
@@ -90,6 +93,17 @@ def _try_tokenizers(experiment: Experiment, splits: Splits, tokenizers: Tokenize
             raise ConfigError(
                 f"model.tokenizers.{modality}: two inputs gave tokens {found}, not {wanted}, "
                 "(inputs, length, model.encoder.width)"
+            )
+
+
+def _refuse_changing(experiment: Experiment, tokenizers: Tokenizers) -> None:
+    """Refuse ``wire.cache`` for a plugin's tokenizer whose tokens change, frozen as it is."""
+    changing = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    for modality, tokenizer in tokenizers.by_modality.items():
+        if experiment.wire.cache and any(isinstance(m, changing) for m in tokenizer.modules()):
+            raise ConfigError(
+                f"wire.cache: the tokenizer of {modality} has dropout or batch norm, so that its "
+                "tokens change from step to step; set wire.cache=false"
             )
 
 

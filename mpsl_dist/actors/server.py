@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mpsl_dist.actors.optimizer import Stepper
+from mpsl_dist.errors import ConfigError
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.records import state
@@ -35,9 +36,17 @@ class Server:
         self.model = model.to(device)
         self.stepper = stepper
         self.device = device
+        #: Frozen blocks that what is trained on has been through (``wire.cache_prefix``).
+        self.begin = 0
 
-    def forward(self, smashed: Smashed) -> dict[int, Tensor]:
+    def forward(self, smashed: Smashed, from_cut: bool = False) -> dict[int, Tensor]:
         """Run the encoder once over the global batch of all clients (Eq. 3).
+
+        Parameters
+        ----------
+        smashed : mapping of int to list of Tensor
+        from_cut : bool
+            Whether they come from the cut layer whatever is kept for training, as in tests.
 
         Returns
         -------
@@ -57,9 +66,40 @@ class Server:
                     tokens_bld.register_hook(torch.clone)
         sizes = [len(tensors[0]) for tensors in smashed.values()]
         together = [torch.cat(parts) for parts in zip(*smashed.values(), strict=True)]
-        predictions_bk = self.model([tokens.to(self.device) for tokens in together]).cpu()
+        inputs, begin = [x.to(self.device) for x in together], 0 if from_cut else self.begin
+        predictions_bk = self.model(inputs, begin).cpu()
         slices = [slice_bk.clone() for slice_bk in predictions_bk.split(sizes)]
         return dict(zip(smashed, slices, strict=True))
+
+    def compile(self) -> None:
+        """Compile the encoder's blocks, each by itself, at its first pass.
+
+        Raises
+        ------
+        ConfigError
+            If nothing can be compiled here.
+        """
+        try:
+            torch.compile(torch.add)(torch.ones(2, device=self.device), 1)
+        except Exception as error:  # whatever a missing compiler or Triton leads to
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ConfigError(
+                f"training.compile: torch.compile does not work on the server ({reason}); install "
+                "a C++ compiler (on a GPU Triton), or set training.compile=false"
+            ) from error
+        for block in self.model.encoder:
+            block.compile()
+
+    def encode_prefix(self, smashed: Smashed) -> dict[int, list[Tensor]]:
+        """Run the frozen blocks that training begins with once over what these clients sent."""
+        sizes = [len(tensors[0]) for tensors in smashed.values()]
+        together = [
+            torch.cat(parts).to(self.device) for parts in zip(*smashed.values(), strict=True)
+        ]
+        with torch.no_grad():
+            encoded = [self.model.encoder(x_bld, end=self.begin).cpu() for x_bld in together]
+        slices = zip(*(x_bld.split(sizes) for x_bld in encoded), strict=True)
+        return {n: list(own) for n, own in zip(smashed, slices, strict=True)}
 
     def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
         """Step the server's own optimizer at the run's step ``step``, on gradients by parameter."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mpsl_dist.actors.cut_cache import limit_of
 from mpsl_dist.analysis import flops, traffic_model
 from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
 from mpsl_dist.analysis.flops import Flops, ModelParts
@@ -248,11 +249,9 @@ def _bytes(method: str, parts: ModelParts) -> Iterator[Row]:
         for kind, value in traffic_model.per_sample(parts).items():
             direction = traffic_model.direction(kind)
             yield Row("bytes_per_sample", method, "client", kind, direction, value, "bytes")
-    plan = traffic_model.equal_plan(parts.experiment, parts.inputs.train)
-    sent = traffic_model.training(parts, plan, epochs=1)
     totals = {"up": 0.0, "down": 0.0}
-    for kind, by_client in sent.items():
-        direction, value = traffic_model.direction(kind), float(by_client.mean())
+    for kind, value in traffic_model.per_epoch(parts).items():
+        direction = traffic_model.direction(kind)
         totals[direction] += value
         yield Row("bytes_per_epoch", method, "client", kind, direction, value, "bytes")
     for direction, value in totals.items():
@@ -274,6 +273,8 @@ def _memory(method: str, parts: ModelParts, of: Measured) -> Iterator[Row]:
         client["cut layer and its gradient"] = 2 * own * cut
         server["kept for backward"] = of.kept("server", batch)
         server["cut layer and its gradient"] = 2 * batch * cut
+        if experiment.wire.cache:
+            server["cached activations"] = _cached(experiment, parts.inputs.train * cut)
         owners = {"client": client, "server": server, "worker": _hosted(parts, client)}
     else:
         whole = {name: client[name] + server[name] for name in client}
@@ -293,6 +294,11 @@ def _hosted(parts: ModelParts, client: dict[str, int]) -> dict[str, int]:
     frozen = client["parameters"] - traffic_model.trained_bytes(parts, "client")
     own = sum(client.values()) - frozen
     return {"frozen, once": frozen, f"clients' own, {count} times": count * own}
+
+
+def _cached(experiment: Experiment, everything: int) -> int:
+    limit = limit_of(experiment)
+    return everything if limit is None else min(limit, everything)
 
 
 def _averaging(parts: ModelParts, model: int) -> dict[str, int]:

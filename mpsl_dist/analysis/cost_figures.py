@@ -59,15 +59,13 @@ def resized(experiment: Experiment, size: str) -> Experiment:
 
 def _point(experiment: Experiment, size: str) -> Point:
     at, inputs = resized(experiment, size), inputs_of(experiment)
-    plan = traffic_model.equal_plan(at, inputs.train)
     parts = flops.build(replace(at, method="mpsl"), inputs)
     adapted = flops.build(replace(at, method="fedclip"), inputs)
     sent = {}
     for method in _METHODS:
         built = adapted if method == "fedclip" else parts
         asked = replace(built, experiment=replace(at, method=method))
-        kinds = traffic_model.training(asked, plan, epochs=1)
-        sent[method] = sum(float(by_client.mean()) for by_client in kinds.values())
+        sent[method] = sum(traffic_model.per_epoch(asked).values())
     client, server = flops.count_client(parts), flops.count_server(parts)
     tower = client.pop(TOWER, flops.Flops()).forward
     encoder = sum(value.forward for name, value in server.items() if name != "head")

@@ -281,7 +281,16 @@ def kept_by_server(parts: ModelParts, batch: int) -> int:
         ]
         return parts.server_model(tokens)
 
-    return kept_bytes(parts.server_model, run, lengths)
+    kept = kept_bytes(parts.server_model, run, lengths)
+    encoder = parts.server_model.encoder
+    if not encoder.checkpoint_blocks:
+        return kept
+    # One block at a time is computed again, and then keeps what it would have kept.
+    tokens = [
+        torch.empty(batch, n, parts.width, device="meta", requires_grad=True) for n in lengths
+    ]
+    again = [kept_bytes(encoder[-1], lambda x=x: encoder[-1](x), lengths) for x in tokens]
+    return kept + max(again)
 
 
 def kept_bytes(

@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from mpsl_dist.actors.choices import wire_of
+from mpsl_dist.actors.cut_cache import Aging, limit_of
 from mpsl_dist.analysis import flops
 from mpsl_dist.analysis.flops import ModelParts
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
-from mpsl_dist.data.partition import shares
+from mpsl_dist.data.partition import mini_batches, shares
 from mpsl_dist.methods.fedavg import draw
 from mpsl_dist.methods.objective import objective_of
 from mpsl_dist.methods.sync import sync_of
@@ -93,12 +94,54 @@ def training(parts: ModelParts, plan: NDArray[np.int64], epochs: int) -> Bytes:
         return _rounds(parts, plan.shape[1], epochs)
     samples, steps = plan.sum(0) * epochs, (plan > 0).sum(0) * epochs
     found = {kind: samples * each for kind, each in per_sample(parts).items()}
-    found["activations"] = found["activations"] + steps * carriers(parts)
+    if experiment.wire.cache:
+        # Kept as decoded, whatever they travelled as; there is no gradient to carry.
+        kept = sum(parts.tokenizers.lengths) * parts.width * parts.bytes_per_number
+        sent = sent_samples(experiment, plan, epochs, kept)
+        found["activations"] = sent * per_sample(parts)["activations"]
+    else:
+        found["activations"] = found["activations"] + steps * carriers(parts)
     number = parts.bytes_per_number
     if objective_of(experiment, parts.task).predictions_travel:
         found |= {"losses": steps * number, "loss_gradients": steps * number}
     weights = trained_bytes(parts, "client")
     return found | sync_of(experiment).cost(np.tile(plan > 0, (epochs, 1)), weights)
+
+
+def per_epoch(parts: ModelParts) -> dict[str, float]:
+    """Return the bytes of a client and epoch by kind: the mean over all clients, with
+    ``wire.cache`` over all epochs too, as the first sends most.
+    """
+    epochs = parts.experiment.training.epochs if parts.experiment.wire.cache else 1
+    plan = equal_plan(parts.experiment, parts.inputs.train)
+    sent = training(parts, plan, epochs)
+    return {kind: float(by_client.mean()) / epochs for kind, by_client in sent.items()}
+
+
+def sent_samples(
+    experiment: Experiment, plan: NDArray[np.int64], epochs: int, each: int
+) -> NDArray[np.int64]:
+    """Return how many samples every client sends where the server keeps them, ``each`` of so many
+    bytes; in the order that the run will have, so that what a limit drops is dropped here too.
+    """
+    sizes, limit = plan.sum(0), limit_of(experiment)
+    if limit is None or limit >= sizes.sum() * each:
+        return sizes
+    kept, sent = Aging[bool](limit), np.zeros_like(sizes)
+    for epoch in range(epochs):
+        parts = [
+            mini_batches(int(size), plan[:, n], experiment.seed, n, epoch)
+            for n, size in enumerate(sizes)
+        ]
+        for step in range(len(plan)):
+            wanted = {n: own.get(step, []) for n, own in enumerate(parts)}
+            # All are looked for before any arrives.
+            lacking = {n: [p for p in own if not kept.get(n, p)] for n, own in wanted.items()}
+            for n, positions in lacking.items():
+                sent[n] += len(positions)
+                for position in positions:
+                    kept.put(n, position, True, each)
+    return sent
 
 
 def _rounds(parts: ModelParts, clients: int, rounds: int) -> Bytes:

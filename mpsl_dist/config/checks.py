@@ -60,6 +60,7 @@ def problems(experiment: Experiment) -> list[str]:
     chosen = experiment.data.modalities
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         found.append("data.modalities: name at least one, each once, or leave it null")
+    found += _cache_problems(experiment) + _compute_problems(experiment)
     return found + _encoder_problems(experiment) + _weight_problems(experiment)
 
 
@@ -122,6 +123,7 @@ def _too_small(experiment: Experiment) -> list[str]:
             "faults.save_clients_every": experiment.faults.save_clients_every,
             "runtime.server_threads": runtime.server_threads,
             "runtime.worker_threads": runtime.worker_threads,
+            "wire.cache_limit": experiment.wire.cache_limit,
         },
         0: {
             "seed": experiment.seed,
@@ -224,6 +226,46 @@ def _batch_problems(experiment: Experiment) -> list[str]:
             f"{-(-batch // clients) * clients}, or client_share=proportional"
         ]
     return []
+
+
+def _cache_problems(experiment: Experiment) -> list[str]:
+    wire, found = experiment.wire, []
+    if wire.cache and experiment.model.train_tokenizers:
+        found.append(
+            "wire.cache: a tokenizer that is trained changes its activations at every step; set "
+            "model.train_tokenizers=false, or wire.cache=false"
+        )
+    if wire.cache_limit is not None and not wire.cache:
+        found.append("wire.cache_limit: only with wire.cache=true")
+    if wire.cache_prefix and not wire.cache:
+        found.append("wire.cache_prefix: only with wire.cache=true")
+    if wire.cache_prefix and experiment.server.replicas > 1:
+        found.append(
+            "wire.cache_prefix: one replica alone has the cache; set server.replicas=1, or "
+            "wire.cache_prefix=false"
+        )
+    if wire.cache_prefix and experiment.model.encoder.trainable_blocks == "all":
+        found.append(
+            "wire.cache_prefix: no block of the encoder is frozen; set "
+            "model.encoder.trainable_blocks, or wire.cache_prefix=false"
+        )
+    return found
+
+
+def _compute_problems(experiment: Experiment) -> list[str]:
+    training, found = experiment.training, []
+    if training.autocast is not None and training.precision != "float32":
+        found.append(
+            f"training.autocast: {training.autocast} leaves {training.precision} as it is; take "
+            "training.precision=float32, or training.autocast=null"
+        )
+    if training.compile and training.checkpoint_blocks:
+        # A block that is compiled anew between its two passes keeps other tensors in the second.
+        found.append(
+            "training.compile: a compiled block cannot be computed again reliably; set "
+            "training.checkpoint_blocks=false, or training.compile=false"
+        )
+    return found
 
 
 def _encoder_problems(experiment: Experiment) -> list[str]:

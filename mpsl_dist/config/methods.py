@@ -76,7 +76,14 @@ _REMOTE = (
     "runtime.start_timeout",
     "runtime.worker_threads",
 )
-_SPLIT = (*_REMOTE, "contrastive", "tokenizer_sync", "training.evaluate_own", "wire")
+_SPLIT = (
+    *_REMOTE,
+    "contrastive",
+    "tokenizer_sync",
+    "training.compile",
+    "training.evaluate_own",
+    "wire",
+)
 _GROUP = ("server.replicas",)
 _ROUNDS = (*_REMOTE, "federated")
 #: What only some methods read.

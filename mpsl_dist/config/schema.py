@@ -184,7 +184,7 @@ class TokenizerSync:
 
 @dataclass(frozen=True)
 class Wire:
-    """How smashed activations and their gradients travel, see ``docs/wire.md``."""
+    """What crosses the cut layer, how often and as what, see ``docs/wire.md``."""
 
     #: ``fp32`` (numbers as they are), ``bf16``, ``fp8``, ``int8``, ``int4`` or ``int2``, the last
     #: four with a scale for each token.
@@ -193,6 +193,15 @@ class Wire:
     #: Of the gradients' whole numbers; ``stochastic`` keeps their mean. Activations are rounded to
     #: the nearest.
     rounding: Literal["stochastic", "nearest"] = "stochastic"
+    #: Every sample's activations cross once, and the server keeps them: with frozen tokenizers
+    #: (``model.train_tokenizers: false``) and data without augmentation. See ``docs/cache.md``.
+    cache: bool = False
+    #: MiB of activations that the server keeps; beyond them the oldest are dropped, and sent again
+    #: when needed. Null keeps all.
+    cache_limit: int | None = None
+    #: Keep the output of the encoder's last frozen block in their place
+    #: (``model.encoder.trainable_blocks``): frozen blocks then see a sample once.
+    cache_prefix: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,6 +244,15 @@ class Training:
     server: Optimizer = field(default_factory=Optimizer)
     client: Optimizer = field(default_factory=Optimizer)
     precision: Literal["float32", "float64"] = "float32"
+    #: ``bf16``: the encoder's blocks compute in bfloat16 where torch's autocast has it so; weights,
+    #: tokenizers, the cut layer and the head stay as they are. See ``docs/large.md``.
+    autocast: Literal["bf16"] | None = None
+    #: Keep the input of every block of the encoder alone, and compute the block again in the
+    #: backward: less memory, a third more time.
+    checkpoint_blocks: bool = False
+    #: Compile the encoder's blocks by ``torch.compile``, which needs a C++ compiler (on a GPU
+    #: Triton) on the server.
+    compile: bool = False
     #: Evaluate each client's own tokenizers too, besides their average.
     evaluate_own: bool = False
     #: Test samples per evaluation batch.
@@ -335,6 +353,7 @@ class Experiment:
     model: Model = field(default_factory=Model)
     weights: Weights = field(default_factory=Weights)
     training: Training = field(default_factory=Training)
+    wire: Wire = field(default_factory=Wire)
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

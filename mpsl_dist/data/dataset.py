@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -37,13 +37,19 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """Return these rows of it alone, without an account of what could not be read."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return Batch({name: x[index] for name, x in self.inputs.items()}, self.labels[index])
+
 
 class Dataset(Protocol):
     """A split: samples by position, and the labels of all of them.
 
     It may also have ``clients``, a sequence with the owner's name of every sample; then
     ``data.partition.kind=natural`` makes every owner a client; and ``missing``, the files that are
-    listed and not there, whose samples are left out.
+    listed and not there, whose samples are left out; and ``unchanging``, whether a sample is the
+    same whatever seed it is fetched with: without it, samples are taken to change.
     """
 
     #: (samples,) int64.
@@ -99,6 +105,7 @@ class TensorDataset:
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
+    unchanging: ClassVar[bool] = True
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
         """Return these samples; nothing here is random."""

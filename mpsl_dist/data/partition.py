@@ -208,6 +208,32 @@ def shares(sizes: list[int], batch_size: int, rule: str) -> NDArray[np.int64]:
     return plan
 
 
+def mini_batches(
+    samples: int, counts: Sequence[int], seed: int, client: int, epoch: int
+) -> dict[int, list[int]]:
+    """Return which of a client's own samples, from 0, are in each of its mini-batches of an epoch.
+
+    Parameters
+    ----------
+    samples : int
+        How many the client has.
+    counts : sequence of int
+        How many of them it contributes to each step of the epoch.
+
+    Returns
+    -------
+    dict of int to list of int
+        Step -> positions, of the steps that it contributes to.
+    """
+    ends = np.cumsum(counts)
+    order = epoch_order(samples, seed, client, epoch)
+    return {
+        step: order[ends[step] - count : ends[step]].tolist()
+        for step, count in enumerate(counts)
+        if count
+    }
+
+
 def epoch_order(samples: int, seed: int, client: int, epoch: int) -> NDArray[np.int64]:
     """Return a client's order of samples in an epoch: (samples,), fixed by its arguments alone."""
     return np.random.default_rng([seed, client, epoch]).permutation(samples)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mpsl_dist.actors.agreement import Agreement, Disagreement, Offer, agree
+from mpsl_dist.actors.checks import check_cache
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data
 from mpsl_dist.config import Experiment
@@ -106,7 +107,9 @@ def own_holdings(shared: Experiment, numbers: Sequence[int], rank: int) -> Holdi
     """
     experiment = here(at_home(shared, world.home()), rank)
     needs, _ = seen_by_worker(experiment)
-    return Holdings.deal(experiment, load_data(experiment, needs), numbers)
+    splits = load_data(experiment, needs)
+    check_cache(experiment, splits)
+    return Holdings.deal(experiment, splits, numbers)
 
 
 def offer(shared: Experiment, numbers: Sequence[int], rank: int) -> Offer:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpsl_dist.actors.assembly import build_tokenizers
 from mpsl_dist.actors.choices import task_of, wire_of
+from mpsl_dist.actors.cut_cache import cut_cache_of
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.holdings import loaders_of
 from mpsl_dist.actors.local_data import Damage, TestData
@@ -77,6 +78,7 @@ class Mpsl:
         batch_size, epochs = experiment.training.batch_size, experiment.training.epochs
         self.plan = shares(list(self.sizes.values()), batch_size, experiment.client_share)
         self.total_steps = len(self.plan) * epochs
+        clients.cache = cut_cache_of(experiment, server)
         clients.begin_training(len(self.plan), epochs)
         server.stepper.plan(len(self.plan), epochs)
 

@@ -57,9 +57,9 @@ class Replica:
         self.reduction = Reduction(name, rank, count, self.server.device, nccl, timeout)
         return f"{host_name()}, {describe(self.server.device)}"
 
-    def forward(self, smashed: Smashed) -> dict[int, Tensor]:
+    def forward(self, smashed: Smashed, from_cut: bool = False) -> dict[int, Tensor]:
         """Return the predictions for these clients; see :meth:`Server.forward`."""
-        return self.server.forward(smashed) if smashed else {}
+        return self.server.forward(smashed, from_cut) if smashed else {}
 
     def step(self, step: int, span: tuple[int, int], gradients: Mapping[Tensor, Tensor]) -> None:
         """Step the optimizer at the run's step ``step`` on the sum of all replicas' gradients.
@@ -117,7 +117,7 @@ class ServerGroup:
         """Where replica 0 computes."""
         return self.own.server.device
 
-    def forward(self, smashed: Smashed) -> dict[int, Tensor]:
+    def forward(self, smashed: Smashed, from_cut: bool = False) -> dict[int, Tensor]:
         """Run the encoder once over the global batch, every replica over its share of the clients.
 
         Returns
@@ -131,7 +131,7 @@ class ServerGroup:
             If a replica is lost or fails.
         """
         if not torch.is_grad_enabled():
-            return self.own.forward(smashed)
+            return self.own.forward(smashed, from_cut)
         mine, *theirs = shares(smashed, self.count)
         wait = self.others.start("forward", [(share,) for share in theirs])
         predictions = self.own.forward(mine)
@@ -191,7 +191,10 @@ def build_server(experiment: Experiment, splits: Splits, lengths: Sequence[int])
     """
     model = build_server_model(experiment, splits, list(lengths))
     stepper = Stepper(model.parameters(), experiment.training.server)
-    return Server(model, stepper, device_of(experiment))
+    server = Server(model, stepper, device_of(experiment))
+    if experiment.training.compile:
+        server.compile()
+    return server
 
 
 def host_replica(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpsl_dist.actors.cut_cache import CutCache
 from mpsl_dist.errors import DivergedError, NonFiniteError
 from mpsl_dist.methods.link import Autograd, Link, Wait
 from mpsl_dist.methods.progress import warn
@@ -31,11 +32,16 @@ _AT_ONCE = 64
 class SplitLink(Link):
     """Messages to clients that hold tokenizers (:class:`mpsl_dist.actors.client.Client`)."""
 
+    #: What the server keeps of the clients' activations; None where it keeps nothing.
+    cache: CutCache | None = None
+
     def begin_training(
         self, steps_per_epoch: int, epochs: int, clients: Sequence[int] | None = None
     ) -> None:
         """Tell these clients, by default all, what their schedules span."""
         told = self.present if clients is None else clients
+        if self.cache is not None:
+            self.cache.forget(told)
         self.start("begin_training", dict.fromkeys(told, (steps_per_epoch, epochs)))()
 
     def hand_over(self, clients: Sequence[int], to: Sequence[int]) -> None:
@@ -49,6 +55,8 @@ class SplitLink(Link):
 
     def begin_epoch(self, epoch: int, counts: Mapping[int, list[int]], first_step: int) -> None:
         """Tell every client how many samples it gives to each step of the epoch."""
+        if self.cache is not None:
+            self.cache.begin_epoch(epoch, counts)
         parts = {n: (epoch, counts[n], first_step) for n in self.present}
         self.start("begin_epoch", parts, f"epoch {epoch}")()
 
@@ -189,12 +197,10 @@ class Step:
         self._tainted: set[int] = set()
 
     def tokenize(self) -> Smashed:
-        """Have every client tokenize its mini-batch (Eq. 1)."""
-        asked = self._each(self.epoch_step)
-        sent = self._start("tokenize", asked, up="activations", needed=True)()
-        watched = {n: codecs.carriers(sent[n]) for n in sent}
-        self.link.traffic.watch_gradients("cut_layer_gradients", watched)
-        return {n: codecs.decode(sent[n]) for n in sent}
+        """Have every client tokenize its mini-batch (Eq. 1), or what is lacking of it."""
+        if self.link.cache is None:
+            return self._tokenize(self._each(self.epoch_step))
+        return self.link.cache.complete(self.epoch_step, self.clients, self._tokenize)
 
     def loss(self, predictions: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Have every client compare its slice of the predictions with its labels (Eq. 2).
@@ -250,6 +256,12 @@ class Step:
         everyone = self.link.everyone()
         wait = self._start("take_gradients", everyone, autograd=self.autograd, up="sync_up")
         return lambda: self.link.only_finite(wait(), f"{self.where}: the gradients")
+
+    def _tokenize(self, asked: Mapping[int, tuple[Any, ...]]) -> Smashed:
+        sent = self._start("tokenize", asked, up="activations", needed=True)()
+        watched = {n: codecs.carriers(sent[n]) for n in sent}
+        self.link.traffic.watch_gradients("cut_layer_gradients", watched)
+        return {n: codecs.decode(sent[n]) for n in sent}
 
     def _look_at_gradient(self, client: int, gradient: Tensor) -> None:
         if not bool(torch.isfinite(gradient).all()):

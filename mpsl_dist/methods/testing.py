@@ -133,7 +133,7 @@ def _at_clients(
         for alone, found in enumerate(scores):
             smashed = method.clients.tokenize_test(batch, asked, own=bool(alone))
             with torch.no_grad():
-                predictions = method.server.forward(smashed)
+                predictions = method.server.forward(smashed, from_cut=True)
             for n, right in method.clients.score(batch, predictions).items():
                 found[n] = _add(found[n], right, len(predictions[n]))
     there = [n for n in counts if n in method.clients.present]

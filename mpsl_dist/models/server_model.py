@@ -7,10 +7,12 @@ Shape legend: ``b`` batch, ``m`` modalities, ``l`` length in tokens, ``d`` width
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 #: Width, blocks and heads of the paper's encoders (Dosovitskiy et al. 2020).
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -22,9 +24,43 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }
 
 
+class Encoder(nn.Sequential):
+    """Blocks one after the other, (b, l, d) -> (b, l, d)."""
+
+    #: ``bf16``: blocks compute in bfloat16 where torch's autocast has it so; their input, their
+    #: output and what is summed along the way keep their own type.
+    autocast: str | None = None
+    #: Keep the input of every block alone for the backward, which computes the block again.
+    checkpoint_blocks: bool = False
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many blocks at the beginning nobody trains."""
+        trained = (i for i, b in enumerate(self) if any(p.requires_grad for p in b.parameters()))
+        return next(trained, len(self))
+
+    def forward(self, tokens_bld: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+        """Return what the blocks from ``begin`` to before ``end``, by default all, make of them."""
+        kind = tokens_bld.device.type
+        # torch has no autocast of shapes alone.
+        cast = torch.autocast(kind, torch.bfloat16) if kind != "meta" else nullcontext()
+        with cast if self.autocast == "bf16" else nullcontext():
+            for block in list(self)[begin:end]:
+                tokens_bld = self._pass(block, tokens_bld)
+        return tokens_bld
+
+    def _pass(self, block: nn.Module, tokens_bld: Tensor) -> Tensor:
+        asked = tokens_bld.requires_grad or any(p.requires_grad for p in block.parameters())
+        if not (self.checkpoint_blocks and asked and torch.is_grad_enabled()):
+            return block(tokens_bld)  # of a frozen prefix nothing is kept anyway
+        # Not the reentrant form: it runs a backward within the backward, and reads ``.grad``, where
+        # a distributed backward leaves nothing.
+        return checkpoint(block, tokens_bld, use_reentrant=False, preserve_rng_state=False)
+
+
 def build_encoder(
     width: int, depth: int, heads: int, trainable_blocks: int | str = "all"
-) -> nn.Sequential:
+) -> Encoder:
     """Stack timm's pre-norm transformer blocks (MLP x4, qkv bias, LayerNorm eps 1e-5).
 
     Parameters
@@ -36,7 +72,7 @@ def build_encoder(
 
     Returns
     -------
-    nn.Sequential
+    Encoder
         (b, l, d) -> (b, l, d); the state keys ``0.norm1.weight`` ... are Meta-Transformer's.
     """
     from timm.models.vision_transformer import Block
@@ -44,7 +80,7 @@ def build_encoder(
     # torch's own initial weights: ViT's fixed std of 0.02 is made for width 768, and a narrow
     # encoder trained from scratch learns several times slower with it.
     norm = partial(nn.LayerNorm, eps=1e-5)
-    encoder = nn.Sequential(
+    encoder = Encoder(
         *(Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth))
     )
     if trainable_blocks != "all":
@@ -58,7 +94,7 @@ class ServerModel(nn.Module):
 
     Parameters
     ----------
-    encoder : nn.Module
+    encoder : Encoder
         (b, l, d) -> (b, l, d).
     width : int
         d.
@@ -78,7 +114,7 @@ class ServerModel(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Encoder,
         width: int,
         lengths: Sequence[int],
         head: nn.Module,
@@ -98,7 +134,7 @@ class ServerModel(nn.Module):
         self.pooling = pooling
         self.apart = apart
 
-    def forward(self, smashed: Sequence[Tensor]) -> Tensor:
+    def forward(self, smashed: Sequence[Tensor], begin: int = 0) -> Tensor:
         """Return predictions for the smashed activations of a whole global batch.
 
         Parameters
@@ -106,17 +142,20 @@ class ServerModel(nn.Module):
         smashed : sequence of Tensor
             Early fusion: one joint (b, l, d); late fusion: one (b, l_m, d) per modality, each
             encoded by a pass of its own.
+        begin : int
+            The encoder's first block that they have not been through.
 
         Returns
         -------
         Tensor
             What the head makes of them: (b, k) logits, or (b, 2, d) embeddings in retrieval.
         """
-        return self.head(self.features(smashed))
+        return self.head(self.features(smashed, begin))
 
-    def features(self, smashed: Sequence[Tensor]) -> Tensor:
+    def features(self, smashed: Sequence[Tensor], begin: int = 0) -> Tensor:
         """Return the head's input, (b, d), or (b, m, d) where modalities stay apart."""
-        encoded = [self.post_norm(self.encoder(tokens_bld)) for tokens_bld in smashed]
+        rest = (begin,) if begin else ()  # any module may stand in for the whole encoder
+        encoded = [self.post_norm(self.encoder(tokens_bld, *rest)) for tokens_bld in smashed]
         if self.fusion == "early":
             encoded = list(encoded[0].split(self.lengths, dim=1))
         if self.pooling == "mean" and not self.apart:

@@ -34,7 +34,11 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
     """Train some steps by the real method; give every number that came of it."""
     method = processes.connect(experiment, launched, Holdings.load(experiment))
     told: dict[str, Any] = {"losses": [], "cut_gradients": [], "forwards": 0, "backwards": 0}
-    encoder = method.server.model.encoder
+    encoder, told["block_forwards"] = method.server.model.encoder, 0
+    for block in encoder:
+        block.norm1.register_forward_hook(
+            lambda *_: told.update(block_forwards=told["block_forwards"] + 1)
+        )
     encoder.register_forward_hook(lambda *_: told.update(forwards=told["forwards"] + 1))
     encoder.register_full_backward_hook(lambda *_: told.update(backwards=told["backwards"] + 1))
     _keep_cut_gradients(method, told["cut_gradients"])
@@ -80,9 +84,10 @@ def _keep_cut_gradients(method: Mpsl, kept: list) -> None:
         kept.append(gradients)
         for client, tensors in smashed.items():
             for index, tensor in enumerate(tensors):
-                tensor.register_hook(
-                    lambda g, key=(client, index): gradients.update({key: g.clone()})
-                )
+                if tensor.requires_grad:
+                    tensor.register_hook(
+                        lambda g, key=(client, index): gradients.update({key: g.clone()})
+                    )
         return forward(smashed)
 
     method.server.forward = watching

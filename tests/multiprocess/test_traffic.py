@@ -37,11 +37,21 @@ def _cases() -> dict[str, dict]:
     own = to_dict(toys.experiment())["training"] | {"evaluate_own": True}
     late = {"data": {"name": "toy-image+audio"}, "model": {"fusion": "late"}}
     coded = {"activations": "int8", "gradients": "int4"}
+    frozen = {"train_tokenizers": False}
+    # Twice as many activations as a MiB holds.
+    wide = frozen | {"encoder": {"size": "custom", "width": 256, "depth": 1, "heads": 2}}
     cases = {
         "mpsl": {"data": at_clients, "tokenizer_sync": {"mode": "gradients", "every": 3}},
         "mpsl late": late | {"tokenizer_sync": {"mode": "weights", "every": 2}, "training": own},
         "mpsl own at clients": {"data": at_clients, "training": own},
         "mpsl frozen tokenizers": {"model": {"train_tokenizers": False}, "training": double},
+        "mpsl cached": {"model": frozen, "wire": {"cache": True}},
+        "mpsl cached, some": {
+            "model": wide,
+            "wire": {"cache": True, "cache_limit": 1, "activations": "int8"},
+            "data": late["data"],
+        },
+        "psl cached": {"method": "psl", "model": frozen, "wire": {"cache": True}},
         "mpsl dry clients": {"client_share": "equal"},
         "mpsl retrieval": {"data": pairs},
         "mpsl retrieval global": {"data": pairs, "contrastive": "global"},
@@ -97,6 +107,18 @@ def computed(experiment: Experiment) -> dict[str, list[int]]:
 def test_counted_bytes_are_the_computed_ones(case: str, told: dict) -> None:
     experiment, found = told[case]
     assert found["bytes"] == computed(experiment)
+
+
+def test_what_a_cache_saves_over_rpc(told: dict) -> None:
+    """An epoch's activations in two epochs; where half of them fit, something between."""
+    cached = ("mpsl cached", "mpsl cached, some", "psl cached")
+    cases = ("mpsl late", "mpsl frozen tokenizers", *cached)
+    sent = {case: sum(told[case][1]["bytes"]["activations"]) for case in cases}
+    assert sent["mpsl cached"] == sent["psl cached"]
+    # The other case is in float64.
+    assert sent["mpsl cached"] * 2 * 2 == sent["mpsl frozen tokenizers"]
+    per_epoch = sent["mpsl late"] // 2 * 256 // 16
+    assert per_epoch < sent["mpsl cached, some"] < 2 * per_epoch
 
 
 @pytest.mark.parametrize("case", _cases())

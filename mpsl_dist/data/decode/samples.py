@@ -162,6 +162,20 @@ class FileDataset:
         }
         return {name: torch.tensor(has[name], dtype=torch.bool) for name in self.view.modalities}
 
+    @property
+    def unchanging(self) -> bool:
+        """Whether a sample is the same whatever the seed: no random crop, frame or window of sound,
+        and nothing that another sample of a mini-batch stands in for.
+        """
+        has, view = [sample.sources for sample in self.samples], self.view
+        moving = any(
+            sample.image is None and sources["image"] is not None
+            for sample, sources in zip(self.samples, has, strict=True)
+        )
+        drawn = "image" in view.modalities and (view.crop or moving)
+        sounds = "audio" in view.modalities and any(s["audio"] is not None for s in has)
+        return self.on_error == "raise" and not (drawn or sounds)
+
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
         """Return these samples, decoded; see :class:`mpsl_dist.data.Dataset`."""
         asked = [int(index) for index in indices]
