@@ -125,7 +125,8 @@ def test_tokenizers_are_averaged_as_they_come_and_few_are_there_at_once(drifted:
     found = average_of(drifted)
     assert [len(asked) for _, asked in drifted.clients.calls] == [64, 16]
     for name, value in expected_average(drifted, list(range(MANY))).items():
-        assert torch.equal(found[name], value), name
+        # A sum in float64 in another order may round to the next float32.
+        torch.testing.assert_close(found[name], value, rtol=2.5e-7, atol=0)
 
 
 def test_whoever_is_left_out_or_lost_on_the_way_is_in_no_average(
