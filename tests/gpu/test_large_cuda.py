@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from multiprocess.test_cached_and_large import cases, difference
 from multiprocess.test_exactness import run_gold
-from multiprocess.test_large import cases, difference
 
 from mpsl_dist.models.server_model import build_encoder
 
