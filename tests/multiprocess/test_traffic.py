@@ -48,9 +48,10 @@ def _cases() -> dict[str, dict]:
         "mpsl cached": {"model": frozen, "wire": {"cache": True}},
         "mpsl cached, some": {
             "model": wide,
-            "wire": {"cache": True, "cache_limit": 1, "activations": "int8"},
+            "wire": {"cache": True, "cache_limit": 1},
             "data": late["data"],
         },
+        "mpsl cached, coded": {"model": frozen, "wire": {"cache": True, "activations": "int8"}},
         "psl cached": {"method": "psl", "model": frozen, "wire": {"cache": True}},
         "mpsl dry clients": {"client_share": "equal"},
         "mpsl retrieval": {"data": pairs},
