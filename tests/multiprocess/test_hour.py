@@ -115,11 +115,16 @@ def test_a_run_that_loses_a_worker_every_minute_learns_as_the_undisturbed_one(
     assert told == minutes * CONFIG["clients_per_worker"]
 
     world, found = begin(launch, tmp_path, "calm"), accuracies(lost)
-    until(lambda: steps_done(calm) >= steps_done(lost), minutes * MINUTE * 2, "as many steps")
+    # Far beyond where learning ends, at a third of the time.
+    until(
+        lambda: steps_done(calm) >= steps_done(lost) // 3, minutes * MINUTE, "a third of the steps"
+    )
     stop(world)
     expected = accuracies(calm)
-    last = sorted(found.keys() & expected.keys())[-5:]
-    with_losses, without = (statistics.mean(x[epoch] for epoch in last) for x in (found, expected))
+    last = sorted(found.keys() & expected.keys())[-20:]
+    with_losses, without = (
+        statistics.median(x[epoch] for epoch in last) for x in (found, expected)
+    )
     print(f"accuracy {with_losses:.3f} beside {without:.3f} at epochs {last}")
     print(f"megabytes {server.megabytes}, open files {server.files}")
     assert with_losses == pytest.approx(without, abs=0.03)
