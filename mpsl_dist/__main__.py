@@ -124,8 +124,17 @@ def _user_error(message: str, told: bool) -> int:
         # say so; then the launcher ends this process. Where rank 0 meets no error (this host lacks
         # a plugin or a file), it waits for this process.
         time.sleep(60)
-    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    _say(message)
     return 2
+
+
+def _say(message: str) -> None:
+    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
+
+
+def _status_of(error: Exception) -> int:
+    """Return the exit status: 2 where it is the user's mistake, here or on a worker."""
+    return 2 if getattr(error, "user_error", isinstance(error, UserError)) else 1
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -243,11 +252,10 @@ def _train_as_server(
     try:
         summary = processes.train_as_server(experiment, launched, data, run, stop)
     except Exception as error:
-        status = 2 if getattr(error, "user_error", isinstance(error, UserError)) else 1
         try:
             _tell_failure(experiment, run, error)
         finally:
-            _leave(status)
+            _leave(_status_of(error))
     _try("the learning curve", lambda: learning_curve(run))
     _report(summary, run.path)
     status = 0 if summary["status"] == "completed" else 1
@@ -265,7 +273,7 @@ def _tell_failure(experiment: Experiment, run: RunDirectory, error: Exception) -
 
     reason = str(error) or type(error).__name__
     details = getattr(error, "details", "") or traceback.format_exc()
-    print("\n".join(f"error: {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
+    _say(reason)
     if isinstance(error, ResumeError):
         return  # what the run left stays as it is
     path, lost = run.path / "error.txt", len(getattr(error, "lost", ()))
@@ -342,9 +350,8 @@ def _bench(options: argparse.Namespace) -> int:
         bench.run(launched)
     except Exception as error:  # others may still be in the world
         told = isinstance(error, UserError | RemoteError | DivergedError)
-        for line in (str(error) if told else traceback.format_exc()).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        _leave(2 if getattr(error, "user_error", isinstance(error, UserError)) else 1)
+        _say(str(error) if told else traceback.format_exc())
+        _leave(_status_of(error))
     return 0
 
 

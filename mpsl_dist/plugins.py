@@ -64,7 +64,7 @@ def find(
     points = {point.name: point for point in _entry_points(kind)}
     if name in points:
         return _checked(_load(points[name]), own, f"entry point {points[name].group}: '{name}'")
-    raise unknown(f"{key}: unknown {kind[:-1]} '{name}'; {_hint(name, {*own, *added, *points})}")
+    raise unknown(f"{key}: unknown {kind[:-1]} '{name}'; {hint(name, {*own, *added, *points})}")
 
 
 def names(kind: Kind, own: Iterable[str], modules: Sequence[str]) -> list[str]:
@@ -149,7 +149,8 @@ def options(cls: type | None, values: Mapping[str, Any], key: str) -> Any:
     return built
 
 
-def _hint(name: str, known: Collection[str]) -> str:
+def hint(name: str, known: Collection[str]) -> str:
+    """Return what to say of an unknown name: the known one that was meant, or all of them."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(sorted(known))}"
 

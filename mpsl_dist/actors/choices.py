@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
@@ -103,9 +102,7 @@ def wire_of(experiment: Experiment) -> Wire:
 
 def _codec(key: str, name: str) -> Codec:
     if name not in CODECS:
-        near = difflib.get_close_matches(name, CODECS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(CODECS)}"
-        raise ConfigError(f"wire.{key}: unknown codec '{name}'; {hint}")
+        raise ConfigError(f"wire.{key}: unknown codec '{name}'; {plugins.hint(name, CODECS)}")
     return CODECS[name]
 
 

@@ -64,10 +64,8 @@ class Server:
             for tokens_bld in tensors:
                 if tokens_bld.requires_grad:
                     tokens_bld.register_hook(torch.clone)
-        sizes = [len(tensors[0]) for tensors in smashed.values()]
-        together = [torch.cat(parts) for parts in zip(*smashed.values(), strict=True)]
-        inputs, begin = [x.to(self.device) for x in together], 0 if from_cut else self.begin
-        predictions_bk = self.model(inputs, begin).cpu()
+        sizes, together = self._together(smashed)
+        predictions_bk = self.model(together, 0 if from_cut else self.begin).cpu()
         slices = [slice_bk.clone() for slice_bk in predictions_bk.split(sizes)]
         return dict(zip(smashed, slices, strict=True))
 
@@ -92,14 +90,17 @@ class Server:
 
     def encode_prefix(self, smashed: Smashed) -> dict[int, list[Tensor]]:
         """Run the frozen blocks that training begins with once over what these clients sent."""
-        sizes = [len(tensors[0]) for tensors in smashed.values()]
-        together = [
-            torch.cat(parts).to(self.device) for parts in zip(*smashed.values(), strict=True)
-        ]
+        sizes, together = self._together(smashed)
         with torch.no_grad():
             encoded = [self.model.encoder(x_bld, end=self.begin).cpu() for x_bld in together]
         slices = zip(*(x_bld.split(sizes) for x_bld in encoded), strict=True)
         return {n: list(own) for n, own in zip(smashed, slices, strict=True)}
+
+    def _together(self, smashed: Smashed) -> tuple[list[int], list[Tensor]]:
+        """Return how many samples each client has, and all clients' activations in one batch."""
+        sizes = [len(tensors[0]) for tensors in smashed.values()]
+        parts = zip(*smashed.values(), strict=True)
+        return sizes, [torch.cat(tensors).to(self.device) for tensors in parts]
 
     def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
         """Step the server's own optimizer at the run's step ``step``, on gradients by parameter."""

@@ -28,8 +28,8 @@ from mpsl_dist.runtime.world import SERVER, brief, pong, rank_name, resident
 BuildHosts = Callable[
     [Mapping[int, Sequence[int]], int | None], tuple[int, Mapping[int, RemoteError]]
 ]
-#: Seconds after a loss in which the world stays as it is: torch tells a lost worker five times,
-#: over 13 s, that its step is over, and leaving RPC meanwhile can hang or end the process.
+#: Seconds after a loss in which the world stays as it is: who was lost together comes back
+#: together, and torch has mostly done with telling the lost that a step is over, which takes 13 s.
 _SETTLE = 20.0
 #: Seconds for a worker that was too slow to say that it is there again.
 _PATIENCE = 2.0
