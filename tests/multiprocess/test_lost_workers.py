@@ -43,7 +43,9 @@ def config(tmp_path: Path) -> Path:
 
 def lines(folder: Path) -> list[dict]:
     path = folder / "runs" / "run" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    written = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # The last line may be on its way.
+    return [json.loads(line) for line in written if line.endswith("\n")]
 
 
 def steps_done(folder: Path) -> int:
