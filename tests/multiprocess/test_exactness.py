@@ -145,7 +145,10 @@ def test_every_clients_tokenizers_change(case: str, gold: dict) -> None:
             assert not torch.equal(value, first[key]), f"client {client}: {key} never moved"
 
 
-@pytest.mark.parametrize("case", ["4 clients on 2 workers", "retrieval global", *coded_cases()])
+@pytest.mark.parametrize(
+    "case",
+    ["4 clients on 2 workers", "retrieval global", "heads at clients, late", *coded_cases()],
+)
 def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, gold: dict) -> None:
     experiment, told = gold[case]
     method = in_one_process(experiment)
