@@ -172,8 +172,7 @@ class Client:
         step : int
             The step of the epoch that the predictions are of.
         predictions : Tensor
-            (b, k) logits, or (b, 2, d) embeddings in retrieval; where the head is its own, the
-            features that its head turns into these.
+            (b, k) logits, or (b, 2, d) embeddings in retrieval; features, if the head is its own.
 
         Returns
         -------
@@ -208,8 +207,7 @@ class Client:
     def score(self, step: int, predictions_bk: Tensor, own: bool = False) -> int:
         """Return how many predictions (b, k) of its test batch ``step`` are right.
 
-        Where heads are the clients', what it is told are features; ``own`` as of
-        :meth:`tokenize_test`.
+        They are features where heads are the clients'; ``own`` as of :meth:`tokenize_test`.
         """
         with torch.no_grad():
             predictions_bk = self._tested(own).head(predictions_bk.to(self.device))
