@@ -80,20 +80,28 @@ def train(
             early = experiment.model.fusion == "early" and not splits.retrieval
             cut[n] = [torch.cat(tokens, dim=1)] if early else tokens
             for tensor in cut[n]:
-                tensor.retain_grad()
-        logits = server([torch.cat(tensors) for tensors in zip(*cut.values(), strict=True)])
+                if tensor.requires_grad:
+                    tensor.retain_grad()
+        returned = server([torch.cat(tensors) for tensors in zip(*cut.values(), strict=True)])
         labels = [batch.labels.to(device) for batch in batches.values()]
         if experiment.contrastive == "global":
-            loss = _info_nce(logits, torch.cat(labels))
+            loss = _info_nce(returned, torch.cat(labels))
         else:
             compare = _info_nce if splits.retrieval else functional.cross_entropy
-            own = logits.split([len(b) for b in labels])
+            own = returned.split([len(b) for b in labels])
+            if experiment.model.head_at == "client":
+                own = [clients[n].head(x_bd) for n, x_bd in zip(batches, own, strict=True)]
             total = sum(len(b) for b in labels)
             loss = sum(len(b) / total * compare(x, b) for x, b in zip(own, labels, strict=True))
         loss.backward()
         told["losses"].append(loss.item())
         told["cut_gradients"].append(
-            {(n, i): t.grad.cpu() for n, tensors in cut.items() for i, t in enumerate(tensors)}
+            {
+                (n, i): t.grad.cpu()
+                for n, tensors in cut.items()
+                for i, t in enumerate(tensors)
+                if t.grad is not None
+            }
         )
         server_optimizer.step()
         moved = [n for n in batches if not stuck(n, step)]

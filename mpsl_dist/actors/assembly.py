@@ -12,6 +12,7 @@ from torch import nn
 from mpsl_dist import plugins
 from mpsl_dist.actors.checks import check_patches
 from mpsl_dist.actors.choices import (
+    clients_own_head,
     device_of,
     dimensions_of,
     dtype_of,
@@ -49,7 +50,7 @@ Text = nn.Embedding | ClipText
 def build_tokenizers(
     experiment: Experiment, splits: Splits, shared_text: Text | None = None
 ) -> Tokenizers:
-    """Build one client's tokenizers; every client begins with the same.
+    """Build one client's tokenizers, with its head if it owns one; all clients begin alike.
 
     Parameters
     ----------
@@ -59,7 +60,8 @@ def build_tokenizers(
     Raises
     ------
     UserError
-        If the patches do not fit the data, an option is wrong, or weights cannot be loaded.
+        If the patches do not fit the data, there is no such head, an option is wrong, or weights
+        cannot be loaded.
     """
     model, width = experiment.model, width_of(experiment)
     check_patches(experiment, splits)
@@ -73,6 +75,8 @@ def build_tokenizers(
     _load_stems(experiment, tokenizers)
     if not model.train_tokenizers:
         tokenizers.requires_grad_(False)
+    if clients_own_head(experiment):
+        tokenizers.head = _build_clients_head(experiment, splits)
     return tokenizers.to(dtype=dtype_of(experiment))
 
 
@@ -186,7 +190,7 @@ def _load_stems(experiment: Experiment, tokenizers: Tokenizers) -> None:
 
 
 def build_server_model(experiment: Experiment, splits: Splits, lengths: list[int]) -> ServerModel:
-    """Build encoder, pooling and head, on the experiment's device.
+    """Build encoder, pooling and, unless clients own it, head, on the experiment's device.
 
     Parameters
     ----------
@@ -207,7 +211,7 @@ def build_server_model(experiment: Experiment, splits: Splits, lengths: list[int
             build_encoder(*dimensions, 0 if adapted else model.encoder.trainable_blocks),
             dimensions[0],
             lengths,
-            _build_head(experiment, splits),
+            nn.Identity() if clients_own_head(experiment) else _build_head(experiment, splits),
             fusion_of(experiment, splits),
             model.pooling,
             model.post_norm,
@@ -226,6 +230,19 @@ def _build_head(experiment: Experiment, splits: Splits) -> nn.Module:
     _, facts = head_of(experiment, splits)
     options = head_options(experiment, facts)
     return plugins.resolve(facts.build)(width_of(experiment), len(splits.classes), options)
+
+
+def _build_clients_head(experiment: Experiment, splits: Splits) -> nn.Module:
+    """Build a head with the initial numbers that it would have at the server.
+
+    They are drawn after the encoder's, which are drawn here too, and dropped block by block.
+    """
+    width, depth, heads = dimensions_of(experiment)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed + 1)
+        for _ in range(depth):
+            build_encoder(width, 1, heads)
+        return _build_head(experiment, splits)
 
 
 def _load_encoder(experiment: Experiment, encoder: nn.Sequential) -> None:

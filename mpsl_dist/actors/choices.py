@@ -118,6 +118,11 @@ def head_of(experiment: Experiment, splits: Splits) -> tuple[str, HeadFacts]:
     return kind, head_named(experiment, kind)
 
 
+def clients_own_head(experiment: Experiment) -> bool:
+    """Return whether every client has a head of its own (``model.head_at: client``)."""
+    return experiment.model.head_at == "client" and facts_of(experiment).split
+
+
 def head_named(experiment: Experiment, kind: str) -> HeadFacts:
     """Return the facts of a head, ours or a plugin's, by name."""
     return plugins.find("heads", kind, HEADS, experiment.plugins, "model.head.kind")

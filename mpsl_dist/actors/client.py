@@ -1,4 +1,4 @@
-"""The client: it owns its raw data, its labels and its tokenizers.
+"""The client: it owns its raw data, its labels and its tokenizers, and its head where it has one.
 
 The boundary
 ------------
@@ -39,6 +39,12 @@ And, by distributed autograd in the backward, the gradient of its loss with resp
 predictions. In classification that gradient reads every label (softmax minus one-hot: the one
 negative entry is the label), in this protocol as in the paper's. Raw inputs and labels themselves
 are never returned.
+
+With ``model.head_at: client`` the head W_t is part of the client: "tokenizer parameters" and
+"tokenizer gradients" above are its head's too, it receives features in place of predictions, and
+their gradients go back. That hides logits, not labels: a gradient of features is W_tᵀ(p - e_y), all
+of a mini-batch lie in k directions, and clustering them reads the labels (which class a cluster is,
+a head's parameters tell, where they are sent).
 
 Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width, ``k`` classes. A gradient vector has
 one number per trained tokenizer parameter.
@@ -166,14 +172,15 @@ class Client:
         step : int
             The step of the epoch that the predictions are of.
         predictions : Tensor
-            (b, k) logits, or (b, 2, d) embeddings in retrieval.
+            (b, k) logits, or (b, 2, d) embeddings in retrieval; features, if the head is its own.
 
         Returns
         -------
         Tensor
             The mean loss over its mini-batch, a scalar, on CPU.
         """
-        return self.task.loss(predictions.to(self.device), self.data.batch(step).labels).cpu()
+        predictions = self.tokenizers.local_value().head(predictions.to(self.device))
+        return self.task.loss(predictions, self.data.batch(step).labels).cpu()
 
     def pairs(self, step: int) -> Tensor:
         """Return which pairs of the mini-batch share a picture (``contrastive: global`` alone).
@@ -194,13 +201,16 @@ class Client:
         own : bool
             Whether with its own tokenizers, or those of :meth:`begin_test`.
         """
-        tokenizers = self.tokenizers.local_value() if own else self._visiting
-        assert tokenizers is not None
         with torch.no_grad():
-            return self.wire.encode(self._smash(tokenizers, self.test_data.batch(step)))
+            return self.wire.encode(self._smash(self._tested(own), self.test_data.batch(step)))
 
-    def score(self, step: int, predictions_bk: Tensor) -> int:
-        """Return how many predictions (b, k) of its test batch ``step`` are right."""
+    def score(self, step: int, predictions_bk: Tensor, own: bool = False) -> int:
+        """Return how many predictions (b, k) of its test batch ``step`` are right.
+
+        They are features where heads are the clients'; ``own`` as of :meth:`tokenize_test`.
+        """
+        with torch.no_grad():
+            predictions_bk = self._tested(own).head(predictions_bk.to(self.device))
         return self.task.score(predictions_bk, self.test_data.batch(step).labels)
 
     def read_test(self, step: int) -> int:
@@ -350,6 +360,11 @@ class Client:
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that it steps."""
         return self.stepper.parameters
+
+    def _tested(self, own: bool) -> Tokenizers:
+        tested = self.tokenizers.local_value() if own else self._visiting
+        assert tested is not None
+        return tested
 
     def _file(self, folder: str) -> Path:
         return self.home / folder / state.client_file(self.number)

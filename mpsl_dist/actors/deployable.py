@@ -59,7 +59,7 @@ class Deployable(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return logits (b, classes), or embeddings (b, 2, d), for inputs as in a ``Batch``."""
         smashed = fuse(self.tokenizers(inputs), self.server_model.fusion)
-        return self.server_model(self.wire.through(smashed))
+        return self.tokenizers.head(self.server_model(self.wire.through(smashed)))
 
     def to_own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs on the model's device, and in its precision."""

@@ -21,7 +21,6 @@ from mpsl_dist.data import Splits
 from mpsl_dist.data.catalog import DATASETS
 from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.models.heads import HEADS
-from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tokenizers import Tokenizers
 
 
@@ -73,7 +72,8 @@ def _build(experiment: Experiment, splits: Splits) -> None:
         tokenizers, model = assembly.build_on_meta(experiment, splits)
         _try_tokenizers(experiment, splits, tokenizers)
         _refuse_changing(experiment, tokenizers)
-        _try_head(experiment, splits, model)
+        # One of them is an identity.
+        _try_head(experiment, splits, nn.Sequential(model.head, tokenizers.head))
     except RuntimeError as error:
         # A part may read numbers that are not there; it can still work where they are.
         if "meta" not in str(error):
@@ -107,14 +107,14 @@ def _refuse_changing(experiment: Experiment, tokenizers: Tokenizers) -> None:
             )
 
 
-def _try_head(experiment: Experiment, splits: Splits, model: ServerModel) -> None:
+def _try_head(experiment: Experiment, splits: Splits, head: nn.Module) -> None:
     """Refuse a plugin's head that makes no prediction a sample."""
     kind, facts = head_of(experiment, splits)
     if kind in HEADS:
         return
     width, modalities = width_of(experiment), len(splits.shapes)
     shape = (2, modalities, width) if facts.apart else (2, width)
-    found = tuple(model.head(torch.empty(shape, dtype=dtype_of(experiment), device="meta")).shape)
+    found = tuple(head(torch.empty(shape, dtype=dtype_of(experiment), device="meta")).shape)
     if splits.classes and found != (2, len(splits.classes)):
         raise ConfigError(
             f"model.head.kind: '{kind}' made {found} of two samples, not "

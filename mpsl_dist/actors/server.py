@@ -1,4 +1,5 @@
-"""The server: it owns the encoder W_b and the head W_t, and sees smashed activations only.
+"""The server: it owns the encoder W_b and, unless clients do, the head W_t; it sees smashed
+activations only.
 
 Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width, ``k`` classes.
 """
@@ -52,7 +53,7 @@ class Server:
         -------
         dict of int to Tensor
             Every client's own slice of the predictions, on CPU: (b_n, k) logits, or (b_n, 2, d)
-            embeddings in retrieval.
+            embeddings in retrieval; of the features, where clients own the head.
 
         Notes
         -----

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mpsl_dist.actors.choices import clients_own_head
 from mpsl_dist.actors.cut_cache import limit_of
 from mpsl_dist.analysis import flops, traffic_model
 from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
-from mpsl_dist.analysis.flops import Flops, ModelParts
+from mpsl_dist.analysis.flops import HEAD, NORM, Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.config import Optimizer as OptimizerSettings
 from mpsl_dist.config.methods import METHODS
@@ -134,16 +135,15 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
     """
     inputs = inputs or inputs_of(experiment)
     # All methods train one and the same model, but for those that freeze its encoder and add
-    # adapters.
-    by_kind = {facts.adapted: method for method, facts in METHODS.items()}
-    measured = {
-        adapted: Measured(flops.build(replace(experiment, method=method), inputs))
-        for adapted, method in by_kind.items()
-    }
+    # adapters; and it is cut in two ways.
+    each = {method: replace(experiment, method=method) for method in METHODS}
+    kinds = {m: (METHODS[m].adapted, clients_own_head(own)) for m, own in each.items()}
+    by_kind = {kind: each[method] for method, kind in kinds.items()}
+    measured = {kind: Measured(flops.build(own, inputs)) for kind, own in by_kind.items()}
     rows: list[Row] = []
-    for method, facts in METHODS.items():
-        of = measured[facts.adapted]
-        parts = replace(of.parts, experiment=replace(experiment, method=method))
+    for method, own in each.items():
+        of = measured[kinds[method]]
+        parts = replace(of.parts, experiment=own)
         rows += _parameters(method, parts)
         rows += _flops(method, of.client, of.server)
         if inputs.retrieval:
@@ -183,10 +183,10 @@ def owner_of(method: str, part: str) -> str:
 
 def _parameters(method: str, parts: ModelParts) -> Iterator[Row]:
     tokenizers, model = parts.tokenizers, parts.server_model
-    modules = {
-        ("client", name): module
-        for name, module in {**tokenizers.by_modality, "pre-norm": tokenizers.pre_norm}.items()
-    } | {
+    own = {**tokenizers.by_modality, "pre-norm": tokenizers.pre_norm}
+    if any(True for _ in tokenizers.head.parameters()):
+        own[HEAD] = tokenizers.head
+    modules = {("client", name): module for name, module in own.items()} | {
         ("server", name): module
         for name, module in model.named_children()
         if any(True for _ in module.parameters())
@@ -208,9 +208,9 @@ def _parameters(method: str, parts: ModelParts) -> Iterator[Row]:
 def _flops(method: str, client: dict[str, Flops], server: dict[str, Flops]) -> Iterator[Row]:
     named = {"client": {}, "server": {}}
     for name, value in client.items():
-        named["client"][name if name == TOWER else f"tokenize {name}"] = value
+        named["client"][name if name in (TOWER, HEAD) else f"tokenize {name}"] = value
     for name, value in server.items():
-        named["server"][name if name == "head" else f"encode {name}"] = value
+        named["server"][name if name in (HEAD, NORM) else f"encode {name}"] = value
     totals: dict[tuple[str, str], Flops] = {}
     for part, counted in named.items():
         owner = owner_of(method, part)

@@ -24,6 +24,10 @@ from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
 
+#: What is counted beside the modalities and the passes: the head, and the norm after the encoder
+#: where no head follows it.
+HEAD, NORM = "head", "post-norm"
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -62,9 +66,10 @@ class ModelParts:
     Attributes
     ----------
     tokenizers : Tokenizers
-        W_h, without its frozen text tower's weights where ``model.text=clip``.
+        W_h, without its frozen text tower's weights where ``model.text=clip``; and W_t, where
+        clients own it.
     server_model : ServerModel
-        W_b and W_t.
+        W_b, and otherwise W_t.
     """
 
     experiment: Experiment
@@ -128,7 +133,8 @@ def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
 
 
 def count_client(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
-    """Return a client's operations per sample, by modality; the frozen text tower apart.
+    """Return a client's operations per sample, by modality and, if it owns one, those of its head;
+    the frozen text tower apart.
 
     Parameters
     ----------
@@ -147,6 +153,9 @@ def count_client(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
         else:
             run = count(parts.tokenizers, lambda name=name: embed(parts, name, 1))
         counted[name] = run.times(texts)
+    own = parts.tokenizers.head
+    if (head := count(own, lambda: own(features(parts)))).forward:
+        counted[HEAD] = head
     return counted
 
 
@@ -154,7 +163,8 @@ def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
     """Return the server's operations per sample: by pass of the encoder, and the head.
 
     Early fusion has one pass, ``joint``; late fusion and retrieval one per modality. FedCLIP's
-    adapters count with the head. ``captions`` as in :func:`count_client`.
+    adapters and the norm after the encoder count with the head; where clients own it, the norm is
+    left. ``captions`` as in :func:`count_client`.
     """
     model = parts.server_model
     lengths = _passes(parts)
@@ -165,17 +175,30 @@ def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
     if not parts.retrieval:
         smashed = [_tokens(parts, length) for length in lengths.values()]
         with _without_encoder(model):
-            counted["head"] = count(model, lambda: model(smashed))
+            after = count(model, lambda: model(smashed))
+        if not choices.clients_own_head(parts.experiment):
+            counted[HEAD] = after
+        elif after.paper:
+            counted[NORM] = after
     elif (head := count(model.head, lambda: model.head(features(parts)))).forward:
-        counted["head"] = head  # our own computes nothing but dot products
+        counted[HEAD] = head  # our own computes nothing but dot products
     return counted
 
 
-def features(parts: ModelParts) -> Tensor:
-    """Return what a head takes of one sample."""
+def features(parts: ModelParts, batch: int = 1) -> Tensor:
+    """Return what a head takes of ``batch`` samples; it asks for a gradient as in training."""
     modalities = (len(parts.inputs.shapes),) if parts.server_model.apart else ()
-    shape = (1, *modalities, parts.width)
-    return torch.empty(shape, device="meta", dtype=parts.dtype, requires_grad=True)
+    shape = (batch, *modalities, parts.width)
+    model = parts.server_model
+    before = (model.encoder, model.post_norm, model.adapters)
+    trained = any(p.requires_grad for part in before for p in part.parameters())
+    asked = trained or cut_trained(parts)
+    return torch.empty(shape, device="meta", dtype=parts.dtype, requires_grad=asked)
+
+
+def cut_trained(parts: ModelParts) -> bool:
+    """Return whether any gradient comes back through the cut layer."""
+    return any(embed(parts, name, 1).requires_grad for name in parts.inputs.shapes)
 
 
 def count_encoder(encoder: nn.Sequential, tokens_bld: Tensor) -> Flops:
@@ -210,8 +233,7 @@ def _passes(parts: ModelParts) -> dict[str, int]:
 
 
 def _tokens(parts: ModelParts, length: int) -> Tensor:
-    trained = any(p.requires_grad for p in parts.tokenizers.parameters())
-    return torch.empty(1, length, parts.width, device="meta", requires_grad=trained)
+    return torch.empty(1, length, parts.width, device="meta", requires_grad=cut_trained(parts))
 
 
 def count(module: nn.Module, run: Callable[[], Tensor]) -> Flops:
@@ -260,18 +282,18 @@ def _paper_counter(module: nn.Module) -> Iterator[list[int]]:
 
 def kept_by_client(parts: ModelParts, batch: int) -> int:
     """Return the bytes that a client's autograd keeps for the backward of ``batch`` samples."""
-    return kept_bytes(
-        parts.tokenizers,
-        lambda: fuse(
-            [embed(parts, name, batch) for name in parts.inputs.shapes],
-            parts.experiment.model.fusion,
-        ),
-    )
+    own = parts.tokenizers
+
+    def run() -> list[Tensor]:
+        tokens = [embed(parts, name, batch) for name in parts.inputs.shapes]
+        return [*fuse(tokens, parts.experiment.model.fusion), own.head(features(parts, batch))]
+
+    return kept_bytes(own, run)
 
 
 def kept_by_server(parts: ModelParts, batch: int) -> int:
     """Return the bytes that the server's autograd keeps for the backward of ``batch`` samples."""
-    trained = any(p.requires_grad for p in parts.tokenizers.parameters())
+    trained = cut_trained(parts)
     lengths = list(_passes(parts).values())
 
     def run() -> Tensor:

@@ -53,14 +53,16 @@ def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
     lengths = dict(zip(parts.inputs.shapes, parts.tokenizers.lengths, strict=True))
     tokens = {name: n * (captions if name == "text" else 1) for name, n in lengths.items()}
     back = sum(tokens[name] for name, trained in trained_tokens(parts).items() if trained)
-    predicted = parts.server_model.head(flops.features(parts)).numel() * number
+    returned = parts.server_model.head(flops.features(parts))  # features, where clients own heads
+    predicted = returned.numel() * number
     found = {
         "activations": sum(tokens.values()) * wire.activations.token_bytes(parts.width, number),
         "cut_layer_gradients": back * wire.gradients.token_bytes(parts.width, number),
     }
     if not objective_of(parts.experiment, parts.task).predictions_travel:
         return found | {"pairs": torch.long.itemsize}
-    return found | {"predictions": predicted, "prediction_gradients": predicted}
+    answered = predicted if returned.requires_grad else 0
+    return found | {"predictions": predicted, "prediction_gradients": answered}
 
 
 def trained_tokens(parts: ModelParts) -> dict[str, bool]:

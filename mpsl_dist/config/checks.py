@@ -52,6 +52,7 @@ def problems(experiment: Experiment) -> list[str]:
             )
         found += _modality_problems(experiment)
         found += _replica_problems(experiment)
+        found += _head_problems(experiment)
     except ConfigError as error:
         found += str(error).splitlines()
     classes = experiment.data.classes
@@ -74,6 +75,23 @@ def _replica_problems(experiment: Experiment) -> list[str]:
             f"clients, so at most {experiment.clients}"
         ]
     return []
+
+
+def _head_problems(experiment: Experiment) -> list[str]:
+    if experiment.model.head_at == "server":
+        return []
+    found, method = [], experiment.method
+    if "model.head_at" not in facts_of(experiment).reads:
+        found.append(
+            f"model.head_at: client, but method={method} has the head where the encoder is; "
+            "take model.head_at=server, or method=mpsl"
+        )
+    if experiment.contrastive == "global":
+        found.append(
+            "contrastive: with global the server contrasts all predictions, and with "
+            "model.head_at=client it has none; take contrastive=client, or model.head_at=server"
+        )
+    return found
 
 
 def _modality_problems(experiment: Experiment) -> list[str]:

@@ -79,6 +79,7 @@ _REMOTE = (
 _SPLIT = (
     *_REMOTE,
     "contrastive",
+    "model.head_at",
     "tokenizer_sync",
     "training.compile",
     "training.evaluate_own",

@@ -88,10 +88,15 @@ class Head:
 
 @dataclass(frozen=True)
 class Model:
-    """Tokenizers (W_h, at the clients), encoder (W_b) and head (W_t), both at the server."""
+    """Tokenizers (W_h, at the clients), encoder (W_b, at the server) and head (W_t)."""
 
     encoder: Encoder = field(default_factory=Encoder)
     head: Head = field(default_factory=Head)
+    #: Who owns the head: the server, as in the paper, or every ``client`` its own, trained, synced
+    #: and averaged with its tokenizers, the server's model ending at the pooled features. That
+    #: hides logits, not labels: the features' gradients are W_tᵀ(p - e_y), which lie in k
+    #: directions, and clustering them reads the labels.
+    head_at: Literal["server", "client"] = "server"
     #: Modality -> options of a plugin's tokenizer for it.
     tokenizers: dict[str, Any] = field(default_factory=dict)
     #: ``early`` concatenates the modalities' tokens before the encoder, ``late`` after it (Eq. 1).
@@ -353,7 +358,6 @@ class Experiment:
     model: Model = field(default_factory=Model)
     weights: Weights = field(default_factory=Weights)
     training: Training = field(default_factory=Training)
-    wire: Wire = field(default_factory=Wire)
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

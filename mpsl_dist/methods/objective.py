@@ -39,7 +39,8 @@ class Objective(Protocol):
         step : Step
             Asks the clients.
         predictions : mapping of int to Tensor
-            Every client's slice: (b_n, k) logits, or (b_n, 2, d) embeddings in retrieval.
+            Every client's slice: (b_n, k) logits, or (b_n, 2, d) embeddings in retrieval; features,
+            where clients own the head.
 
         Raises
         ------

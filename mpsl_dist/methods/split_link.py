@@ -171,9 +171,11 @@ class SplitLink(Link):
         sent = self.start("tokenize_test", asked, self.in_test, up="test_activations")()
         return {n: codecs.decode(sent[n]) for n in sent}
 
-    def score(self, batch: int, predictions: Mapping[int, Tensor]) -> dict[int, int]:
-        """Have clients count the right predictions of a batch of their test samples."""
-        asked = {n: (batch, predictions[n]) for n in predictions}
+    def score(
+        self, batch: int, predictions: Mapping[int, Tensor], own: bool = False
+    ) -> dict[int, int]:
+        """Have clients count the right predictions of a batch, maybe with their own heads."""
+        asked = {n: (batch, predictions[n], own) for n in predictions}
         return self.start("score", asked, self.in_test, down="test_predictions")()
 
 

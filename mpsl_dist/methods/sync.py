@@ -1,4 +1,5 @@
-"""Whether and how the clients' tokenizers are brought together in training (``tokenizer_sync``).
+"""Whether and how the clients' tokenizers are brought together in training (``tokenizer_sync``),
+and their heads with them, where they own one (``model.head_at: client``).
 
 A rule is one small class: how the clients step, what is done when the tokenizers meet, and how many
 bytes that costs.
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mpsl_dist.actors.choices import clients_own_head
 from mpsl_dist.config import Experiment
 from mpsl_dist.methods.link import Wait
 from mpsl_dist.methods.split_link import SplitLink, Step
@@ -106,7 +108,7 @@ class Separate:
 
 @dataclass(frozen=True)
 class Frozen(Separate):
-    """Nobody trains tokenizers (``model.train_tokenizers: false``)."""
+    """No client trains anything (``model.train_tokenizers: false``, the head at the server)."""
 
     identical: bool = False
 
@@ -171,7 +173,7 @@ def sync_of(experiment: Experiment) -> Sync:
     """Return the experiment's rule."""
     rule = experiment.tokenizer_sync
     # Frozen tokenizers are never synced, but stay identical where a sync was asked for.
-    if not experiment.model.train_tokenizers:
+    if not (experiment.model.train_tokenizers or clients_own_head(experiment)):
         return Frozen(identical=rule.mode == "gradients")
     rules = {"none": Separate, "gradients": SumGradients, "weights": AverageWeights}
     return rules[rule.mode](rule.every)

@@ -134,7 +134,7 @@ def _at_clients(
             smashed = method.clients.tokenize_test(batch, asked, own=bool(alone))
             with torch.no_grad():
                 predictions = method.server.forward(smashed, from_cut=True)
-            for n, right in method.clients.score(batch, predictions).items():
+            for n, right in method.clients.score(batch, predictions, own=bool(alone)).items():
                 found[n] = _add(found[n], right, len(predictions[n]))
     there = [n for n in counts if n in method.clients.present]
     return [{n: found[n] for n in there if found[n][1]} for found in scores]

@@ -1,5 +1,5 @@
 """The server's part of the model: the unified ViT encoder W_b with what pools its tokens,
-and the task head W_t.
+and the task head W_t, where no client owns one.
 
 Shape legend: ``b`` batch, ``m`` modalities, ``l`` length in tokens, ``d`` width, ``k`` classes.
 """
@@ -101,7 +101,8 @@ class ServerModel(nn.Module):
     lengths : sequence of int
         Tokens per modality, in fusion order.
     head : nn.Module
-        Features to predictions, see :mod:`mpsl_dist.models.heads`.
+        Features to predictions, see :mod:`mpsl_dist.models.heads`; an identity where clients own
+        the head, and the features themselves are returned.
     fusion : "early" or "late"
     pooling : "cls" or "mean"
         Mean over every modality's first token, or over all tokens.
@@ -148,7 +149,8 @@ class ServerModel(nn.Module):
         Returns
         -------
         Tensor
-            What the head makes of them: (b, k) logits, or (b, 2, d) embeddings in retrieval.
+            What the head makes of them: (b, k) logits, or (b, 2, d) embeddings in retrieval; or
+            what :meth:`features` returns, where clients own the head.
         """
         return self.head(self.features(smashed, begin))
 

@@ -1,4 +1,4 @@
-"""The clients' part W_h of the model: light modality tokenizers.
+"""The clients' part W_h of the model: light modality tokenizers, and maybe the head W_t.
 
 Shape legend: ``b`` batch, ``c`` channels, ``h`` height, ``w`` width, ``t`` frames, ``m`` mel bins,
 ``l`` length in tokens, ``p`` pixels of a patch, ``d`` the encoder's width.
@@ -153,7 +153,8 @@ def token_table(rows: int, dimension: int, trainable: bool) -> nn.Embedding:
 
 
 class Tokenizers(nn.Module):
-    """All tokenizers of one client, W_h = {T_m}, and the LayerNorm that its tokens share.
+    """One client's part of the model: its tokenizers W_h = {T_m} and the LayerNorm that its tokens
+    share; with ``model.head_at: client`` its head W_t too.
 
     Parameters
     ----------
@@ -162,7 +163,7 @@ class Tokenizers(nn.Module):
     dimension : int
         Width d of a token.
     pre_norm : bool
-        Whether a trained LayerNorm ends the client's part.
+        Whether a trained LayerNorm ends the tokenizers.
     """
 
     def __init__(
@@ -171,6 +172,8 @@ class Tokenizers(nn.Module):
         super().__init__()
         self.by_modality = nn.ModuleDict(by_modality)
         self.pre_norm = nn.LayerNorm(dimension) if pre_norm else nn.Identity()
+        #: From what the server returns to predictions: nothing where the server owns the head.
+        self.head: nn.Module = nn.Identity()
 
     @property
     def lengths(self) -> list[int]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-#: Kind -> direction ("up" is client to server, "down" server to client) and phase.
+#: Kind -> direction ("up" is client to server, "down" server to client) and phase. Where clients
+#: own the head, predictions are the features that it makes them of.
 KINDS: dict[str, tuple[str, str]] = {
     "activations": ("up", "training"),
     "predictions": ("down", "training"),

@@ -35,11 +35,22 @@ def cases(device: str = "cpu") -> dict[str, dict]:
     found["equal shares, dry clients"] = found["late image+audio float64"] | {
         "client_share": "equal"
     }
+    # The client's model ends and begins the step; one case each of fusion, sync and retrieval.
+    found["heads at clients"] = _heads(found["early image+text float64"], "none")
+    found["heads at clients, late"] = _heads(found["late image+audio float64"], "weights")
+    found["heads at clients, retrieval"] = _heads(_retrieval("client", "float64"), "gradients")
     for contrastive in ("client", "global"):
         # In float64 alone: the reference writes the loss as another sum, and AdamW makes steps of
         # full size from float32's rounding in parameters without a gradient (a key's bias).
         found[f"retrieval {contrastive}"] = _retrieval(contrastive, "float64")
     return {name: case | {"device": device} for name, case in found.items()}
+
+
+def _heads(case: dict, mode: str) -> dict:
+    """Every client with a head of its own, synced with its tokenizers; two on a worker."""
+    model = case["model"] | {"head_at": "client"}
+    sync = {"mode": mode, "every": 1}
+    return case | {"model": model, "tokenizer_sync": sync, "clients_per_worker": 2}
 
 
 def coded_cases() -> dict[str, dict]:
@@ -134,7 +145,10 @@ def test_every_clients_tokenizers_change(case: str, gold: dict) -> None:
             assert not torch.equal(value, first[key]), f"client {client}: {key} never moved"
 
 
-@pytest.mark.parametrize("case", ["4 clients on 2 workers", "retrieval global", *coded_cases()])
+@pytest.mark.parametrize(
+    "case",
+    ["4 clients on 2 workers", "retrieval global", "heads at clients, late", *coded_cases()],
+)
 def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, gold: dict) -> None:
     experiment, told = gold[case]
     method = in_one_process(experiment)

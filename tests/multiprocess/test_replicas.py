@@ -35,6 +35,8 @@ def cases() -> dict[str, dict]:
     group = {"clients": 3, "clients_per_worker": 2, "server": {"replicas": 3}}
     found["global contrast"] = _retrieval("global", "float64") | group
     found["dry clients"] = found["2 replicas, late, gradients"] | {"client_share": "equal"}
+    late = found["2 replicas, late, gradients"]
+    found["heads at clients"] = late | {"model": late["model"] | {"head_at": "client"}}
     return found
 
 

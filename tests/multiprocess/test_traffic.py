@@ -38,6 +38,7 @@ def _cases() -> dict[str, dict]:
     late = {"data": {"name": "toy-image+audio"}, "model": {"fusion": "late"}}
     coded = {"activations": "int8", "gradients": "int4"}
     frozen = {"train_tokenizers": False}
+    heads = {"head_at": "client"}
     # Twice as many activations as a MiB holds.
     wide = frozen | {"encoder": {"size": "custom", "width": 256, "depth": 1, "heads": 2}}
     cases = {
@@ -60,6 +61,22 @@ def _cases() -> dict[str, dict]:
         "mpsl coded late": late | {"wire": coded | {"gradients": "fp32"}},
         "mpsl coded frozen": {"model": {"train_tokenizers": False}, "wire": coded},
         "mpsl merged": {"model": {"merge_patches": 2, "image_patch": 2}},
+        "mpsl heads": {
+            "data": at_clients,
+            "training": own,
+            "model": heads,
+            "tokenizer_sync": {"mode": "weights", "every": 3},
+        },
+        "mpsl heads cached, coded": {
+            "model": frozen | heads,
+            "wire": {"cache": True, "activations": "int8"},
+            "tokenizer_sync": {"mode": "gradients", "every": 4},
+        },
+        "psl heads retrieval": {
+            "method": "psl",
+            "data": pairs,
+            "model": heads | {"temperature": 0.2},
+        },
         "psl coded": {"method": "psl", "training": double, "wire": coded},
         "psl": {"method": "psl", "tokenizer_sync": {"mode": "gradients", "every": 4}},
         "fedavg": {"method": "fedavg", "data": at_clients, "federated": {"fraction": 0.75}},

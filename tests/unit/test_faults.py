@@ -434,9 +434,10 @@ def train_with_a_return(method: Mpsl, keep: Path | None = None, every: int = 2) 
     return losses
 
 
+@pytest.mark.parametrize("head_at", ["server", "client"])
 @pytest.mark.parametrize("keeps", [False, True], ids=["the others' average", "its own state"])
-def test_a_client_that_comes_back_goes_on_from(keeps: bool, tmp_path: Path) -> None:
-    chosen = experiment()
+def test_a_client_that_comes_back_goes_on_from(keeps: bool, head_at: str, tmp_path: Path) -> None:
+    chosen = experiment(model={"head_at": head_at})
     method = dying(chosen, "loss")
     losses = train_with_a_return(method, tmp_path if keeps else None)
     sizes, kept = list(method.sizes.values()), {}
@@ -513,13 +514,17 @@ def test_nobody_comes_back_where_nobody_is_to() -> None:
     assert method.clients.lost == {GONE}
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_where_all_tokenizers_are_the_same_they_are_after_a_return(every: int) -> None:
+@pytest.mark.parametrize(("every", "head_at"), [(1, "server"), (3, "server"), (3, "client")])
+def test_where_all_tokenizers_are_the_same_they_are_after_a_return(
+    every: int, head_at: str
+) -> None:
     """Optimizer and all: they step on the same sums ever after."""
-    method = dying(experiment(tokenizer_sync={"mode": "gradients", "every": every}), "tokenize")
+    rule = {"mode": "gradients", "every": every}
+    method = dying(experiment(tokenizer_sync=rule, model={"head_at": head_at}), "tokenize")
     train_with_a_return(method)
     assert method.clients.returned == 1
     one, *others = [method.clients.references[n].hand_over() for n in range(4)]
+    assert ("head.weight" in one["tokenizers"]) == (head_at == "client")
     for other in others:
         for key, value in one["tokenizers"].items():
             assert torch.equal(value, other["tokenizers"][key]), key
