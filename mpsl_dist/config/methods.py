@@ -79,6 +79,7 @@ _REMOTE = (
 _SPLIT = (
     *_REMOTE,
     "contrastive",
+    "defences",
     "tokenizer_sync",
     "training.compile",
     "training.evaluate_own",
