@@ -23,12 +23,15 @@ from torch import Tensor
 
 from mpsl_dist.actors.assembly import build_on_meta
 from mpsl_dist.actors.choices import width_of
-from mpsl_dist.config import Defences, Experiment
+from mpsl_dist.config import Defences, Experiment, to_dict
+from mpsl_dist.config.loading import HOST_KEYS
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import ConfigError, DiskError
 from mpsl_dist.models import defences
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import PatchTokenizer, Tokenizers, copy_of
+from mpsl_dist.records.run_directory import FREE_KEYS
+from mpsl_dist.typed import flatten
 
 #: What tells a row that is sent from every other that a client sends.
 Mark = tuple[int | str, ...]
@@ -50,18 +53,22 @@ class Guard:
     once : bool
         Whether a training sample crosses once (``wire.cache``): its noise and order are then drawn
         once, so that one that is asked for again gives no second look.
+    run : str
+        Tells runs under one secret apart: of the same noise on other tokens the difference would
+        have none. A label's answer alone is the same in all of them.
     """
 
     chosen: Defences = field(default_factory=Defences)
     secret: bytes = b""
     once: bool = False
+    run: str = ""
 
     def own_tokenizers(self, first: Tokenizers) -> Tokenizers:
         """Return this client's copy of the tokenizers that all begin with, or a draw of its own."""
         if not self.chosen.secret_tokenizers:
             return copy_of(first)
         own = copy.deepcopy(first)
-        defences.redraw(own, self._draws("tokenizers"))
+        defences.redraw(own, self._draws("tokenizers", self.run))
         return own
 
     def tokens(
@@ -80,11 +87,11 @@ class Guard:
         if self.chosen.shuffle_patches:
             for place, tokenizer in enumerate(tokenizers.by_modality.values()):
                 if isinstance(tokenizer, PatchTokenizer):
-                    orders = [self._draws("order", place, *mark) for mark in marks]
+                    orders = [self._draws("order", self.run, place, *mark) for mark in marks]
                     found[place] = defences.shuffled(found[place], orders)
         if self.chosen.token_noise:
             for place, tokens_bld in enumerate(found):
-                draws = [self._draws("noise", place, *mark) for mark in marks]
+                draws = [self._draws("noise", self.run, place, *mark) for mark in marks]
                 noise_bld = self.chosen.token_noise * defences.normal(draws, tokens_bld)
                 found[place] = defences.shortened(tokens_bld) + noise_bld
         return found
@@ -101,7 +108,9 @@ class Guard:
             return predictions
         own = predictions.view_as(predictions)
         own.register_hook(
-            lambda gradient: defences.noisy_gradient(gradient, ratio, self._draws("gradient", *key))
+            lambda gradient: defences.noisy_gradient(
+                gradient, ratio, self._draws("gradient", self.run, *key)
+            )
         )
         return own
 
@@ -148,8 +157,18 @@ class Guard:
 def guard_of(experiment: Experiment, client: int) -> Guard:
     """Return a client's defences; runs where the client lives, and may write its secret there."""
     chosen = experiment.defences
-    secret = secret_of(experiment, client) if chosen.draws else b""
-    return Guard(chosen, secret, experiment.wire.cache)
+    if not chosen.draws:
+        return Guard(chosen)
+    secret = secret_of(experiment, client)
+    return Guard(chosen, secret, experiment.wire.cache, _name_of_run(experiment))
+
+
+def _name_of_run(experiment: Experiment) -> str:
+    """Return a digest of all that makes a run another one, and that no resumed run may change."""
+    free = (*FREE_KEYS, *HOST_KEYS, "training.epochs")
+    values = flatten(to_dict(experiment)).items()
+    own = [pair for pair in values if not any(f"{pair[0]}.".startswith(f"{key}.") for key in free)]
+    return hashlib.blake2b(repr(sorted(own)).encode(), digest_size=8).hexdigest()
 
 
 def secret_of(experiment: Experiment, client: int) -> bytes:

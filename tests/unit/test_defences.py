@@ -19,7 +19,7 @@ from torch.nn import functional
 from mpsl_dist.actors import part_checks
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
 from mpsl_dist.actors.checks import check_defences
-from mpsl_dist.actors.defences import Guard, guarantees, secret_of, sentences
+from mpsl_dist.actors.defences import Guard, guarantees, guard_of, secret_of, sentences
 from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Defences, Experiment, to_dict
 from mpsl_dist.data.decode.samples import FileDataset, Sample, View
@@ -412,7 +412,9 @@ def test_the_server_gets_the_noisy_gradient_and_no_other() -> None:
         each.loss(Classification(), received, labels_b, range(4)).backward()
         gradients.append(leaf.grad)
     plain, noisy = gradients
-    expected = defences.noisy_gradient(plain, 1, guard(gradient_noise=1)._draws("gradient", 1, 2))
+    expected = defences.noisy_gradient(
+        plain, 1, guard(gradient_noise=1)._draws("gradient", "", 1, 2)
+    )
     assert torch.equal(noisy, expected) and not torch.equal(noisy, plain)
 
 
@@ -475,6 +477,26 @@ def test_a_file_of_the_owners_is_a_secret_and_the_seed_is_none(tmp_path: Path) -
     gone = experiment(defences={"token_noise": 1, "secret": str(tmp_path / "gone")})
     (line,) = part_checks.refusals_without_data(gone)
     assert line.startswith("defences.secret: ") and "No such file" in line
+
+
+def test_two_runs_under_one_secret_have_their_own_noise_and_the_same_answers(
+    tmp_path: Path,
+) -> None:
+    """Of the same noise on the tokens of other tokenizers the difference would be in the clear."""
+    path = tmp_path / "mine"
+    path.write_bytes(bytes(32))
+    chosen = experiment(defences={"token_noise": 1, "label_epsilon": 1, "secret": str(path)})
+    slower = replace(chosen, training=replace(chosen.training, batch_size=10))
+    longer = replace(chosen, training=replace(chosen.training, epochs=9), device="cuda")
+    first, other, resumed = (guard_of(each, 0) for each in (chosen, slower, longer))
+    assert first == resumed and first != other
+    tokenizers = build_tokenizers(chosen, load_data(chosen))
+    tokens, marks = [torch.zeros(1, 5, 16)], first.training_marks([0], 0)
+    noises = [each.tokens(tokenizers, tokens, marks)[0] for each in (first, resumed, other)]
+    assert torch.equal(noises[0], noises[1]) and not torch.equal(noises[0], noises[2])
+    logits_bk, labels_b = torch.randn(50, 3), torch.zeros(50, dtype=torch.long)
+    losses = [g.loss(Classification(), logits_bk, labels_b, range(50)) for g in (first, other)]
+    assert torch.equal(*losses)
 
 
 def test_without_a_draw_no_secret_is_written(tmp_path: Path) -> None:
