@@ -89,14 +89,15 @@ class _Own:
 
 
 def _image(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
-    model = own.experiment.model
-    return PatchTokenizer(*shape, model.image_patch, model.image_patch, width, model.merge_patches)
+    model, placed = own.experiment.model, not own.experiment.defences.shuffle_patches
+    patch, merge = model.image_patch, model.merge_patches
+    return PatchTokenizer(*shape, patch, patch, width, merge, placed)
 
 
 def _audio(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
-    model = own.experiment.model
-    patch, stride = model.audio_patch, model.audio_stride
-    return PatchTokenizer(1, *shape, patch, stride, width, model.merge_patches)
+    model, placed = own.experiment.model, not own.experiment.defences.shuffle_patches
+    patch, stride, merge = model.audio_patch, model.audio_stride, model.merge_patches
+    return PatchTokenizer(1, *shape, patch, stride, width, merge, placed)
 
 
 def _text(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:

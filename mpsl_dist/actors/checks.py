@@ -61,6 +61,30 @@ def check_cache(experiment: Experiment, splits: Splits) -> None:
     )
 
 
+def check_defences(experiment: Experiment, splits: Splits) -> None:
+    """Refuse defences that mean nothing for the data, or promise more than they keep.
+
+    Raises
+    ------
+    ConfigError
+        With every such option, one a line.
+    """
+    chosen, name, errors = experiment.defences, experiment.data.name, []
+    if chosen.label_epsilon is not None and len(splits.classes) < 2:
+        errors.append(f"defences.label_epsilon: {name} has no labels, or one alone; take null")
+    stands_in = getattr(splits.train, "on_error", "raise") == "skip"
+    for key, epsilon in (("label_epsilon", chosen.label_epsilon), ("token_noise", None)):
+        if stands_in and (epsilon or getattr(chosen, key)):
+            errors.append(
+                f"defences.{key}: with data.on_error=skip a sample may stand in for another, and "
+                "be sent more often than its epsilon counts; take data.on_error=raise"
+            )
+    if chosen.shuffle_patches and not {"image", "audio"} & set(splits.shapes):
+        errors.append(f"defences.shuffle_patches: {name} has no patches; take false")
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
 def check_patches(experiment: Experiment, splits: Splits) -> None:
     """Refuse patches that do not fit the data's images or spectrograms.
 

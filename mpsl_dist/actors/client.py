@@ -29,6 +29,10 @@ Where data stay with their owners (``data.place: own``) its host says before all
 names (unless ``data.classes`` declares them), each client's number of training and test samples and
 how many of its files are missing; or why it has none to offer, which may name files and labels.
 
+With ``defences`` all this is made of labels that may be false, and tokens and gradients have noise,
+tokens no order or are those of tokenizers that nobody else knows: :mod:`mpsl_dist.actors.defences`.
+Without any, which is the default, what follows holds.
+
 Which samples a mini-batch has is a function of the experiment's seed, which the server has too: it
 can tell that two mini-batches of different epochs have a sample in common, though never what it is.
 With ``wire.cache`` it makes use of that: it keeps every sample's activations, with the client's
@@ -61,6 +65,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mpsl_dist.actors.defences import Guard, Mark
 from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.data import Batch
@@ -110,6 +115,8 @@ class Client:
         The folder that the folders of its states lie below, unless they are absolute.
     wire : Wire
         Codes what crosses the cut.
+    guard : Guard
+        Its defences, which change what leaves it.
     """
 
     def __init__(
@@ -124,6 +131,7 @@ class Client:
         device: str = "cpu",
         home: Path = Path(),
         wire: Wire = Wire(),  # noqa: B008 (frozen)
+        guard: Guard = Guard(),  # noqa: B008 (frozen)
     ) -> None:
         self.number = number
         self.data = data
@@ -135,6 +143,7 @@ class Client:
         self.device = device
         self.home = home
         self.wire = wire
+        self.guard = guard
         self._accumulated: Tensor | None = None
         self._visiting: Tokenizers | None = None
 
@@ -159,9 +168,11 @@ class Client:
             The smashed activations, on CPU: early fusion one (b, l, d), late fusion one
             (b, l_m, d) per modality.
         """
-        batch = self.data.batch(step)
-        wanted = batch if rows is None else batch.rows(rows)
-        smashed = self._smash(self.tokenizers.local_value(), wanted)
+        batch, positions = self.data.batch(step), self.data.positions(step)
+        if rows is not None:
+            batch, positions = batch.rows(rows), [positions[row] for row in rows]
+        marks = self.guard.training_marks(positions, self.data.epoch)
+        smashed = self._smash(self.tokenizers.local_value(), batch, marks)
         return self.wire.encode(smashed, self.data.key(step))
 
     def loss(self, step: int, predictions: Tensor) -> Tensor:
@@ -179,8 +190,14 @@ class Client:
         Tensor
             The mean loss over its mini-batch, a scalar, on CPU.
         """
-        predictions = self.tokenizers.local_value().head(predictions.to(self.device))
-        return self.task.loss(predictions, self.data.batch(step).labels).cpu()
+        batch, positions = self.data.batch(step), self.data.positions(step)
+        tokenizers = self.tokenizers.local_value()
+        received = self.guard.received(predictions.to(self.device), self.data.key(step))
+        loss = self.guard.loss(self.task, tokenizers.head(received), batch.labels, positions)
+        if self.guard.chosen.nopeek:
+            inputs = self._inputs(tokenizers, batch)
+            loss = loss + self.guard.penalty(tokenizers, inputs, tokenizers(inputs))
+        return loss.cpu()
 
     def pairs(self, step: int) -> Tensor:
         """Return which pairs of the mini-batch share a picture (``contrastive: global`` alone).
@@ -201,8 +218,10 @@ class Client:
         own : bool
             Whether with its own tokenizers, or those of :meth:`begin_test`.
         """
+        batch = self.test_data.batch(step)
+        marks = [("test", self.data.epoch, own, step, row) for row in range(len(batch))]
         with torch.no_grad():
-            return self.wire.encode(self._smash(self._tested(own), self.test_data.batch(step)))
+            return self.wire.encode(self._smash(self._tested(own), batch, marks))
 
     def score(self, step: int, predictions_bk: Tensor, own: bool = False) -> int:
         """Return how many predictions (b, k) of its test batch ``step`` are right.
@@ -369,13 +388,17 @@ class Client:
     def _file(self, folder: str) -> Path:
         return self.home / folder / state.client_file(self.number)
 
-    def _smash(self, tokenizers: Tokenizers, batch: Batch) -> list[Tensor]:
+    def _smash(self, tokenizers: Tokenizers, batch: Batch, marks: Sequence[Mark]) -> list[Tensor]:
+        tokens = tokenizers(self._inputs(tokenizers, batch))
+        guarded = self.guard.tokens(tokenizers, tokens, marks)
+        return [smashed_bld.cpu() for smashed_bld in fuse(guarded, self.fusion)]
+
+    def _inputs(self, tokenizers: Tokenizers, batch: Batch) -> dict[str, Tensor]:
         dtype = next(tokenizers.parameters()).dtype
-        inputs = {
+        return {
             name: x.to(self.device, dtype if x.is_floating_point() else None)
             for name, x in batch.inputs.items()
         }
-        return [smashed_bld.cpu() for smashed_bld in fuse(tokenizers(inputs), self.fusion)]
 
 
 @dataclass(frozen=True)

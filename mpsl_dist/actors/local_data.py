@@ -74,6 +74,7 @@ class LocalData:
         self.seed = seed
         self.client = client
         self.epoch = 0
+        self._parts: dict[int, list[int]] = {}
         self._reader = (loaders or Loaders([dataset])).reader(dataset)
 
     def __len__(self) -> int:
@@ -97,7 +98,7 @@ class LocalData:
             The step of the epoch to begin at, when resuming.
         """
         self.epoch = epoch
-        parts = mini_batches(len(self), counts, self.seed, self.client, epoch)
+        self._parts = parts = mini_batches(len(self), counts, self.seed, self.client, epoch)
         batches = {s: self.indices[parts[s]].tolist() for s in parts if s >= first_step}
         seed = int(np.random.default_rng([self.seed, self.client, epoch, 1]).integers(2**62))
         self._reader.plan(batches, seed)
@@ -105,6 +106,10 @@ class LocalData:
     def key(self, step: int) -> tuple[int, ...]:
         """Return what tells this step of the epoch from any other of any client."""
         return self.seed, self.client, self.epoch, step
+
+    def positions(self, step: int) -> list[int]:
+        """Return which of its own samples, from 0, are in the mini-batch of this step."""
+        return self._parts[step]
 
     def batch(self, step: int) -> Batch:
         """Return the mini-batch of this step of the epoch; the same one if asked again.

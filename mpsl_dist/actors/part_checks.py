@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mpsl_dist import plugins
-from mpsl_dist.actors import assembly
-from mpsl_dist.actors.checks import check_cache, check_patches, check_task
+from mpsl_dist.actors import assembly, defences
+from mpsl_dist.actors.checks import check_cache, check_defences, check_patches, check_task
 from mpsl_dist.actors.choices import dtype_of, head_named, head_of, head_options, width_of, wire_of
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import METHODS, options_of
@@ -37,6 +37,9 @@ def refusals_without_data(experiment: Experiment) -> list[str]:
         lambda modality=modality: assembly.tokenizer_options(experiment, modality)
         for modality in experiment.model.tokenizers
     ]
+    secret = experiment.defences.secret
+    if secret not in (None, "seed") and experiment.data.place == "simulated":
+        checks.append(lambda: defences.read_secret(secret))
     return _built_in(experiment) + _lines([*checks, *_taken(experiment)])
 
 
@@ -49,6 +52,7 @@ def refusals_with_data(experiment: Experiment, splits: Splits) -> list[str]:
         lambda: check_patches(experiment, splits),
         lambda: check_task(experiment, splits),
         lambda: check_cache(experiment, splits),
+        lambda: check_defences(experiment, splits),
         lambda: head_options(experiment, head_of(experiment, splits)[1]),
     ]
     checks += [

@@ -4,6 +4,7 @@ from mpsl_dist.config.loading import from_dict, load, to_dict
 from mpsl_dist.config.schema import (
     Adapters,
     Data,
+    Defences,
     Encoder,
     Experiment,
     Faults,
@@ -18,6 +19,7 @@ __all__ = [
     "Adapters",
     "ConfigError",
     "Data",
+    "Defences",
     "Encoder",
     "Experiment",
     "Faults",

@@ -6,6 +6,7 @@ import math
 import re
 
 from mpsl_dist import plugins
+from mpsl_dist.config.defence_checks import defence_problems
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.config.schema import MODALITIES, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
 from mpsl_dist.errors import ConfigError
@@ -51,8 +52,8 @@ def problems(experiment: Experiment) -> list[str]:
                 "the data in one process; take data.place=simulated"
             )
         found += _modality_problems(experiment)
-        found += _replica_problems(experiment)
-        found += _head_problems(experiment)
+        found += _replica_problems(experiment) + _head_problems(experiment)
+        found += defence_problems(experiment)
     except ConfigError as error:
         found += str(error).splitlines()
     classes = experiment.data.classes
@@ -204,10 +205,15 @@ def _out_of_range(experiment: Experiment) -> list[str]:
         "runtime.start_timeout": runtime.start_timeout,
         "faults.exit_timeout": experiment.faults.exit_timeout,
         "faults.client_timeout": experiment.faults.client_timeout,
+        "defences.label_epsilon": experiment.defences.label_epsilon,
     }
     share = {"data.max_missing": experiment.data.max_missing}
     at_most_one = {"federated.fraction": federated.fraction, **share}
     from_zero, below_one = dict(share), {}
+    from_zero |= {
+        f"defences.{name}": getattr(experiment.defences, name)
+        for name in ("token_noise", "nopeek", "gradient_noise")
+    }
     for owner in ("server", "client"):
         optimizer, path = getattr(training, owner), f"training.{owner}"
         above_zero |= {f"{path}.lr": optimizer.lr, f"{path}.gamma": optimizer.gamma}

@@ -28,6 +28,7 @@ HOST_KEYS = (
     "data.cache",
     "data.loaders",
     "data.root",
+    "defences.secret",
     "device",
     "output",
     "runtime.interface",

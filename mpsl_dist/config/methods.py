@@ -79,6 +79,7 @@ _REMOTE = (
 _SPLIT = (
     *_REMOTE,
     "contrastive",
+    "defences",
     "model.head_at",
     "tokenizer_sync",
     "training.compile",

@@ -210,6 +210,36 @@ class Wire:
 
 
 @dataclass(frozen=True)
+class Defences:
+    """What a client does against an honest but curious server, see ``docs/defences.md``."""
+
+    #: ε of randomised response on the training labels, drawn once a sample; the loss is corrected.
+    label_epsilon: float | None = None
+    #: Deviation of Gaussian noise on every number of the tokens, which LayerNorm makes about 1.
+    token_noise: float = 0.0
+    #: Weight of NoPeek's penalty, the distance correlation between inputs and tokens.
+    nopeek: float = 0.0
+    #: Noise on the gradients that go up, in lengths of a sample's gradient.
+    gradient_noise: float = 0.0
+    #: Every client has frozen tokenizers of its own drawing, which nobody else knows.
+    secret_tokenizers: bool = False
+    #: Patches leave in an order drawn for every sample and epoch, and have no positions: against a
+    #: server that knows tokenizers and positions an order alone hides nothing, as it can try every
+    #: position. What a patch shows is not hidden, where it was is.
+    shuffle_patches: bool = False
+    #: What the draws come from: null draws a secret for every client, which its run directory
+    #: keeps; a file of the owner's, of 32 bytes or more; or ``seed``, which the server has: the
+    #: same numbers in every run, for simulations alone.
+    secret: str | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn."""
+        noise = self.token_noise or self.gradient_noise or self.label_epsilon is not None
+        return bool(noise or self.secret_tokenizers or self.shuffle_patches)
+
+
+@dataclass(frozen=True)
 class Federated:
     """What fedavg and fedclip do in a round, which is an epoch of ``training.epochs``."""
 
@@ -358,6 +388,7 @@ class Experiment:
     model: Model = field(default_factory=Model)
     weights: Weights = field(default_factory=Weights)
     training: Training = field(default_factory=Training)
+    defences: Defences = field(default_factory=Defences)
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -13,6 +13,7 @@ from mpsl_dist.actors.agreement import Agreement
 from mpsl_dist.actors.assembly import build_shared_text, build_tokenizers
 from mpsl_dist.actors.choices import describe, device_of, fusion_of, task_of, wire_of
 from mpsl_dist.actors.client import Client, Local
+from mpsl_dist.actors.defences import guard_of
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.optimizer import Stepper
@@ -21,7 +22,6 @@ from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import RemoteError
 from mpsl_dist.methods import federation
-from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import environment, world
 from mpsl_dist.runtime.answers import name_clients
@@ -83,7 +83,8 @@ def build_clients(
     holdings: Holdings,
     reference: Callable[[Any], Any] = Local,
 ) -> list[Client]:
-    """Build split learning's clients in this process; all begin with the same tokenizers.
+    """Build split learning's clients in this process; all begin with the same tokenizers,
+    unless each draws its own (``defences.secret_tokenizers``).
 
     Parameters
     ----------
@@ -99,11 +100,12 @@ def build_clients(
     home = experiment.run_directory.absolute()
     clients = []
     for number in numbers:
-        tokenizers = copy_of(first)
+        guard = guard_of(experiment, number)
+        tokenizers = guard.own_tokenizers(first)
         stepper = Stepper(tokenizers.parameters(), experiment.training.client)
         own = holdings.of(number)
         owned = (reference(tokenizers), stepper, fusion, task, device, home, wire_of(experiment))
-        clients.append(Client(number, *own, *owned))
+        clients.append(Client(number, *own, *owned, guard))
     return clients
 
 

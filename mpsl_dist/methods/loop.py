@@ -65,11 +65,20 @@ def train(
             _save(experiment, method, run, at)
     status = "completed" if at.epoch == epochs else "stopped"
     if status == "completed":
-        method.deployable().save(run.path / "model", experiment, splits)
+        _save_model(experiment, splits, method, run)
     at.seconds = time.perf_counter() - started
     summary = summarize(experiment, splits, method, at, status)
     run.write_json("summary", summary)
     return summary
+
+
+def _save_model(experiment: Experiment, splits: Splits, method: Method, run: RunDirectory) -> None:
+    if experiment.defences.secret_tokenizers:
+        line = "no model/: clients keep their own tokenizers, checkpoints have the server's part"
+        print(line)
+        _log.info(line)
+        return
+    method.deployable().save(run.path / "model", experiment, splits)
 
 
 def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> Position:

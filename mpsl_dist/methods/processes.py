@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from mpsl_dist import plugins
+from mpsl_dist.actors import defences
 from mpsl_dist.actors.choices import describe, device_of, head_of, unread_by_head
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data, refusals_without_data
@@ -177,7 +178,7 @@ def train_as_server(
     if ignored:
         kind, _ = head_of(experiment, holdings.splits)
         _say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
-    for remark in remarks(holdings.splits):
+    for remark in (*remarks(holdings.splits), *defences.sentences(experiment, holdings.splits)):
         _say(remark)
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpsl_dist.actors.defences import guarantees
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import RunError
@@ -45,6 +46,7 @@ def summarize(
     """Return what ``summary.json`` holds of a run that has ended with this status."""
     epochs = at.step / len(method.plan)
     per = experiment.clients * epochs if epochs else 1
+    guaranteed = guarantees(experiment, splits)
     return (
         _about(experiment)
         | {
@@ -71,6 +73,7 @@ def summarize(
             "status": status,
         }
         | counts(method)
+        | ({"privacy": guaranteed} if guaranteed else {})
     )
 
 

@@ -74,6 +74,8 @@ class PatchTokenizer(nn.Module):
     merge : int
         Side of the square of neighbouring patches whose tokens become one, their mean; squares at
         the far edges may be smaller. Parameters are those of all patches, whatever it is.
+    placed : bool
+        Whether there are positions.
 
     Raises
     ------
@@ -90,6 +92,7 @@ class PatchTokenizer(nn.Module):
         stride: int,
         dimension: int,
         merge: int = 1,
+        placed: bool = True,
     ) -> None:
         super().__init__()
         if min(height, width) < patch:
@@ -100,9 +103,11 @@ class PatchTokenizer(nn.Module):
         rows, columns = (-(-side // merge) for side in self.grid)
         self.length = rows * columns + 1
         self.cls = nn.Parameter(torch.empty(1, 1, dimension))
-        self.positions = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1] + 1, dimension))
+        patches = self.grid[0] * self.grid[1]
+        self.positions = nn.Parameter(torch.empty(1, patches + 1, dimension)) if placed else None
         nn.init.normal_(self.cls, std=_STD)
-        nn.init.normal_(self.positions, std=_STD)
+        if placed:
+            nn.init.normal_(self.positions, std=_STD)
 
     def forward(self, plane_bchw: Tensor) -> Tensor:
         """Return tokens (b, l, d) of planes (b, c, h, w); audio may come as (b, t, m)."""
@@ -110,7 +115,9 @@ class PatchTokenizer(nn.Module):
             plane_bchw = plane_bchw.unsqueeze(1)
         patches_bld = self.patchify(plane_bchw)
         cls_b1d = self.cls.expand(len(patches_bld), -1, -1)
-        tokens_bld = torch.cat([cls_b1d, patches_bld], dim=1) + self.positions
+        tokens_bld = torch.cat([cls_b1d, patches_bld], dim=1)
+        if self.positions is not None:
+            tokens_bld = tokens_bld + self.positions
         return tokens_bld if self.merge == 1 else self._merged(tokens_bld)
 
     def _merged(self, tokens_bld: Tensor) -> Tensor:

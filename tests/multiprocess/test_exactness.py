@@ -54,17 +54,20 @@ def _heads(case: dict, mode: str) -> dict:
 
 
 def coded_cases() -> dict[str, dict]:
-    """What is coded on its way, which the plain reference knows nothing of."""
+    """What is coded or noisy on its way, which the plain reference knows nothing of."""
     wires = {
         "coded early": {"activations": "int4", "gradients": "int8"},
         "coded late": {"activations": "fp8", "gradients": "int4", "rounding": "nearest"},
         "coded gradients alone": {"gradients": "bf16"},
     }
     late = {"data": {"name": "toy-image+audio"}, "model": {"fusion": "late"}}
-    return {
+    coded = {
         name: {"wire": wire, "clients_per_worker": 2} | (late if "late" in name else {})
         for name, wire in wires.items()
     }
+    defences = {"nopeek": 0.5, "gradient_noise": 0.5, "label_epsilon": 2, "token_noise": 0.2}
+    defences |= {"shuffle_patches": True, "secret": "seed"}
+    return coded | {"defended": late | {"clients_per_worker": 2, "defences": defences}}
 
 
 def _retrieval(contrastive: str, precision: str) -> dict:
