@@ -217,9 +217,10 @@ def test_masks_belong_to_the_number_of_the_sum_and_its_clients() -> None:
     public = {part.client: part._public for part in parts}
     whole = parts[0]._agree(public)
     fewer = parts[0]._agree({n: public[n] for n in (0, 1, 2)})
+    swapped = parts[0]._agree({0: public[0], 1: public[1], 2: public[2], 7: public[3]})
     parts[0].number = 6
     later = parts[0]._agree(public)
-    assert len({whole[1][0], fewer[1][0], later[1][0], whole[1][1]}) == 4
+    assert len({found[1][0] for found in (whole, fewer, swapped, later)} | {whole[1][1]}) == 5
 
 
 # -- training --------------------------------------------------------------------------------------
