@@ -16,10 +16,17 @@ Everything that a client ever sends is what a method of :class:`Client` returns:
 ``score``                 how many of its test predictions were right
 ``read_test``             how many samples of a test batch can be read
 ``damage_met``            how many of its files and samples could not be read
-``tokenizer_weights``     its trained tokenizer parameters, for FedAvg
-``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``)
+``tokenizer_weights``     its trained tokenizer parameters, for FedAvg; with ``masked`` never,
+                          but where they are everybody's (``tokenizer_sync: gradients``)
+``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``); with
+                          ``masked`` never
+``offer_key``             with ``masked``: a public key for one sum, or that it has nothing to add
+``mask``                  with ``masked``: its part of that sum, gradients or weights, as numbers
+                          that are uniformly random but in the sum of all
+``unlock``                with ``masked``: a seed that opens the sum once everybody's part is there
 ``hand_over``             its trained tokenizer parameters and its optimizer's state, for a client
-                          that comes back (``tokenizer_sync: gradients`` alone: all have the same)
+                          that comes back (``tokenizer_sync: gradients`` alone: all have the
+                          same, and the server knows the sums that made them so)
 ``save``                  the SHA-256 of the file that it wrote of its state, as a text
 ``damage``                what is wrong with that file: a text with the file's name, or nothing
 ========================  =====================================================================
@@ -38,6 +45,10 @@ can tell that two mini-batches of different epochs have a sample in common, thou
 With ``wire.cache`` it makes use of that: it keeps every sample's activations, with the client's
 number and the sample's place among the client's own, and so links the sample over epochs, with its
 predictions and their gradients.
+
+With ``tokenizer_sync.masked`` (:mod:`mpsl_dist.actors.masking`) nobody but the client learns its
+own gradients or, where clients' weights differ, its own weights; the server learns their sum.
+Without, it learns both exactly. The activations are what they are either way.
 
 And, by distributed autograd in the backward, the gradient of its loss with respect to its
 predictions. In classification that gradient reads every label (softmax minus one-hot: the one
@@ -65,11 +76,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mpsl_dist.actors import masking
 from mpsl_dist.actors.defences import Guard, Mark
 from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.data import Batch
 from mpsl_dist.errors import DivergedError
+from mpsl_dist.models import fixed_point
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.codecs import Sent, Wire
 from mpsl_dist.models.tasks import Task
@@ -145,6 +158,7 @@ class Client:
         self.wire = wire
         self.guard = guard
         self._accumulated: Tensor | None = None
+        self._masked: masking.MaskedSum | None = None
         self._visiting: Tokenizers | None = None
 
     # -- what a client sends ---------------------------------------------------------------
@@ -267,6 +281,41 @@ class Client:
         vector, self._accumulated = self._accumulated, None
         return vector
 
+    def offer_key(self, number: int, what: str, share: float, among: int) -> Tensor | None:
+        """Begin its part in masked sum ``number``: of what it adds, only a key leaves.
+
+        It adds its accumulated gradients, which it keeps until it steps on the sum, or its weights
+        (``what``), times ``share``; ``among`` clients may take part.
+
+        Returns
+        -------
+        Tensor or None
+            (32,) uint8; None if it has no gradients.
+
+        Raises
+        ------
+        DivergedError
+            If it has numbers that are not finite or too large; such gradients are given up.
+        """
+        own, kept = self._accumulated, self._accumulated
+        if what == "weights":
+            state = trainable_state(self.tokenizers.local_value())
+            own = torch.cat([x.flatten() for x in state.values()])
+        self._masked, self._accumulated = None, None
+        if own is not None:
+            whole = fixed_point.encode(own.double() * share, among, f"its tokenizers' {what}")
+            self._masked = masking.MaskedSum(self.number, number, whole)
+        self._accumulated = kept
+        return None if self._masked is None else self._masked.key
+
+    def mask(self, number: int, members: Sequence[int], keys: Tensor) -> masking.Masked:
+        """Return its part, see :meth:`mpsl_dist.actors.masking.MaskedSum.mask`."""
+        return masking.begun(self._masked, number).mask(members, keys)
+
+    def unlock(self, number: int, sealed: Tensor | None) -> Tensor:
+        """Open the sum, see :meth:`mpsl_dist.actors.masking.MaskedSum.unlock`."""
+        return masking.begun(self._masked, number).unlock(sealed)
+
     def hand_over(self) -> dict[str, Any]:
         """Return what a client that comes back continues from, where all clients are the same."""
         weights = trainable_state(self.tokenizers.local_value())
@@ -307,7 +356,11 @@ class Client:
         self._accumulated = vector if self._accumulated is None else self._accumulated + vector
 
     def step_on_sum(self, step: int, vector: Tensor) -> None:
-        """Step its optimizer at the run's step ``step``, on the sum of all clients' gradients."""
+        """Step its optimizer at the run's step ``step``, on the sum of all clients' gradients.
+
+        What it has kept until now is in the sum.
+        """
+        self._accumulated = None
         parts = vector.to(self.device).split([p.numel() for p in self.stepper.parameters])
         self.stepper.step(
             {p: part.view_as(p) for p, part in zip(self.stepper.parameters, parts, strict=True)},

@@ -17,6 +17,7 @@ from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data.partition import mini_batches, shares
 from mpsl_dist.methods.fedavg import draw
+from mpsl_dist.methods.masked import sum_bytes
 from mpsl_dist.methods.objective import objective_of
 from mpsl_dist.methods.sync import sync_of
 from mpsl_dist.records.traffic import KINDS
@@ -177,9 +178,7 @@ def testing(parts: ModelParts, held: NDArray[np.int64]) -> Bytes:
         weights = trained_bytes(parts, "client") + trained_bytes(parts, "server")
         return {"test_weights_down": (held > 0) * weights} if held.any() else {}
     weights = trained_bytes(parts, "client")
-    everyone = experiment.training.evaluate_own or not sync_of(experiment).identical
-    asked = np.ones(clients, dtype=np.int64) if everyone else np.eye(clients, dtype=np.int64)[0]
-    found = {"test_weights_up": asked * weights}
+    found = _averaging(parts, clients, experiment.training.evaluate_own)
     if held.any():
         each, passes = per_sample(parts), 1 + experiment.training.evaluate_own
         found["test_weights_down"] = (held > 0) * weights
@@ -193,6 +192,15 @@ def exporting(parts: ModelParts, clients: int) -> Bytes:
     facts = facts_of(parts.experiment)
     if facts.one_process or not facts.split:
         return {}
-    one_for_all = sync_of(parts.experiment).identical
-    asked = np.eye(clients, dtype=np.int64)[0] if one_for_all else np.ones(clients, dtype=np.int64)
-    return {"test_weights_up": asked * trained_bytes(parts, "client")}
+    return _averaging(parts, clients)
+
+
+def _averaging(parts: ModelParts, clients: int, one_by_one: bool = False) -> Bytes:
+    """Return the bytes that fetch the tokenizers' average, or with it those of every client."""
+    weights, masked = trained_bytes(parts, "client"), parts.experiment.tokenizer_sync.masked
+    if sync_of(parts.experiment).identical and (masked or not one_by_one):
+        return {"test_weights_up": np.eye(clients, dtype=np.int64)[0] * weights}
+    everyone = np.ones(clients, dtype=np.int64)
+    if not masked:
+        return {"test_weights_up": everyone * weights}
+    return sum_bytes(everyone > 0, weights // parts.bytes_per_number, "test_weights_up")

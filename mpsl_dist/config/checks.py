@@ -7,11 +7,13 @@ import re
 
 from mpsl_dist import plugins
 from mpsl_dist.config.defence_checks import defence_problems
-from mpsl_dist.config.methods import facts_of
+from mpsl_dist.config.methods import facts_of, goes_on
 from mpsl_dist.config.schema import MODALITIES, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.typed import not_finite, values_of
 
+#: Clients of a masked sum, at least: of a sum of two, either knows what the other added.
+_FEWEST_IN_SUM = 3
 #: Seconds of a year: a longer timeout overflows the clocks that it is given to.
 _YEAR = 365 * 24 * 3600.0
 
@@ -54,6 +56,8 @@ def problems(experiment: Experiment) -> list[str]:
         found += _modality_problems(experiment)
         found += _replica_problems(experiment) + _head_problems(experiment)
         found += defence_problems(experiment)
+        if experiment.tokenizer_sync.masked:
+            found += _mask_problems(experiment)
     except ConfigError as error:
         found += str(error).splitlines()
     classes = experiment.data.classes
@@ -91,6 +95,38 @@ def _head_problems(experiment: Experiment) -> list[str]:
         found.append(
             "contrastive: with global the server contrasts all predictions, and with "
             "model.head_at=client it has none; take contrastive=client, or model.head_at=server"
+        )
+    return found
+
+
+def _mask_problems(experiment: Experiment) -> list[str]:
+    """Refuse masked sums where there is nothing to mask, or what is asked for undoes them."""
+    key, found = "tokenizer_sync.masked", []
+    if "tokenizer_sync" not in facts_of(experiment).reads:
+        found.append(
+            f"{key}: under method={experiment.method} nothing is masked; take mpsl or psl, or "
+            "masked=false"
+        )
+    if not experiment.model.train_tokenizers and experiment.model.head_at == "server":
+        found.append(
+            f"{key}: frozen tokenizers are as everybody began with them; set "
+            "model.train_tokenizers=true, or masked=false"
+        )
+    if experiment.clients < _FEWEST_IN_SUM:
+        found.append(
+            f"{key}: {experiment.clients} clients; a sum of fewer than {_FEWEST_IN_SUM} tells "
+            f"what each has added; take clients={_FEWEST_IN_SUM} or more, or masked=false"
+        )
+    if goes_on(experiment) and experiment.faults.min_clients < _FEWEST_IN_SUM:
+        found.append(
+            f"{key}: a sum needs {_FEWEST_IN_SUM} clients, and the run would go on with "
+            f"{experiment.faults.min_clients}; set faults.min_clients={_FEWEST_IN_SUM} or more, "
+            "or faults.on_loss=stop"
+        )
+    if experiment.training.evaluate_own and experiment.data.test_at == "server":
+        found.append(
+            f"{key}: to test every client's own tokenizers the server would need them one by one; "
+            "take data.test_at=clients, or training.evaluate_own=false"
         )
     return found
 

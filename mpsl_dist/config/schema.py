@@ -185,6 +185,9 @@ class TokenizerSync:
     mode: Literal["none", "gradients", "weights"] = "none"
     #: In steps.
     every: int = 1
+    #: The server learns only sums and averages of what clients send of their tokenizers, those of
+    #: tests and of the model to deploy too, whatever the mode; see ``docs/masked.md``.
+    masked: bool = False
 
 
 @dataclass(frozen=True)

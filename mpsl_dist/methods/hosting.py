@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mpsl_dist.actors import masking
 from mpsl_dist.actors.agreement import Agreement
 from mpsl_dist.actors.assembly import build_shared_text, build_tokenizers
 from mpsl_dist.actors.choices import describe, device_of, fusion_of, task_of, wire_of
@@ -93,6 +94,8 @@ def build_clients(
     reference : callable
         Returns a client's handle on its tokenizers.
     """
+    if experiment.tokenizer_sync.masked:
+        masking.require()
     splits, device = holdings.splits, device_of(experiment)
     shared_text = build_shared_text(experiment, splits)
     first = build_tokenizers(experiment, splits, shared_text).to(device)

@@ -29,6 +29,7 @@ from mpsl_dist.errors import BackwardError, NonFiniteError
 from mpsl_dist.methods import hosting, testing
 from mpsl_dist.methods.hosting import BuildClients, Setup
 from mpsl_dist.methods.link import Back, absent_from
+from mpsl_dist.methods.masked import masks_of
 from mpsl_dist.methods.objective import objective_of
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.methods.server_group import ServerGroup, open_server
@@ -79,6 +80,7 @@ class Mpsl:
         self.plan = shares(list(self.sizes.values()), batch_size, experiment.client_share)
         self.total_steps = len(self.plan) * epochs
         clients.cache = cut_cache_of(experiment, server)
+        clients.masks = masks_of(experiment, tokenizers)
         clients.begin_training(len(self.plan), epochs)
         server.stepper.plan(len(self.plan), epochs)
 

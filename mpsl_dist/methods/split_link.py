@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mpsl_dist.actors.cut_cache import CutCache
-from mpsl_dist.errors import DivergedError, NonFiniteError
+from mpsl_dist.errors import DivergedError, NonFiniteError, RemoteError
 from mpsl_dist.methods.link import Autograd, Link, Wait
+from mpsl_dist.methods.masked import Masks, masked_sum
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.models import codecs
 from mpsl_dist.models.average import Mean
@@ -34,6 +35,8 @@ class SplitLink(Link):
 
     #: What the server keeps of the clients' activations; None where it keeps nothing.
     cache: CutCache | None = None
+    #: Of sums that hide what is summed; None where clients send their own tokenizers plainly.
+    masks: Masks | None = None
 
     def begin_training(
         self, steps_per_epoch: int, epochs: int, clients: Sequence[int] | None = None
@@ -77,6 +80,16 @@ class SplitLink(Link):
         taken = self.start("take_gradients", self.everyone(), where, up="sync_up")()
         return self.only_finite(taken, f"{where}: the gradients")
 
+    def sum_gradients(self, where: str) -> Tensor | None:
+        """Return the masked sum of what all clients have kept; they keep it until they step on it.
+
+        None where fewer than three have kept anything.
+        """
+        assert self.masks is not None
+        everyone = dict.fromkeys(self.present, 1.0)
+        found = masked_sum(self, self.masks, "gradients", everyone, where, "sync_up")
+        return self.masks.of_sum(found[0]) if found else None
+
     def step_on_sum(self, step: int, vector: Tensor, where: str) -> None:
         """Have every client step its optimizer on a sum of gradients at the run's ``step``."""
         self.start("step_on_sum", self.everyone(step, vector), where, down="sync_down")()
@@ -99,7 +112,14 @@ class SplitLink(Link):
 
         Few clients' are fetched at once and none are kept, so that the server's memory does not
         grow with their number. None where nobody has answered.
+
+        Raises
+        ------
+        RemoteError
+            If it is masked, and fewer than three have answered.
         """
+        if self.masks is not None:
+            return self._masked_mean(self.masks, clients, samples, where, kind)
         mean = Mean(float(sum(samples[n] for n in clients)))
         for start in range(0, len(clients), _AT_ONCE):
             asked = [n for n in clients[start : start + _AT_ONCE] if n not in self.lost]
@@ -107,6 +127,23 @@ class SplitLink(Link):
             for n, weights in self.tokenizer_weights(asked, where, kind, needed).items():
                 mean.add(weights, samples[n])
         return mean.result() if mean.weight else None
+
+    def _masked_mean(
+        self,
+        masks: Masks,
+        clients: Sequence[int],
+        samples: Mapping[int, int],
+        where: str,
+        kind: str,
+    ) -> dict[str, Tensor]:
+        """Return the mean of which each client has sent its part, masked."""
+        whole = sum(samples[n] for n in clients)
+        shares = {n: samples[n] / whole for n in clients}
+        found = masked_sum(self, masks, "weights", shares, where, kind)
+        if found is None:
+            raise RemoteError(f"{where}: fewer than three clients are left for a masked average")
+        vector_n, members = found
+        return masks.named(vector_n / sum(shares[n] for n in members))
 
     def set_tokenizer_weights(
         self, weights: Mapping[str, Tensor], where: str, clients: Sequence[int] | None = None

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsl_dist.actors.choices import clients_own_head
+from mpsl_dist.actors.choices import clients_own_head, dtype_of
 from mpsl_dist.config import Experiment
 from mpsl_dist.methods.link import Wait
+from mpsl_dist.methods.masked import sum_bytes
+from mpsl_dist.methods.progress import warn
 from mpsl_dist.methods.split_link import SplitLink, Step
 
 #: Bytes by kind and client.
@@ -150,6 +152,54 @@ class SumGradients:
 
 
 @dataclass(frozen=True)
+class SumMasked(SumGradients):
+    """As :class:`SumGradients`, in sums of which the server learns nothing but the sum.
+
+    Where fewer than three clients have kept a gradient, it is put off until the next time.
+
+    Attributes
+    ----------
+    number_bytes : int
+        Bytes of a parameter.
+    """
+
+    number_bytes: int = 4
+
+    def begin(self, step: Step, due: bool) -> Wait:
+        """Have the clients keep their gradients."""
+        return step.accumulate()
+
+    def collect(self, link: SplitLink, where: str) -> dict[int, Any]:
+        """Return nothing: what is kept is fetched by the sum."""
+        return {}
+
+    def meet(
+        self, link: SplitLink, answers: Mapping[int, Any], step: int, sizes: Mapping[int, int]
+    ) -> None:
+        """Have every client step on the sum, which stands for what each has kept."""
+        total = link.sum_gradients(f"step {step}")
+        if total is not None:
+            link.step_on_sum(step, total, f"step {step}")
+        else:
+            warn(f"step {step}: fewer than three clients have gradients; kept for the next sum")
+
+    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+        """Return a masked vector and keys for whoever has kept gradients, one down to everybody."""
+        steps, clients = takes_part.shape
+        found = {"sync_down": np.zeros(clients, dtype=np.int64)}
+        kept = np.zeros(clients, dtype=bool)
+        meetings = _meetings(steps, self.every)
+        for part in np.split(takes_part, [m + 1 for m in meetings[:-1]]):
+            kept |= part.any(0)
+            sent = sum_bytes(kept, weights // self.number_bytes, "sync_up")
+            if sent["sync_up"].any():
+                found["sync_down"] = found["sync_down"] + weights
+                kept = np.zeros_like(kept)
+            found |= {kind: found.get(kind, 0) + each for kind, each in sent.items()}
+        return found
+
+
+@dataclass(frozen=True)
 class AverageWeights(Separate):
     """Every client steps its own tokenizers; now and then all take the average of all."""
 
@@ -169,12 +219,30 @@ class AverageWeights(Separate):
         return {"sync_up": each, "sync_down": each}
 
 
+@dataclass(frozen=True)
+class AverageMasked(AverageWeights):
+    """As :class:`AverageWeights`; what the masks cost is all that differs."""
+
+    number_bytes: int = 4
+
+    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+        """Return masked weights and keys up and down, the average down to everybody."""
+        steps, clients = takes_part.shape
+        times = len(_meetings(steps, self.every))
+        everyone = np.ones(clients, dtype=bool)
+        once = sum_bytes(everyone, weights // self.number_bytes, "sync_up")
+        return {k: x * times for k, x in once.items()} | {"sync_down": everyone * times * weights}
+
+
 def sync_of(experiment: Experiment) -> Sync:
     """Return the experiment's rule."""
     rule = experiment.tokenizer_sync
     # Frozen tokenizers are never synced, but stay identical where a sync was asked for.
     if not (experiment.model.train_tokenizers or clients_own_head(experiment)):
         return Frozen(identical=rule.mode == "gradients")
+    if rule.masked and rule.mode != "none":
+        masked = {"gradients": SumMasked, "weights": AverageMasked}
+        return masked[rule.mode](rule.every, number_bytes=dtype_of(experiment).itemsize)
     rules = {"none": Separate, "gradients": SumGradients, "weights": AverageWeights}
     return rules[rule.mode](rule.every)
 

@@ -50,9 +50,10 @@ def evaluate(method: SplitMethod) -> dict[str, float]:
         As of :meth:`mpsl_dist.methods.mpsl.Mpsl.evaluate`.
     """
     own = method.experiment.training.evaluate_own
-    weights = _everyones(method) if own else {}
+    one_by_one = own and method.clients.masks is None
+    weights = _everyones(method) if one_by_one else {}
     sizes = [method.sizes[n] for n in weights]
-    mean = average(list(weights.values()), sizes) if own else _mean(method)
+    mean = average(list(weights.values()), sizes) if one_by_one else _mean(method)
     if method.experiment.data.test_at == "clients":
         scores, *alone = _at_clients(method, mean, own)
         each = [_accuracy(score) for scores_own in alone for score in scores_own.values()]
@@ -85,8 +86,12 @@ def _mean(method: SplitMethod) -> dict[str, Tensor]:
     """Fetch the average; one client speaks for all where they are kept identical."""
     link, mean = method.clients, None
     while mean is None:  # again where the one that was asked was lost; too few left end the run
-        asked = link.present[: 1 if method.sync.identical else None]
-        mean = link.mean_tokenizers(asked, method.sizes, link.in_test, "test_weights_up")
+        if method.sync.identical:
+            told = link.tokenizer_weights(link.present[:1], link.in_test, "test_weights_up")
+            mean = next(iter(told.values()), None)
+        else:
+            asked = link.present
+            mean = link.mean_tokenizers(asked, method.sizes, link.in_test, "test_weights_up")
     return mean
 
 

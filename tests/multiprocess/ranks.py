@@ -20,6 +20,7 @@ import toys
 
 from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.holdings import Holdings
+from mpsl_dist.actors.masking import Masked
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.methods import processes
@@ -136,6 +137,8 @@ def _leaves(value: Any) -> list[Any]:
     if isinstance(value, tuple | list | set):
         return [leaf for item in value for leaf in _leaves(item)]
     # A call, a reference, an answer without content, and the two sample counts of a description.
+    if isinstance(value, Masked):
+        return _leaves(vars(value))
     known = ("RRef", "PyRRef", "Description", "function")
     if value is None or value is True or type(value).__name__ in known:
         return []

@@ -135,6 +135,40 @@ def test_a_client_that_fails_or_is_slow_is_left_behind(
     assert counted[0] == 0 and counted[-1] == lost
 
 
+#: The worker of client 3 is killed in its third masked sum, having sent its key.
+KILLED = """
+import os, runpy, signal, sys
+from mpsl_dist.actors.client import Client
+mask, calls = Client.mask, []
+def deadly(self, *words):
+    if self.number == 3:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return mask(self, *words)
+Client.mask = deadly
+sys.argv = ["mpsl_dist", *sys.argv[1:]]
+runpy.run_module("mpsl_dist", run_name="__main__")
+"""
+
+
+def test_a_masked_sum_goes_on_without_a_worker_that_is_killed_in_it(
+    torchrun, config: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    sync = ["mode=gradients", "masked=true"]
+    words = [str(script), "train", str(config), *(f"tokenizer_sync.{word}" for word in sync)]
+    words += ["faults.min_clients=3"]
+    status, output = torchrun(WORLD, *words, PYTHONPATH=str(ROOT)).finish(240)
+    assert status == 0, output
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["clients_lost"]) == ("completed", 2), summary
+    assert summary["steps_repeated"] == 0
+    assert "lost in mask, step 2" in output
+    assert "step 2: the masked sum is begun again without the lost" in output
+
+
 def test_a_worker_that_was_slow_comes_back_by_itself(
     torchrun, config: Path, tmp_path: Path
 ) -> None:

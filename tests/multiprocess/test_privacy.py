@@ -10,17 +10,21 @@ import torch
 import toys
 from conftest import launcher, torchrun_line
 
+from mpsl_dist.actors.assembly import build_tokenizers
+from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import to_dict
 from mpsl_dist.data import Splits
+from mpsl_dist.models.average import trainable_state
 
 RANKS = Path(__file__).with_name("ranks.py")
 
 
-def record(folder: Path, task: str, modalities: str) -> list:
+def record(folder: Path, task: str, modalities: str, **sync: object) -> list:
     """Train two epochs; give everything that the workers handed to RPC."""
+    sync = sync or {"mode": "gradients", "every": 2}
     changes = {"data": {"name": f"toy-{modalities}"}, "output": str(folder)}
     experiment = toys.experiment(
-        **changes, clients_per_worker=2, tokenizer_sync={"mode": "gradients", "every": 2}
+        **changes, clients_per_worker=2, tokenizer_sync=sync, faults={"min_clients": 3}
     )
     path = folder / "task.json"
     path.write_text(json.dumps({"experiment": to_dict(experiment)}))
@@ -64,6 +68,31 @@ def test_workers_send_neither_labels_nor_raw_inputs(tmp_path: Path, modalities: 
     sent = record(tmp_path, "record", modalities)
     assert sum(isinstance(item, torch.Tensor) for item in sent) > 50
     assert offences(sent, toys.load(tuple(modalities.split("+")))) == []
+
+
+def tokenizers_among(sent: list) -> list[tuple[int, ...]]:
+    """Return the shapes of what was sent of tokenizers as it is: a vector, or parameters."""
+    chosen = toys.experiment()
+    trained = trainable_state(build_tokenizers(chosen, load_data(chosen)))
+    shapes = {tuple(x.shape) for x in trained.values()}
+    shapes.add((sum(x.numel() for x in trained.values()),))
+    found = [tuple(x.shape) for x in sent if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return [shape for shape in found if shape in shapes]
+
+
+def test_workers_send_nothing_of_their_tokenizers_but_masked(tmp_path: Path) -> None:
+    """Neither in training nor for tests and the model to deploy; without masks it is found."""
+    both = {}
+    for masked in (False, True):
+        folder = tmp_path / f"masked-{masked}"
+        folder.mkdir()
+        both[masked] = record(folder, "record", "image+text", mode="weights", masked=masked)
+    assert len(tokenizers_among(both[False])) > 20
+    assert tokenizers_among(both[True]) == []
+    whole = [x for x in both[True] if isinstance(x, torch.Tensor) and x.dtype == torch.long]
+    assert len(whole) > 20
+    bits = torch.cat([x.flatten().view(torch.uint8) for x in whole]).bincount(minlength=256)
+    assert (bits - bits.float().mean()).abs().max() < 7 * bits.float().mean().sqrt()
 
 
 @pytest.mark.parametrize("leak", ["leak_labels", "leak_inputs"])

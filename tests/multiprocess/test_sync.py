@@ -15,12 +15,15 @@ STEPS = 20
 CLIENTS = (1, 4, 10)
 
 
-def case(clients: int, mode: str, every: int) -> dict:
+def case(clients: int, mode: str, every: int, masked: bool = False) -> dict:
     partition = {"alpha": 0.1, "minimum": 1}
+    if masked:  # a sum is of three clients or more
+        partition = {"kind": "iid"}
     return {
         "clients": clients,
         "clients_per_worker": 3,
-        "tokenizer_sync": {"mode": mode, "every": every},
+        "tokenizer_sync": {"mode": mode, "every": every, "masked": masked},
+        "faults": {"min_clients": min(3, clients)},
         "data": {"name": "toy-image+text", "partition": partition},
         "training": {
             "precision": "float64",
@@ -36,13 +39,14 @@ def case(clients: int, mode: str, every: int) -> dict:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     chosen = {f"gradients {n}": case(n, "gradients", 1) for n in CLIENTS}
     chosen |= {"gradients 4 every 5": case(4, "gradients", 5)}
+    chosen |= {"gradients masked": case(4, "gradients", 1, masked=True)}
     chosen |= {"weights 4": case(4, "weights", 1), "none 4": case(4, "none", 1)}
     return run_gold(tmp_path_factory.mktemp("sync"), chosen, STEPS)
 
 
-@pytest.mark.parametrize("clients", CLIENTS)
-def test_summed_gradients_every_step_equal_centralized_training(clients, trained) -> None:
-    experiment, told = trained[f"gradients {clients}"]
+@pytest.mark.parametrize("which", [*CLIENTS, "masked"])
+def test_summed_gradients_every_step_equal_centralized_training(which, trained) -> None:
+    experiment, told = trained[f"gradients {which}"]
     torch.set_num_threads(1)
     holdings = Holdings.load(experiment)
     learner = Learner(deployable.build(experiment, holdings.splits), experiment.training)
@@ -60,7 +64,9 @@ def test_summed_gradients_every_step_equal_centralized_training(clients, trained
             assert_close(value, own[name].detach(), 1e-8, f"client {client} {name}")
 
 
-@pytest.mark.parametrize("mode", ["gradients 4", "gradients 4 every 5", "weights 4"])
+@pytest.mark.parametrize(
+    "mode", ["gradients 4", "gradients 4 every 5", "gradients masked", "weights 4"]
+)
 def test_synced_tokenizers_are_identical_and_moved(mode: str, trained) -> None:
     experiment, told = trained[mode]
     first = dict(deployable.build(experiment, load_data(experiment)).tokenizers.named_parameters())

@@ -37,7 +37,7 @@ def _cases() -> dict[str, dict]:
     own = to_dict(toys.experiment())["training"] | {"evaluate_own": True}
     late = {"data": {"name": "toy-image+audio"}, "model": {"fusion": "late"}}
     coded = {"activations": "int8", "gradients": "int4"}
-    frozen = {"train_tokenizers": False}
+    frozen, masked = {"train_tokenizers": False}, {"masked": True}
     heads = {"head_at": "client"}
     # Twice as many activations as a MiB holds.
     wide = frozen | {"encoder": {"size": "custom", "width": 256, "depth": 1, "heads": 2}}
@@ -79,10 +79,15 @@ def _cases() -> dict[str, dict]:
         },
         "psl coded": {"method": "psl", "training": double, "wire": coded},
         "psl": {"method": "psl", "tokenizer_sync": {"mode": "gradients", "every": 4}},
+        "mpsl masked": {"data": at_clients, "tokenizer_sync": {"mode": "gradients", **masked}},
+        "mpsl masked averages": late
+        | {"data": {"name": "toy-image+audio", "test_at": "clients"}}
+        | {"tokenizer_sync": {"mode": "weights", "every": 2, **masked}, "training": own},
         "fedavg": {"method": "fedavg", "data": at_clients, "federated": {"fraction": 0.75}},
         "fedclip": {"method": "fedclip"},
     }
-    return {name: base | case for name, case in cases.items()}
+    masks = {name: {"faults": {"min_clients": 3}} for name in cases if "masked" in name}
+    return {name: base | case | masks.get(name, {}) for name, case in cases.items()}
 
 
 @pytest.fixture(scope="module")
