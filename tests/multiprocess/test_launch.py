@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import toys
 import yaml
-from conftest import ROOT, Launch, World, until
+from conftest import ROOT, Launch, World, role_of, until
 from test_runs import FAULTY, steps_done
 from test_traffic import ADDRESSES, cable  # noqa: F401
 
@@ -113,12 +113,8 @@ def assert_nothing_left(tmp_path: Path) -> None:
 
 def ranks(world: World, number: int) -> list[int]:
     """Ids of a rank and, after it, of the process that hosts its clients."""
-    found = []
-    for member in world.members():
-        variables = Path(f"/proc/{member}/environ").read_bytes().split(b"\0")
-        if f"RANK={number}".encode() in variables:
-            found.append(member)
-    return found
+    roles = {member: role_of(member) for member in world.members()}
+    return [member for member, role in roles.items() if role and role[0] == number]
 
 
 def listening(world: World) -> set[tuple[str, int]]:
