@@ -57,8 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     # What every rank gives to Python: a script of the user's is started again as it was.
     options.again = ["-m", "mpsl_dist", *arguments] if arguments else sys.orig_argv[1:]
-    # A program that calls this function may hold what no fork of it can use.
-    options.go_on = None if arguments else lambda: _perform(options)
+    # A program that calls this function may hold what its forks can't use, and torch that was
+    # imported before has not read what is set here.
+    forks = not arguments and "torch" not in sys.modules
+    options.go_on = (lambda: _perform(options)) if forks else None
     return _perform(options)
 
 
@@ -148,14 +150,14 @@ def _status_of(error: Exception) -> int:
 def _train(options: argparse.Namespace) -> int:
     from mpsl_dist import config
 
+    # RPC tells of every lost connection in a line of its own; the run says what it means.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     experiment = config.load(options.config, options.overrides)
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     from mpsl_dist.config.methods import comes_back, goes_on, processes_of
     from mpsl_dist.runtime import environment, launch, supervisor
 
-    # RPC tells of every lost connection in a line of its own; the run says what it means.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     launched, patience = environment.resolve(os.environ), experiment.faults.exit_timeout
     if launched is None and processes_of(experiment) > 1:
         return _launch(options, experiment, processes_of(experiment))
