@@ -121,7 +121,7 @@ def start(
 
 
 def _become(variables: Mapping[str, str], apart: bool, name: str) -> None:
-    """Be a process as if begun anew: its session, signals, name and variables."""
+    """Be a process as if begun anew: its session, signals, variables, name and randomness."""
     if apart:
         os.setsid()
     for number in (*process.STOP_SIGNALS, signal.SIGHUP):
@@ -131,6 +131,11 @@ def _become(variables: Mapping[str, str], apart: bool, name: str) -> None:
     os.environ.update(variables)
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(name)
+    # Else all forks would draw the same where nobody gives a seed; Python's own sees to itself.
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.seed()
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()
 
 
 def _begin_anew_without_cuda(command: Sequence[str], keep: Sequence[int]) -> None:

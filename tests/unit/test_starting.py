@@ -22,9 +22,11 @@ ANEW = "import json, os; print(json.dumps({'anew': True, 'rank': os.environ['RAN
 found_at_start = []
 def noted(*_): pass
 def leave_thread(): threading.Thread(target=threading.Event().wait, daemon=True).start()
-def use_cuda(): sys.modules["torch"] = types.SimpleNamespace(cuda=Used)
+def use_cuda(): sys.modules["torch"] = types.SimpleNamespace(cuda=Used, default_generator=Generator)
 class Used:
     def _is_in_bad_fork(): return True
+class Generator:
+    def seed(): pass
 
 def tell():
     usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}
@@ -108,3 +110,21 @@ def test_the_status_of_a_fork_is_that_of_a_process() -> None:
     assert child_of("nothing", "dies") == ({}, -signal.SIGKILL, "")
     told, status, said = child_of("nothing", "fails")
     assert (told, status) == ({}, 1) and said.endswith("ValueError: no such client\n")
+
+
+DRAWS = """
+import random, numpy, torch
+from mpsl_dist.runtime.starting import start
+def draw():
+    print(random.random(), numpy.random.rand(), torch.rand(1).item(), sep="\\n")
+    return 0
+for _ in range(2):
+    assert start([], draw, {}).wait() == 0
+"""
+
+
+def test_forks_draw_numbers_of_their_own() -> None:
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", DRAWS]
+    drawn = subprocess.run(line, env=variables, capture_output=True, text=True, timeout=60).stdout
+    assert len(set(drawn.split())) == 6, drawn
