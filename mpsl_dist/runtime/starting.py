@@ -134,8 +134,8 @@ def _become(variables: Mapping[str, str], apart: bool, name: str) -> None:
     # Else all forks would draw the same where nobody gives a seed; Python's own sees to itself.
     if torch := sys.modules.get("torch"):
         torch.default_generator.seed()
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed()
+    if numpy_random := sys.modules.get("numpy.random"):
+        numpy_random.seed()
 
 
 def _begin_anew_without_cuda(command: Sequence[str], keep: Sequence[int]) -> None:

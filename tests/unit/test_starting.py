@@ -113,7 +113,7 @@ def test_the_status_of_a_fork_is_that_of_a_process() -> None:
 
 
 DRAWS = """
-import random, numpy, torch
+import random, numpy.random, torch
 from mpsl_dist.runtime.starting import start
 def draw():
     print(random.random(), numpy.random.rand(), torch.rand(1).item(), sep="\\n")
