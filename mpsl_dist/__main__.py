@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import importlib
 import os
 import sys
 import time
@@ -56,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     # What every rank gives to Python: a script of the user's is started again as it was.
     options.again = ["-m", "mpsl_dist", *arguments] if arguments else sys.orig_argv[1:]
+    # A program that calls this function may hold what its forks can't use, and torch that was
+    # imported before has not read what is set here.
+    forks = not arguments and "torch" not in sys.modules
+    options.go_on = (lambda: _perform(options)) if forks else None
+    return _perform(options)
+
+
+def _perform(options: argparse.Namespace) -> int:
+    """Run the command of a checked command line and return the exit status."""
     try:
         command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
         command |= {"data": _data, "partition": _partition, "bench": _bench}
@@ -140,27 +150,29 @@ def _status_of(error: Exception) -> int:
 def _train(options: argparse.Namespace) -> int:
     from mpsl_dist import config
 
+    # RPC tells of every lost connection in a line of its own; the run says what it means.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     experiment = config.load(options.config, options.overrides)
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     from mpsl_dist.config.methods import comes_back, goes_on, processes_of
     from mpsl_dist.runtime import environment, launch, supervisor
 
-    # RPC tells of every lost connection in a line of its own; the run says what it means.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     launched, patience = environment.resolve(os.environ), experiment.faults.exit_timeout
     if launched is None and processes_of(experiment) > 1:
         return _launch(options, experiment, processes_of(experiment))
+    worker = launched is not None and launched.rank > 0
+    hosts = launched is not None and launched.rank >= experiment.server.replicas
+    if hosts and goes_on(experiment) and not supervisor.is_child():
+        # Before torch is imported, but in a fork: the rank itself stays small.
+        restarts = experiment.faults.restarts if comes_back(experiment) else 0
+        look = launch.follower(launched, patience) if launched.folder else None
+        go_on = options.go_on if launched.folder else None
+        return supervisor.supervise(options.again, patience, restarts, look, go_on)
     if supervisor.is_child():
         supervisor.follow_parent()
     elif launched and launched.folder:
         launch.follow(launched, patience)
-    worker = launched is not None and launched.rank > 0
-    hosts = launched is not None and launched.rank >= experiment.server.replicas
-    if hosts and goes_on(experiment) and not supervisor.is_child():
-        # Before torch is imported: the rank itself stays small.
-        restarts = experiment.faults.restarts if comes_back(experiment) else 0
-        return supervisor.supervise(options.again, patience, restarts, bool(launched.folder))
     from mpsl_dist.methods import processes
 
     if worker:
@@ -171,6 +183,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> int:
     """Start server and workers on this machine; refuse what can be refused before."""
+    # Before numpy and torch read it: a pool of threads can't be forked. The run sets its own.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from mpsl_dist import config
     from mpsl_dist.actors.part_checks import refusals_without_data
     from mpsl_dist.methods.federation import refuse_shared_file
@@ -192,7 +206,19 @@ def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> 
         raise
     # Python's own end would take seconds, and what is to be done is done.
     grace, replicas = experiment.faults.exit_timeout, experiment.server.replicas
-    _leave(launch.run(ranks, options.again, grace, chosen, replicas))
+    _leave(launch.run(ranks, options.again, grace, chosen, replicas, _prepared(options)))
+
+
+def _prepared(options: argparse.Namespace) -> Callable[[], int] | None:
+    """Import what every rank needs; return what one does that is a fork of this process."""
+    if options.go_on:
+        from mpsl_dist.data.decode import text
+
+        # The first would come with the first optimizer, and take a second of every rank.
+        for name in ("torch._dynamo", "mpsl_dist.methods.processes"):
+            importlib.import_module(name)
+        text.prepare()
+    return options.go_on
 
 
 def _serve(experiment: Experiment, launched: Environment) -> int:

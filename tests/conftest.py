@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,23 @@ def until(holds: Callable[[], bool], seconds: float = 60.0, what: str = "conditi
         time.sleep(0.02)
 
 
+def role_of(process: int) -> tuple[int, bool] | None:
+    """The rank of a process, and whether it is the rank's child that hosts clients.
+
+    A fork has the environment of its parent in ``/proc``, but a name of its own.
+    """
+    folder = Path(f"/proc/{process}")
+    try:
+        variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+        name = (folder / "comm").read_text().strip()
+    except OSError:
+        return None
+    if told := re.fullmatch(r"rank(\d+)( hosts)?", name):
+        return int(told[1]), bool(told[2])
+    known = dict(variable.split("=", 1) for variable in variables if "=" in variable)
+    return (int(known["RANK"]), "MPSL_DIST_SUPERVISED" in known) if "RANK" in known else None
+
+
 @dataclass
 class World:
     """The processes of one launch, found again by a mark in their environment."""
@@ -87,16 +105,13 @@ class World:
                 found.append(int(entry.name))
         return sorted(found)
 
-    def rank(self, number: int) -> int:
-        """Id of the process that runs a rank."""
+    def rank(self, number: int, hosts: bool = False) -> int:
+        """Id of the process that runs a rank, or of its child that hosts the rank's clients."""
         for member in self.members():
-            try:
-                variables = Path(f"/proc/{member}/environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"RANK={number}".encode() in variables:
+            role = role_of(member)
+            if role and role[0] == number and (role[1] or not hosts):
                 return member
-        raise AssertionError(f"no process runs rank {number}")
+        raise AssertionError(f"no process {'hosts' if hosts else 'runs'} rank {number}")
 
     def finish(self, seconds: float = 120.0) -> tuple[int, str]:
         """Wait for the end; gives the exit status and all output. No process may be left."""

@@ -3,21 +3,24 @@
     python tests/measure_clients.py [key.path=value ...] [--clients 10,100,1000] [--workers 4]
 
 Every row is one epoch of the quickstart by the command line, all rows with one global batch of as
-many samples as the largest row has clients. Memory is what a process has to itself (``RssAnon``:
-shared libraries and mapped files are left out), at its peak. A run that leaves the machine less
-than ``--spare`` GiB is ended.
+many samples as the largest row has clients. Memory is what a process has to itself at its peak
+(``Private_Dirty``: what a fork shares with its parent is left out, as are libraries and mapped
+files). Cores' seconds are those that all processes took until the first step was done, which other
+programs on the machine hardly change. A run that leaves the machine less than ``--spare`` GiB is
+ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, World, launcher
+from conftest import ROOT, World, launcher, role_of
 
 from mpsl_dist import config
 from mpsl_dist.actors.assembly import build_tokenizers
@@ -29,21 +32,19 @@ KIB, MIB = 2**10, 2**20
 def own_memory(pid: int) -> int:
     """Bytes that a process has to itself; 0 if it is gone."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        parts = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0
-    lines = [line for line in status.splitlines() if line.startswith("RssAnon")]
-    return KIB * int(lines[0].split()[1]) if lines else 0
+    return KIB * sum(int(line.split()[1]) for line in parts.splitlines() if "Private_Dirty" in line)
 
 
-def rank_of(pid: int) -> int | None:
-    """The rank that a process runs; None of the launcher."""
+def processor_seconds(pid: int) -> float:
+    """Seconds of processors that a process, and its children that have ended, took so far."""
     try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
-    ranks = [variable[5:] for variable in variables if variable.startswith(b"RANK=")]
-    return int(ranks[0]) if ranks else None
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def spare() -> float:
@@ -53,26 +54,33 @@ def spare() -> float:
     return int(kib) * KIB / 2**30
 
 
-def watch(run: World, folder: Path, least: float) -> tuple[dict[int, int], float]:
-    """Follow a run to its end; gives every rank's peak memory and the seconds to its first step."""
-    begin, started = time.monotonic(), 0.0
-    peak: dict[int, int] = {}
+def watch(
+    run: World, folder: Path, least: float
+) -> tuple[dict[tuple[int, bool], int], float, float]:
+    """Follow a run to its end.
+
+    Gives the peak memory of every rank's processes, the seconds to the first step, and the
+    processors' seconds of all processes by its end.
+    """
+    begin, started, spent = time.monotonic(), 0.0, 0.0
+    peak: dict[tuple[int, bool], int] = {}
     metrics = folder / "metrics.jsonl"
     while run.process.poll() is None:
-        for pid in run.members():
-            rank = rank_of(pid)
-            if rank is not None:
-                peak[rank] = max(peak.get(rank, 0), own_memory(pid))
+        members, look = run.members(), time.monotonic()
         if not started and metrics.exists() and (lines := metrics.read_text().splitlines()):
-            started = time.monotonic() - begin - json.loads(lines[0])["seconds"]
+            started = look - begin - json.loads(lines[0])["seconds"]
+            spent = sum(map(processor_seconds, members))
+        for pid in members:
+            if role := role_of(pid):
+                peak[role] = max(peak.get(role, 0), own_memory(pid))
         if spare() < least:
             run.end()
             sys.exit(f"ended: less than {least:g} GiB of memory were left")
-        time.sleep(0.2)
+        time.sleep(max(0.2, 4 * (time.monotonic() - look)))  # a look costs processors' time too
     status, output = run.finish()
     if status:
         sys.exit(output)
-    return peak, started
+    return peak, started, spent
 
 
 def measure(clients: int, workers: int, words: list[str], least: float) -> tuple[int, int, str]:
@@ -83,11 +91,12 @@ def measure(clients: int, workers: int, words: list[str], least: float) -> tuple
         line += ["name=run", f"output={folder}", "training.epochs=1", f"clients={clients}"]
         line += [f"clients_per_worker={each}", "runtime.worker_threads=1", *words]
         run = Path(folder) / "run"
-        peak, started = watch(launch(line), run, least)
+        peak, started, spent = watch(launch(line), run, least)
         seconds = json.loads((run / "summary.json").read_text())["seconds"]["step_median"]
-    server, hosts = peak.pop(0), sum(peak.values())
-    row = f"{clients:7} {len(peak):7} {started:10.1f} {seconds:8.2f} {server / MIB:9.0f} "
-    return hosts, len(peak), row + f"{hosts / len(peak) / MIB:9.0f}"
+    server, hosts = peak.pop((0, False)), sum(peak.values())
+    count = len({rank for rank, _ in peak})
+    row = f"{clients:7} {count:7} {started:10.1f} {spent:9.1f} {seconds:8.2f} {server / MIB:9.0f} "
+    return hosts, count, row + f"{hosts / count / MIB:9.0f}"
 
 
 def trained_bytes(words: list[str]) -> int:
@@ -106,7 +115,7 @@ def main() -> None:
     numbers = [int(number) for number in options.clients.split(",")]
     words = [f"training.batch_size={max(numbers)}", *words]
     print(f"a client trains {trained_bytes(words) / KIB:.1f} KiB; MiB by process")
-    print("clients workers start-up,s step,s    server  a worker  KiB per further client")
+    print("clients workers start-up,s of cores step,s    server  a worker  KiB per further client")
     before: tuple[int, int, int] | None = None
     for clients in numbers:
         hosts, workers, row = measure(clients, options.workers, words, options.spare)

@@ -1,15 +1,16 @@
-"""A run on this machine by its own command: server and workers under torch's elastic agent.
+"""A run on this machine by its own command: server and workers as children of one process.
 
-The launching process starts the same command again for every rank and waits for their end. They
-meet by files of a private folder, so that no store listens to the network, and find each other
-there: ``launcher.pid``, ``rank0.pid`` ..., ``rank2.error`` where a worker failed by itself, and
-``server.gone`` where one has no sign of life from the server.
+The launching process has imported what every rank needs, forks each of them
+(:mod:`mpsl_dist.runtime.starting`), or starts the same command again where it may not be forked,
+and waits for their end. It has one thread, always. They meet by files of a private folder, so that
+no store listens to the network, and find each other there: ``launcher.pid``, ``rank0.pid`` ...,
+``rank2.error`` where a worker failed by itself, and ``server.gone`` where one has no sign of life
+from the server.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import signal
@@ -17,22 +18,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mpsl_dist.errors import LaunchError
 from mpsl_dist.runtime.environment import LAUNCH_FOLDER, Environment
 from mpsl_dist.runtime.process import StopRequest
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from mpsl_dist.runtime.starting import Started, start
 
 #: Bytes that a process of a run takes at the very least, whatever it computes.
 _PROCESS_BYTES = 100 * 2**20
 _SERVER_GONE = "server.gone"
-#: Seconds between two looks at whether the launching process was asked to stop, or lives.
+#: Seconds between two looks at whether ranks or the launching process live, or it is to stop.
 _LOOK = 0.1
+#: Seconds for the others to end by a signal once one rank has failed.
+_GRACE = 30.0
 
 
 def check_room(ranks: int) -> None:
@@ -61,6 +61,7 @@ def run(
     grace: float,
     interface: str | None = None,
     replicas: int = 1,
+    go_on: Callable[[], int] | None = None,
 ) -> int:
     """Start every rank of a run on this machine, wait for their end and return the exit status.
 
@@ -79,6 +80,9 @@ def run(
         Network interface that the user chose for RPC; else it is loopback.
     replicas : int
         How many of the ranks, from 0, are the server's.
+    go_on : callable, optional
+        What a rank does that is a fork of this process, which has imported what that needs; else
+        every rank begins anew.
 
     Returns
     -------
@@ -92,19 +96,18 @@ def run(
     doors = f"RPC listens on {interface} alone" if interface else "nothing listens outside loopback"
     print(f"{ranks} processes on this machine; {doors}", flush=True)
     with _private_folder() as folder:
-        over = threading.Event()
-        watch = (stop, folder, grace, over)
-        keeper = threading.Thread(target=_see_to_stop, args=watch, daemon=True)
-        keeper.start()
+        started: list[Started] = []
         try:
-            return _told(_start(ranks, command, folder), folder, stop, grace, replicas)
+            for variables in _variables(ranks, folder):
+                name = f"rank{len(started)}"
+                started.append(start(command, go_on, variables, apart=True, name=name))
+            failed = _wait(dict(enumerate(started)), folder, stop, grace)
+            return _told(failed, folder, stop, grace, replicas)
         except Exception as error:
             print(f"error: the launch failed: {error}", file=sys.stderr, flush=True)
             return 1
         finally:
-            over.set()
-            keeper.join()
-            _kill(folder)
+            _signal_all(started, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -120,41 +123,49 @@ def _private_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(ranks: int, command: Sequence[str], folder: Path) -> Mapping[int, ProcessFailure]:
-    """Run the ranks to their end; return those that failed."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def _variables(ranks: int, folder: Path) -> Iterator[dict[str, str]]:
+    """Give every rank's environment variables, as torchrun would set them."""
+    shape = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+    # They meet by files: nothing is ever opened at this address.
+    shape |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, LAUNCH_FOLDER: folder}
+    shape |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", 1)}
+    for rank in range(ranks):
+        yield {k: str(v) for k, v in (shape | {"RANK": rank, "LOCAL_RANK": rank}).items()}
 
-    os.environ |= {LAUNCH_FOLDER: str(folder), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the run sets its own
-    # The agent's account of a failure is many lines long; the run tells its own.
-    logging.disable(logging.ERROR)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id="mpsl_dist",
-        rdzv_backend="c10d",
-        rdzv_endpoint=str(folder / "rendezvous"),
-        # The file grows with every sign of life, which nobody else waits for.
-        rdzv_configs={"store_type": "file", "keep_alive_interval": 3600},
-        max_restarts=0,
-        local_addr="127.0.0.1",
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "torch")),
-        # Its own handlers would leave processes behind after a third signal.
-        signals_to_handle="SIGQUIT",
-    )
-    words = [word.replace("$", "$$") for word in command]  # the agent fills in templates
-    try:
-        elastic_launch(config, sys.executable)(*words)
-    except ChildFailedError as error:
-        return error.failures
-    return {}
+
+def _wait(
+    living: dict[int, Started], folder: Path, stop: StopRequest, grace: float
+) -> Mapping[int, int]:
+    """Wait for the end of all ranks; return the exit status of those that failed, in order.
+
+    A stop request is handed on to the server; what lives when its time is up, or when the server
+    is gone, is killed. Once one rank has failed the others are ended.
+    """
+    failed: dict[int, int] = {}
+    told, deadline, patience = False, float("inf"), float("inf")
+    while living:
+        for rank, status in [(rank, process.poll()) for rank, process in living.items()]:
+            if status is not None:
+                del living[rank]
+            if status:
+                failed[rank] = status
+        now = time.monotonic()
+        if stop and deadline == float("inf"):
+            deadline = now + grace
+        if stop and not told and 0 in living:
+            # Before it has told of itself, a server is still on its way and knows no stop.
+            told = (folder / "rank0.pid").exists() and _signal(living[0].pid, signal.SIGTERM)
+        if failed and patience == float("inf"):
+            patience = now + _GRACE
+            _signal_all(living.values(), signal.SIGTERM)
+        if now >= min(deadline, patience) or (folder / _SERVER_GONE).exists():
+            _signal_all(living.values(), signal.SIGKILL)
+        time.sleep(_LOOK)
+    return failed
 
 
 def _told(
-    failures: Mapping[int, ProcessFailure],
+    failures: Mapping[int, int],
     folder: Path,
     stop: StopRequest,
     grace: float,
@@ -163,17 +174,17 @@ def _told(
     """Return the command's exit status; say what went wrong unless the server has."""
     if not failures:
         return 0
-    if 0 in failures and failures[0].exitcode > 0:
-        return failures[0].exitcode if failures[0].exitcode == 2 else 1
+    if failures.get(0, 0) > 0:
+        return failures[0] if failures[0] == 2 else 1
     if (folder / _SERVER_GONE).exists():
         _error(
             f"the server gave no sign of life within faults.exit_timeout={grace:g} s, so killed; "
             "--resume continues from the last complete checkpoint"
         )
         return 1
-    # The agent ends the others with SIGTERM once one has failed.
-    first = min(failures, key=lambda rank: failures[rank].exitcode == -signal.SIGTERM)
-    code = failures[first].exitcode
+    # The others are ended with SIGTERM once one has failed.
+    first = min(failures, key=lambda rank: failures[rank] == -signal.SIGTERM)
+    code = failures[first]
     if stop and code == -signal.SIGTERM:
         print("stopped on request, before the first step")
     elif stop and code == -signal.SIGKILL:
@@ -194,28 +205,16 @@ def _error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def _see_to_stop(stop: StopRequest, folder: Path, grace: float, over: threading.Event) -> None:
-    """Hand a stop request on to the server; kill what lives when the time is up, or it is gone."""
-    told, deadline = False, float("inf")
-    while not over.wait(_LOOK):
-        if stop and deadline == float("inf"):
-            deadline = time.monotonic() + grace
-        if stop and not told:
-            told = _signal(folder / "rank0.pid", signal.SIGTERM)
-        if time.monotonic() >= deadline or (folder / _SERVER_GONE).exists():
-            _kill(folder)
+def _signal_all(ranks: Iterable[Started], number: signal.Signals) -> None:
+    for rank in ranks:
+        _signal(rank.pid, number)
 
 
-def _kill(folder: Path) -> None:
-    for path in folder.glob("rank*.pid"):
-        _signal(path, signal.SIGKILL)
-
-
-def _signal(path: Path, number: signal.Signals) -> bool:
-    """Signal the group of the rank that wrote this file; return whether there is one."""
+def _signal(group: int, number: signal.Signals) -> bool:
+    """Signal a rank's group; return whether there is one."""
     try:
-        os.killpg(int(path.read_text()), number)
-    except (OSError, ValueError):
+        os.killpg(group, number)
+    except OSError:
         return False
     return True
 
@@ -223,25 +222,51 @@ def _signal(path: Path, number: signal.Signals) -> bool:
 def follow(launched: Environment, grace: float) -> None:
     """Tell the launching process of this rank, and end with it, within ``grace`` seconds.
 
-    When the launching process is gone, the server stops as on a signal. The alarm is the kernel's:
-    it ends this process whatever that is doing.
+    On a thread of its own, for a process that is not forked any more.
+
+    Raises
+    ------
+    LaunchError
+        If the launching process is gone already.
     """
-    folder = Path(launched.folder or "")
+    look = follower(launched, grace)
+
+    def watch() -> None:
+        while not look():
+            time.sleep(_LOOK)
+
+    threading.Thread(target=watch, name="watch-launcher", daemon=True).start()
+
+
+def follower(launched: Environment, grace: float) -> Callable[[], bool]:
+    """Return what is to be called many times a second to follow the launching process.
+
+    It returns whether that is gone. Then the server stops as on a signal, and an alarm is set that
+    ends this process after ``grace`` seconds: the kernel's, whatever this process is doing.
+
+    Raises
+    ------
+    LaunchError
+        If the launching process is gone already.
+    """
+    folder, gone = Path(launched.folder or ""), False
     try:
         launcher = int((folder / "launcher.pid").read_text())
         (folder / f"rank{launched.rank}.pid").write_text(str(os.getpid()))
     except OSError as error:
         raise LaunchError(f"the launching process is gone: {error}") from error
 
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(_LOOK)
-        signal.setitimer(signal.ITIMER_REAL, max(grace - 1.0, _LOOK))
-        shutil.rmtree(folder, ignore_errors=True)
-        if launched.rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def look() -> bool:
+        nonlocal gone
+        if not gone and os.getppid() != launcher:
+            gone = True
+            signal.setitimer(signal.ITIMER_REAL, max(grace - 1.0, _LOOK))
+            shutil.rmtree(folder, ignore_errors=True)
+            if launched.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return gone
 
-    threading.Thread(target=watch, name="watch-launcher", daemon=True).start()
+    return look
 
 
 def miss_server(launched: Environment) -> None:

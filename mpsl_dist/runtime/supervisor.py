@@ -1,9 +1,10 @@
 """A rank that outlives the process which hosts its clients.
 
 torchrun and srun end the whole job when one rank exits with an error. So a worker's rank is this
-small process, which starts the same command again as its child: the child hosts the clients, and if
-it is lost the rank itself ends well, when the server has gone on without it. The child beats into a
-pipe: one that is stopped, or hangs, is killed.
+small process, which starts its child: the same command again, or where the rank is a fork itself
+(:mod:`mpsl_dist.runtime.starting`) a fork of it. The child hosts the clients, and if it is lost the
+rank itself ends well, when the server has gone on without it. The child beats into a pipe: one that
+is stopped, or hangs, is killed. The rank has no thread, so that it can be forked.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mpsl_dist.runtime.process import SERVER_GONE, end_with_parent, leave_stopping_to_server
+from mpsl_dist.runtime.starting import Started, start
 
 #: In the child's environment: where it beats, and its parent's process id.
 _MARK = "MPSL_DIST_SUPERVISED"
 _BEAT_SECONDS = 1.0
+#: Seconds between two looks at whether the launching process lives.
+_LOOK = 0.1
 
 
 def is_child() -> bool:
@@ -30,7 +33,11 @@ def is_child() -> bool:
 
 
 def supervise(
-    command: Sequence[str], patience: float, restarts: int, ends_on_signal: bool = False
+    command: Sequence[str],
+    patience: float,
+    restarts: int,
+    look: Callable[[], object] | None = None,
+    go_on: Callable[[], int] | None = None,
 ) -> int:
     """Run the command in a child process that hosts the clients, again whenever it is lost.
 
@@ -42,19 +49,23 @@ def supervise(
         Seconds without a beat after which a child that has joined the run is killed.
     restarts : int
         How often a child that is lost in the middle of the run is started again.
-    ends_on_signal : bool
-        Whether a stop signal ends the rank: its launcher sends one when the run is over.
+    look : callable, optional
+        Sees to what becomes of the rank when its launching process is gone; called many times a
+        second. Under our own command alone, where a stop signal ends the rank: the launching
+        process sends one when the run is over.
+    go_on : callable, optional
+        What a fork of this process does as the child.
 
     Returns
     -------
     int
         The exit status of this rank: 0 too where the child was lost in the middle of the run.
     """
-    if not ends_on_signal:
+    if not look:
         leave_stopping_to_server()
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
     for count in range(restarts + 1):
-        status, joined = _run(command, patience, count)
+        status, joined = _run(command, patience, count, look, go_on)
         if status == SERVER_GONE:
             return 1
         if status == 0 or (not joined and not count):
@@ -70,34 +81,49 @@ def supervise(
     return 0
 
 
-def _run(command: Sequence[str], patience: float, count: int) -> tuple[int, bool]:
+def _run(
+    command: Sequence[str],
+    patience: float,
+    count: int,
+    look: Callable[[], object] | None,
+    go_on: Callable[[], int] | None,
+) -> tuple[int, bool]:
     """Run a child to its end; return its status, and whether it had joined the run."""
     reading, writing = os.pipe()
-    child = subprocess.Popen(
-        [sys.executable, *command],
-        env=os.environ | {_MARK: f"{writing} {os.getpid()} {count}"},
-        pass_fds=[writing],
-    )
+    mark = {_MARK: f"{writing} {os.getpid()} {count}"}
+    name = f"rank{os.environ.get('RANK')} hosts"
+    child = start(command, go_on, mark, name=name, keep=[writing])
     os.close(writing)
     try:
-        joined = _follow(reading, child, patience)
+        joined = _follow(reading, child, patience, look)
     finally:
         os.close(reading)
     return child.wait(), joined
 
 
-def _follow(reading: int, child: subprocess.Popen, patience: float) -> bool:
+def _follow(
+    reading: int, child: Started, patience: float, look: Callable[[], object] | None
+) -> bool:
     """Read beats until the child is gone; return whether there were any."""
     joined, last = False, time.monotonic()
     while True:
-        waiting = max(0.0, last + patience - time.monotonic()) if joined else None
-        if not select.select([reading], [], [], waiting)[0]:
-            print(f"no sign of life for {patience:g} s: killed", file=sys.stderr, flush=True)
-            child.kill()
-            return joined
+        deadline = last + patience if joined else float("inf")
+        while not select.select([reading], [], [], _until(deadline, look))[0]:
+            if look:
+                look()
+            if time.monotonic() >= deadline:
+                print(f"no sign of life for {patience:g} s: killed", file=sys.stderr, flush=True)
+                child.kill()
+                return joined
         if not os.read(reading, 1024):
             return joined
         joined, last = True, time.monotonic()
+
+
+def _until(deadline: float, look: Callable[[], object] | None) -> float | None:
+    """Return the seconds to wait for a beat; None without an end."""
+    seconds = max(0.0, min(deadline - time.monotonic(), _LOOK if look else deadline))
+    return None if seconds == float("inf") else seconds
 
 
 def beat() -> None:

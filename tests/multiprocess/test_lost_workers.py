@@ -54,15 +54,7 @@ def steps_done(folder: Path) -> int:
 
 def hosting(world: World, rank: int) -> int:
     """Id of the process that hosts a rank's clients, the child of the rank's own."""
-    for member in world.members():
-        try:
-            variables = Path(f"/proc/{member}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        mine = [v for v in variables if v.startswith(b"MPSL_DIST_SUPERVISED=")]
-        if mine and f"RANK={rank}".encode() in variables:
-            return member
-    raise AssertionError(f"no process hosts the clients of rank {rank}")
+    return world.rank(rank, hosts=True)
 
 
 def assert_went_on_without(folder: Path, rank: int) -> dict:

@@ -88,3 +88,39 @@ def test_a_child_without_a_sign_of_life_is_killed(restarts: int, tmp_path: Path)
     status, counts, said = supervise(tmp_path, restarts, "joins silent", "joins 0")
     assert (status, counts) == (0, list(range(restarts + 1)))
     assert "no sign of life for 0.5 s: killed" in said
+
+
+#: A rank that is a fork itself, as its children are: the last one ends well once it was looked to.
+FORKS = """
+import os, signal, sys, time
+from pathlib import Path
+from mpsl_dist.runtime import supervisor
+
+def host():
+    supervisor.follow_parent()
+    open("counts", "a").write(f"{supervisor.returns()}\\n")
+    os.write(int(os.environ["MPSL_DIST_SUPERVISED"].split()[0]), b".")
+    if supervisor.returns() < 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not Path("looked").exists():
+        time.sleep(0.02)
+    return 0
+
+look = Path("looked").touch
+sys.exit(supervisor.supervise(["-c", "raise SystemExit(9)"], 60, 3, look, host))
+"""
+
+
+def test_a_forked_rank_forks_its_child_again_and_follows_its_launching_process(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RANK": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, (tmp_path / "counts").read_text().split()) == (0, ["0", "1", "2"])
+    assert done.stderr.count("worker2 ended by SIGKILL; started again") == 2, done.stderr
