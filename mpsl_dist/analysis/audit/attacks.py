@@ -128,9 +128,7 @@ def _mean_token(of_tokens: Sequence[Tensor] | None) -> Tensor | None:
     return torch.cat([x_nld.mean(1) for x_nld in of_tokens], dim=1)
 
 
-def _add_labels(
-    scene: Scene, attack: tuple[str, str], guess_n: Tensor, labels_n: Tensor
-) -> None:
+def _add_labels(scene: Scene, attack: tuple[str, str], guess_n: Tensor, labels_n: Tensor) -> None:
     if not len(labels_n):
         return
     how, of = attack
@@ -183,7 +181,9 @@ def _count_labels(scene: Scene, classes: int) -> None:
             usual += int(true_k.max())
             total += len(labels_b)
     if total:
-        score = scores.Score(right / total, float(np.sqrt(right / total * (1 - right / total) / total)))
+        score = scores.Score(
+            right / total, float(np.sqrt(right / total * (1 - right / total) / total))
+        )
         attack = ("gradient of the head's bias", "none", "synchronised gradients")
         scene.add(attack, "label_counts", score, usual / total, total)
 
@@ -220,7 +220,9 @@ def _match(scene: Scene, candidates: TensorDataset, names: Sequence[str], of: st
         for right_n, chance, nearest in trials:
             score_m = -np.array(list(nearest.values()))
             member_m = np.array([key in there for key in nearest])
-            found.append((scores.share(right_n), chance, scores.auc(score_m, member_m), len(score_m)))
+            found.append(
+                (scores.share(right_n), chance, scores.auc(score_m, member_m), len(score_m))
+            )
         same, chance, _, _ = max(found, key=lambda one: one[0].value)
         samples = len(trials[0][0])
         scene.add(("nearest candidate", level, of), "reidentified", same, chance, samples)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
+from rich.console import Console
 
 from mpsl_dist import config
-from mpsl_dist.analysis.audit import halves
+from mpsl_dist.analysis.audit import halves, report
 from mpsl_dist.analysis.audit.attacks import Scene, attack_labels, attack_samples
-from mpsl_dist.analysis.audit.figures import METRICS, Audit
+from mpsl_dist.analysis.audit.figures import METRICS, Audit, over
 from mpsl_dist.analysis.audit.reconstruction import attack_inputs
 from mpsl_dist.analysis.audit.victim import Victim, refuse
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.loading import override
 from mpsl_dist.errors import ConfigError, RunError
-from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.run_directory import RunDirectory
@@ -71,7 +68,9 @@ def open_targets(targets: Sequence[str]) -> list[tuple[str, Experiment, RunDirec
             found.append(_open(word, overrides))
             refuse(found[-1][1])
         except (ConfigError, RunError) as error:
-            wrong += [line if word in line else f"{word}: {line}" for line in str(error).split("\n")]
+            wrong += [
+                line if word in line else f"{word}: {line}" for line in str(error).split("\n")
+            ]
     if wrong:
         raise ConfigError("\n".join(wrong))
     if not found:
@@ -85,7 +84,7 @@ def _open(word: str, overrides: Sequence[str]) -> tuple[str, Experiment, RunDire
         if not (path / "config.yaml").is_file():
             raise RunError(f"{word}: no config.yaml there; is it a run directory?")
         run = RunDirectory(path)
-        return word, config.from_dict(config.override(run.config(), overrides)), run
+        return word, config.from_dict(override(run.config(), overrides)), run
     if not path.is_file():
         raise RunError(f"{word}: no such run directory or configuration")
     return word, config.load(word, overrides), None
@@ -144,6 +143,55 @@ def audit(
     return found
 
 
+def audit_all(
+    targets: Sequence[str],
+    samples: int,
+    out: str | None,
+    overwrite: bool,
+    limits: Mapping[str, float],
+) -> list[str]:
+    """Audit runs and configurations, show and write what was found.
+
+    Parameters
+    ----------
+    targets, out, overwrite
+        As :func:`open_targets` and :func:`mpsl_dist.analysis.audit.report.free_folder` take them.
+    limits : mapping of str to float
+        Metric -> what no attack may exceed.
+
+    Returns
+    -------
+    list of str
+        A line for every figure over its limit.
+
+    Raises
+    ------
+    UserError
+        If something cannot be read, attacked or written.
+    """
+    if samples < 10:
+        raise ConfigError(f"--samples: at least 10, not {samples}")
+    opened = open_targets(targets)
+    folder = report.free_folder(out, [experiment.name for _, experiment, _ in opened], overwrite)
+    console, found = Console(), []
+    with console.status("") as status:
+
+        def tell(text: str) -> None:
+            status.update(text)
+            if not console.is_terminal:
+                console.print(text, highlight=False)
+
+        for source, experiment, run in opened:
+            found.append(audit(experiment, run, samples, source, tell))
+    for one in found:
+        report.show(one, console)
+    if len(found) > 1:
+        report.show_groups(report.grouped(found), console)
+    for path in report.write(found, folder):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return over(found, limits)
+
+
 _ATTACKS: dict[str, Callable[[Scene], None] | None] = {
     "listening": None,
     "labels": attack_labels,
@@ -163,7 +211,9 @@ def _listen(victim: Victim, read: halves.Halves, found: Audit, step: int) -> Sce
     heard = victim.hear()
     true = {n: client.tokenizers.local_value() for n, client in victim.clients.items()}
     clients = [one.client for one in heard]
-    levels: dict[str, Mapping[int, Tokenizers]] = {"initial": dict.fromkeys(clients, victim.initial)}
+    levels: dict[str, Mapping[int, Tokenizers]] = {
+        "initial": dict.fromkeys(clients, victim.initial)
+    }
     if step:
         mean, own = victim.weights_fetched()
         if mean is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 #: k-means begins so many times, and the tightest clusters are kept: the attacker sees no labels.
-_RESTARTS = 10
+_RESTARTS = 5
 
 
 def from_logits(gradient_nk: Tensor) -> Tensor:

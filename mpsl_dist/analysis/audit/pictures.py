@@ -199,38 +199,59 @@ def _solve_patches(y_nld: Tensor, known: Patches, prior_lp: Tensor) -> Tensor:
     told_md = u_dd[:, rank:].T
     if len(told_md) < 2:
         told_md = torch.cat([told_md, 1e-3 * inverse_pd])
-    places_nl = _places(y_nld, known.positions_ld, told_md, weight.shape)
-    ones = torch.ones(len(weight), 1, dtype=torch.float64)
-    patches = torch.empty(*y_nld.shape[:2], weight.shape[1], dtype=torch.float64)
-    for sample, (y_ld, place_l) in enumerate(zip(y_nld, places_nl, strict=True)):
-        offset = offset_ld[place_l]
-        base_ldx = torch.stack([y_ld, ones.T.expand_as(y_ld)], dim=2)
-        left, right = told_md @ base_ldx, told_md @ offset.unsqueeze(2)
-        scale_shift = torch.linalg.lstsq(left, right, driver="gelsd").solution
-        z_ld = (base_ldx @ scale_shift).squeeze(2)
-        patches[sample, place_l] = prior_lp[place_l] + (z_ld - offset) @ inverse_pd.T
-    return patches
+    sides = _sides(y_nld, told_md)
+    place_nl = _places(sides, known.positions_ld @ told_md.T, len(weight) - weight.shape[1])
+    offset_nld = offset_ld[place_nl]
+    scale_nl1, shift_nl1 = _scale_and_shift(y_nld, offset_nld, told_md, sides)
+    z_nld = scale_nl1 * y_nld + shift_nl1
+    patches_nlp = prior_lp[place_nl] + (z_nld - offset_nld) @ inverse_pd.T
+    # Every patch where it belongs.
+    return patches_nlp.gather(1, place_nl.argsort(1)[:, :, None].expand_as(patches_nlp))
 
 
-def _places(
-    y_nld: Tensor, positions_ld: Tensor, told_md: Tensor, shape: tuple[int, int]
-) -> Tensor:
+def _sides(y_nld: Tensor, told_md: Tensor) -> tuple[Tensor, Tensor]:
+    """Return unit vectors (m,) and (n, l, m) that span what the LayerNorm hides in what is told."""
+    ones_m = functional.normalize(told_md.sum(1), dim=0)
+    told_nlm = y_nld @ told_md.T
+    rest_nlm = told_nlm - (told_nlm @ ones_m)[:, :, None] * ones_m
+    return ones_m, functional.normalize(rest_nlm, dim=2)
+
+
+def _scale_and_shift(
+    y_nld: Tensor, offset_nld: Tensor, told_md: Tensor, sides: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return s and μ (n, l, 1) by least squares: the offset's told part in terms of y and 1."""
+    ones_m, side_nlm = sides
+    told_nlm, wanted_nlm = y_nld @ told_md.T, offset_nld @ told_md.T
+    length_nl = (told_nlm * side_nlm).sum(2).clamp(min=1e-12)
+    scale_nl = (wanted_nlm * side_nlm).sum(2) / length_nl
+    shift_nl = (wanted_nlm - scale_nl[:, :, None] * told_nlm) @ ones_m / told_md.sum(1).norm()
+    return scale_nl[:, :, None], shift_nl[:, :, None]
+
+
+def _places(sides: tuple[Tensor, Tensor], positions_lm: Tensor, spare: int) -> Tensor:
     """Return the place (n, l) of every token: its own, unless others explain them far better.
 
     Without the two directions that the LayerNorm hides a token leaves nothing at its true place
     alone, if more equations are left than two. Under noise the smallest rest is anybody's.
+
+    Parameters
+    ----------
+    positions_lm : Tensor
+        What is told of every place.
+    spare : int
+        How many more numbers a token has than a patch.
     """
     from scipy.optimize import linear_sum_assignment
 
-    own_l = torch.arange(y_nld.shape[1])
-    if shape[0] - shape[1] < 3:
-        return own_l.expand(len(y_nld), -1)
-    told_lm, ones_m = positions_ld @ told_md.T, told_md.sum(1)
+    ones_m, side_nlm = sides
+    own_l = torch.arange(side_nlm.shape[1])
+    if spare < 3:
+        return own_l.expand(len(side_nlm), -1)
+    sure_l = positions_lm.square().sum(1) - (positions_lm @ ones_m).square()
     found = []
-    for y_ld in y_nld:
-        sides_lmx = torch.stack([y_ld @ told_md.T, ones_m.expand(len(y_ld), -1)], dim=2)
-        taken_llx = torch.einsum("imx,jm->ijx", torch.linalg.qr(sides_lmx).Q, told_lm)
-        rest_ll = (told_lm.square().sum(1) - taken_llx.square().sum(2)).clamp(min=0)
+    for side_lm in side_nlm:
+        rest_ll = (sure_l - (side_lm @ positions_lm.T).square()).clamp(min=0)
         place_l = own_l
         if (rest_ll.argmin(1) == own_l).double().mean() < 0.5:
             place_l = torch.from_numpy(linear_sum_assignment(rest_ll.numpy())[1])

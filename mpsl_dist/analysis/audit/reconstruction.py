@@ -50,40 +50,37 @@ def _attack_planes(scene: Scene, name: str) -> None:
     public = scene.halves.public.inputs[name]
     shape = tuple(public.shape[1:])
     geometry = _known(next(iter(scene.true.values())), name, shape)
-    arrived = {one.client: _patch_tokens(scene, one, name) for one in scene.heard}
-    if geometry is None or any(x is None for x in arrived.values()):
+    tokens = {one.client: _modality_tokens(scene, one, name) for one in scene.heard}
+    if geometry is None or any(x is None for x in tokens.values()):
         scene.audit.note(f"{name}: its tokenizer cuts no patches, or not all its tokens arrived")
         return
+    arrived = {n: x_nld[:, 1:] for n, x_nld in tokens.items()}  # the first holds no patch
     _add_equations(scene, name, geometry)
     planes = _planes(public)
     prior, unit = planes.mean(0).double(), _unit(planes)
     truth = unit(torch.cat([_planes(one.inputs[name]) for one in scene.heard]).double())
     mean = unit(prior[None])
-    rows = {"original": truth}
-
-    def keep(attack: str, level: str, guesses: list[Tensor]) -> None:
-        guess = unit(torch.cat(guesses)).clamp(0, 1)
-        best = scene.audit.figures
-        before = [f.value for f in best if (f.step, f.of, f.metric) == (scene.step, name, "psnr")
-                  and f.attack == attack]
-        _add_planes(scene, (attack, level, name), truth, guess, mean)
-        if not before or best[-2].value > max(before):
-            rows[attack] = guess
-
+    trials = {("ridge", "none"): _by_regression(scene, name, scene.true, arrived, geometry, prior)}
     for level, weights in scene.knowledge.items():
         known = {n: _known(weights[n], name, shape) for n in arrived}
-        keep("exact", level, [pictures.solve(x, known[n], prior) for n, x in arrived.items()])
-        keep("ridge", level, _by_regression(scene, name, weights, arrived, geometry, prior))
-    keep("ridge", "none", _by_regression(scene, name, scene.true, arrived, geometry, prior))
+        solved = [pictures.solve(x, known[n], prior) for n, x in arrived.items()]
+        trials["exact", level] = solved
+        trials["ridge", level] = _by_regression(scene, name, weights, arrived, geometry, prior)
+    rows, best = {"original": truth}, {}
+    for (attack, level), planes_by_client in trials.items():
+        guess = unit(torch.cat(planes_by_client)).clamp(0, 1)
+        value = _add_planes(scene, (attack, level, name), truth, guess, mean)
+        if value > best.get(attack, float("-inf")):
+            rows[attack], best[attack] = guess, value
     shown = {label: planes[:_SHOWN] for label, planes in rows.items()}
     scene.audit.galleries.append(Gallery(name, scene.step, shown))
 
 
-def _patch_tokens(scene: Scene, one: Heard, name: str) -> Tensor | None:
-    """Return the tokens (n, l, d) that hold patches; None where they did not arrive."""
+def _modality_tokens(scene: Scene, one: Heard, name: str) -> Tensor | None:
+    """Return a modality's tokens (n, l, d); None where they did not arrive."""
     known = scene.true[one.client]
-    found = by_modality(one.tokens, dict(zip(known.by_modality, known.lengths, strict=True)))
-    return found[name][:, 1:] if name in found else None
+    lengths = dict(zip(known.by_modality, known.lengths, strict=True))
+    return by_modality(one.tokens, lengths).get(name)
 
 
 def _planes(inputs: Tensor) -> Tensor:
@@ -110,12 +107,14 @@ def _add_equations(scene: Scene, name: str, known: Patches) -> None:
 
 def _add_planes(
     scene: Scene, attack: tuple[str, str, str], truth: Tensor, guess: Tensor, mean: Tensor
-) -> None:
+) -> float:
+    """Keep both figures of a reconstruction, and return its PSNR."""
     truth, guess, mean = truth.flatten(1), guess.flatten(1), mean.flatten(1)
     floor = scores.psnr(truth, mean.expand_as(truth)).value
     found = scores.psnr(truth, guess)
     scene.add(attack, "psnr", found, floor, len(truth), scores.CEILING_DB)
     scene.add(attack, "r2", scores.r2(truth, guess, mean[0]), 0.0, len(truth))
+    return found.value
 
 
 def _by_regression(
@@ -160,18 +159,18 @@ def _attack_words(scene: Scene, name: str) -> None:
     count = int(said_nl.sum())
     usual_l = torch.stack([_most_frequent(column) for column in public_ml.T])
     floor = float((usual_l == truth_nl)[said_nl].double().mean())
+    arrived = [_modality_tokens(scene, one, name) for one in scene.heard]
+    if any(x is None for x in arrived):
+        scene.audit.note(f"{name}: not all its tokens arrived")
+        return
     for level, weights in scene.knowledge.items():
-        guesses = []
-        for one in scene.heard:
-            known = weights[one.client]
-            lengths = dict(zip(known.by_modality, known.lengths, strict=True))
-            arrived = by_modality(one.tokens, lengths)
-            if name not in arrived:
-                scene.audit.note(f"{name}: not all its tokens arrived")
-                return
-            tokenizer = known.by_modality[name]
-            guesses.append(words.nearest_words(arrived[name], tokenizer, known.pre_norm))
-        right = scores.share((torch.cat(guesses) == truth_nl)[said_nl])
+        guess_nl = torch.empty_like(truth_nl)
+        by_client = [weights[one.client] for one in scene.heard for _ in one.labels_n]
+        for known in {id(x): x for x in by_client}.values():
+            rows = torch.tensor([x is known for x in by_client])
+            tokens_nld, tokenizer = torch.cat(arrived)[rows], known.by_modality[name]
+            guess_nl[rows] = words.nearest_words(tokens_nld, tokenizer, known.pre_norm)
+        right = scores.share((guess_nl == truth_nl)[said_nl])
         scene.add(("nearest row of the table", level, name), "words", right, floor, count)
 
 

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-
-#: Rows of the table that are compared at once.
-_AT_ONCE = 8192
 
 
-def nearest_words(tokens_nld: Tensor, tokenizer: nn.Module, norm: nn.Module) -> Tensor | None:
+def nearest_words(tokens_nld: Tensor, tokenizer: nn.Module, norm: nn.Module) -> Tensor:
     """Return the byte-pair tokens (n, l) whose embedding is nearest to what arrived.
 
     Parameters
@@ -21,37 +17,24 @@ def nearest_words(tokens_nld: Tensor, tokenizer: nn.Module, norm: nn.Module) -> 
     tokens_nld : Tensor
         As they arrived.
     tokenizer, norm : nn.Module
-        With the weights that the attacker takes for the client's.
-
-    Returns
-    -------
-    Tensor or None
-        None where the tokenizer has no table.
+        A table with positions, and what stands behind it, with the weights that the attacker takes
+        for the client's.
     """
-    table, positions = getattr(tokenizer, "table", None), getattr(tokenizer, "positions", None)
-    if not isinstance(table, nn.Embedding) or positions is None:
-        return None
-    rows_vd = table.weight.detach().float()
-    found = [
-        _nearest(tokens_nld[:, place].float(), rows_vd + positions[0, place].detach().float(), norm)
-        for place in range(tokens_nld.shape[1])
-    ]
+    rows_vd, places_ld = tokenizer.table.weight.detach().float(), tokenizer.positions[0].detach()
+    normed = isinstance(norm, nn.LayerNorm)
+    tokens_nld = tokens_nld.float()
+    if normed:  # what is the same for all rows is taken out of what arrived
+        tokens_nld = (tokens_nld - norm.bias.detach()) / norm.weight.detach()
+        tokens_nld, rows_vd, places_ld = map(_centred, (tokens_nld, rows_vd, places_ld))
+    lengths_v = rows_vd.square().sum(1)
+    found = []
+    for tokens_nd, place_d in zip(tokens_nld.unbind(1), places_ld.float(), strict=True):
+        square_v = lengths_v + 2 * (rows_vd @ place_d) + place_d.square().sum()
+        product_nv = tokens_nd @ rows_vd.T + (tokens_nd @ place_d)[:, None]
+        near_nv = product_nv / square_v.sqrt() if normed else 2 * product_nv - square_v
+        found.append(near_nv.argmax(1))
     return torch.stack(found, dim=1)
 
 
-def _nearest(tokens_nd: Tensor, rows_vd: Tensor, norm: nn.Module) -> Tensor:
-    normed = isinstance(norm, nn.LayerNorm)
-    if normed:  # the same for all rows: taken out of what arrived, so that rows are only scaled
-        weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
-        tokens_nd = (tokens_nd - bias) / weight
-    best_n = torch.full((len(tokens_nd),), torch.inf)
-    word_n = torch.zeros(len(tokens_nd), dtype=torch.long)
-    for start in range(0, len(rows_vd), _AT_ONCE):
-        some_vd = rows_vd[start : start + _AT_ONCE]
-        if normed:
-            some_vd = functional.layer_norm(some_vd, some_vd.shape[1:], eps=norm.eps)
-        distance_nv = some_vd.square().sum(1) - 2 * tokens_nd @ some_vd.T
-        value_n, row_n = distance_nv.min(1)
-        word_n = torch.where(value_n < best_n, row_n + start, word_n)
-        best_n = torch.minimum(best_n, value_n)
-    return word_n
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
