@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from mpsl_dist import config
@@ -16,6 +17,7 @@ from mpsl_dist.analysis.audit.victim import Victim, refuse
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.loading import override
 from mpsl_dist.errors import ConfigError, RunError
+from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.run_directory import RunDirectory
@@ -134,12 +136,11 @@ def audit(
     for step, folder in _moments(run):
         if folder is not None:
             victim.restore(folder)
+        tell(f"{experiment.name}, step {step}: listening")
+        scene = _listen(victim, read, found, step)
         for name, attack in _ATTACKS.items():
-            if name == "listening":
-                scene = _listen(victim, read, found, step)
             tell(f"{experiment.name}, step {step}: {name}")
-            if attack:
-                attack(scene)
+            attack(scene)
     return found
 
 
@@ -192,8 +193,7 @@ def audit_all(
     return over(found, limits)
 
 
-_ATTACKS: dict[str, Callable[[Scene], None] | None] = {
-    "listening": None,
+_ATTACKS: dict[str, Callable[[Scene], None]] = {
     "labels": attack_labels,
     "pictures and words": attack_inputs,
     "matching with candidates": attack_samples,
@@ -220,6 +220,14 @@ def _listen(victim: Victim, read: halves.Halves, found: Audit, step: int) -> Sce
             levels["average"] = dict.fromkeys(clients, mean)
         if set(clients) <= set(own):
             levels["own"] = own
+        elif mean is not None and all(_equal(one, mean) for one in true.values()):
+            found.note("knowledge own: all clients hold the same weights, so average is own")
         else:
             found.note("knowledge own: not every client sent weights of its own at an evaluation")
     return Scene(step, victim, read, heard, levels, true, found)
+
+
+def _equal(one: Tokenizers, other: Tokenizers) -> bool:
+    mine, others = trainable_state(one), trainable_state(other)
+    same = mine.keys() == others.keys()
+    return same and all(torch.equal(mine[name], others[name]) for name in mine)

@@ -15,6 +15,8 @@ from mpsl_dist.analysis import compare
 from mpsl_dist.analysis.audit.figures import METRICS, Audit, Figure, Gallery
 from mpsl_dist.errors import RunError
 
+#: Checkpoints in a table, the last ones.
+_STEPS = 3
 #: Metrics of a sweep's columns.
 _COLUMNS = ("psnr", "labels", "words", "reidentified", "membership")
 
@@ -46,44 +48,55 @@ def free_folder(out: str | None, audits: Sequence[str], overwrite: bool) -> Path
 
 
 def show(audit: Audit, console: Console) -> None:
-    """Print every figure of an audit, the strongest of a metric bold."""
+    """Print the figures of an audit, the strongest of a metric at the end bold."""
     console.print(
         f"{audit.name}: {audit.samples} test samples attacked; the attacker has {audit.public} "
         "others, which share no picture and no sound with them",
         highlight=False,
     )
-    for e in audit.equations:
+    for e in (e for e in audit.equations if e.step in (audit.steps[0], audit.steps[-1])):
         size = f"d={e.width}, P={e.pixels}, stride {e.stride}{', pre-norm' if e.pre_norm else ''}"
         says = "exact" if e.deficit == 0 else f"{e.deficit} unknowns too many"
         words = f"step {e.step}, {e.of}: {size}: {says}, condition {e.condition:.3g}"
         console.print(words, highlight=False)
-    for step in audit.steps:
-        console.print(_table(audit, step))
+    console.print(_table(audit))
     for note in audit.notes:
         console.print(f"note: {note}", highlight=False)
 
 
-def _table(audit: Audit, step: int) -> Table:
-    table = Table(title=f"{audit.name}, step {step}", title_justify="left")
+def _table(audit: Audit) -> Table:
+    """Lay out a line for every attack and knowledge, with a column for every step."""
+    steps = audit.steps[:1] + audit.steps[1:][-_STEPS:]
+    table = Table(title=f"{audit.name}: found ± standard error", title_justify="left")
     for head in ("metric", "attack", "knowledge", "of"):
         table.add_column(head)
-    for head in ("floor", "found", "±", "ceiling", "samples"):
+    for head in ("floor", *(f"step {step}" for step in steps), "ceiling"):
         table.add_column(head, justify="right")
-    best = {metric: audit.strongest(metric, step) for metric in METRICS}
+    best = [audit.strongest(metric, steps[-1]) for metric in METRICS]
     for metric in METRICS:
-        rows = [f for f in audit.figures if f.step == step and f.metric == metric]
-        for f in rows:
-            cells = [_number(x, f) for x in (f.floor, f.value, f.error, f.ceiling)]
-            style = "bold" if f is best[metric] else "dim" if f.control else None
-            words = (metric, f.attack, f.knowledge, f.of)
-            table.add_row(*words, *cells, str(f.samples), style=style)
-        if rows:
+        lines: dict[tuple[str, str, str], dict[int, Figure]] = {}
+        for f in (f for f in audit.figures if f.metric == metric):
+            lines.setdefault((f.attack, f.knowledge, f.of), {})[f.step] = f
+        for words, found in lines.items():
+            last = list(found.values())[-1]
+            cells = [_found(found.get(step)) for step in steps]
+            style = "dim" if last.control else "bold" if last in best else None
+            ends = [_number(x, metric) for x in (last.floor, last.ceiling)]
+            table.add_row(metric, *words, ends[0], *cells, ends[1], style=style)
+        if lines:
             table.add_section()
     return table
 
 
-def _number(value: float, figure: Figure) -> str:
-    return f"{value:.1f}" if figure.metric == "psnr" else f"{value:.3f}"
+def _found(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    value, error = (_number(x, figure.metric) for x in (figure.value, figure.error))
+    return f"{value} ± {error}"
+
+
+def _number(value: float, metric: str) -> str:
+    return f"{value:.1f}" if metric == "psnr" else f"{value:.3f}"
 
 
 # -- several runs ------------------------------------------------------------------------------
@@ -164,8 +177,8 @@ def write(audits: Sequence[Audit], folder: Path) -> list[Path]:
     found = [path]
     try:
         path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-        for audit in audits:
-            name = f"{audit.name}-" if len(audits) > 1 else ""
+        for number, audit in enumerate(audits, start=1):
+            name = f"{number}-{audit.name}-" if len(audits) > 1 else ""
             for of in dict.fromkeys(gallery.of for gallery in audit.galleries):
                 found.append(folder / f"{name}{of}.png")
                 draw_gallery(audit, of, found[-1])
@@ -182,12 +195,13 @@ def draw_gallery(audit: Audit, of: str, path: Path) -> None:
     """Draw the samples of a modality, and below them what the attacks made of their tokens."""
     from matplotlib.figure import Figure as Canvas
 
-    galleries = [gallery for gallery in audit.galleries if gallery.of == of]
+    ends = (audit.steps[0], audit.steps[-1])
+    galleries = [g for g in audit.galleries if g.of == of and g.step in ends]
     rows = [("original", galleries[0].rows["original"])]
     for gallery in galleries:
         rows += [
             (_caption(audit, gallery, label), planes)
-            for label, planes in gallery.rows.items()
+            for label, planes in sorted(gallery.rows.items())
             if label != "original"
         ]
     count = len(rows[0][1])

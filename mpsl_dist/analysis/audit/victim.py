@@ -130,6 +130,8 @@ class Victim:
 
     def listen(self) -> Iterator[list[Message]]:
         """Train through the audited samples once, nothing moving; yield every step's messages."""
+        # What the server has kept of an earlier time crosses again.
+        self.method.clients.begin_training(len(self.method.plan), 1)
         self.method.begin_epoch(0)
         self.wiretap.take()
         for step in range(len(self.method.plan)):
