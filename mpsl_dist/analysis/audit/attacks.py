@@ -214,7 +214,7 @@ def _match(scene: Scene, candidates: TensorDataset, names: Sequence[str], of: st
     for level, weights in scene.knowledge.items():
         trials = [_distances(scene, weights, candidates, names, place) for place in (0, 1)]
         if any(trial is None for trial in trials):
-            scene.audit.note(f"{of}: tokens differ in number from those of candidates")
+            scene.audit.note(f"{of}: no client's tokens have the number of a candidate's")
             return
         found = []
         for right_n, chance, nearest in trials:
@@ -248,7 +248,7 @@ def _distances(
         lengths = dict(zip(known.by_modality, known.lengths, strict=True))
         pairs = [by_modality(tokens, lengths) for tokens in (one.tokens, sent)]
         if any(set(names) - set(pair) for pair in pairs):
-            return None
+            continue
         arrived, offered = ([pair[name] for name in names] for pair in pairs)
         distance_nm = matching.distances(arrived, offered)[place]
         truth = keys(TensorDataset(one.inputs, one.labels_n), names)
@@ -258,4 +258,4 @@ def _distances(
             chances.append(offers.count(tuple(key)) / len(offers))
         for offer, distance in zip(offers, distance_nm.min(0).values.tolist(), strict=True):
             nearest[offer] = min(distance, nearest.get(offer, float("inf")))
-    return right_n, float(np.mean(chances)), nearest
+    return (right_n, float(np.mean(chances)), nearest) if right_n else None

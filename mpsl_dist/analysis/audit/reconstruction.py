@@ -50,15 +50,16 @@ def _attack_planes(scene: Scene, name: str) -> None:
     public = scene.halves.public.inputs[name]
     shape = tuple(public.shape[1:])
     geometry = _known(next(iter(scene.true.values())), name, shape)
-    tokens = {one.client: _modality_tokens(scene, one, name) for one in scene.heard}
-    if geometry is None or any(x is None for x in tokens.values()):
-        scene.audit.note(f"{name}: its tokenizer cuts no patches, or not all its tokens arrived")
+    heard = _heard_of(scene, name)
+    if geometry is None or not heard:
+        scene.audit.note(f"{name}: its tokenizer cuts no patches, or its tokens did not arrive")
         return
-    arrived = {n: x_nld[:, 1:] for n, x_nld in tokens.items()}  # the first holds no patch
+    # A modality's first token holds no patch.
+    arrived = {one.client: _modality_tokens(scene, one, name)[:, 1:] for one in heard}
     _add_equations(scene, name, geometry)
     planes = _planes(public)
     prior, unit = planes.mean(0).double(), _unit(planes)
-    truth = unit(torch.cat([_planes(one.inputs[name]) for one in scene.heard]).double())
+    truth = unit(torch.cat([_planes(one.inputs[name]) for one in heard]).double())
     mean = unit(prior[None])
     trials = {("ridge", "none"): _by_regression(scene, name, scene.true, arrived, geometry, prior)}
     for level, weights in scene.knowledge.items():
@@ -74,6 +75,14 @@ def _attack_planes(scene: Scene, name: str) -> None:
             rows[attack], best[attack] = guess, value
     shown = {label: planes[:_SHOWN] for label, planes in rows.items()}
     scene.audit.galleries.append(Gallery(name, scene.step, shown))
+
+
+def _heard_of(scene: Scene, name: str) -> list[Heard]:
+    """Return what was heard of those clients whose tokens of a modality arrived."""
+    found = [one for one in scene.heard if _modality_tokens(scene, one, name) is not None]
+    if 0 < len(found) < len(scene.heard):
+        scene.audit.note(f"{name}: attacked at {len(found)} of {len(scene.heard)} clients")
+    return found
 
 
 def _modality_tokens(scene: Scene, one: Heard, name: str) -> Tensor | None:
@@ -153,22 +162,22 @@ def _first(scene: Scene, count: int) -> TensorDataset:
 
 
 def _attack_words(scene: Scene, name: str) -> None:
-    public_ml = scene.halves.public.inputs[name]
-    truth_nl = torch.cat([one.inputs[name] for one in scene.heard])
+    public_ml, heard = scene.halves.public.inputs[name], _heard_of(scene, name)
+    if not heard:
+        scene.audit.note(f"{name}: its tokens did not arrive")
+        return
+    truth_nl = torch.cat([one.inputs[name] for one in heard])
+    arrived = torch.cat([_modality_tokens(scene, one, name) for one in heard])
     said_nl = ~torch.isin(truth_nl, torch.tensor(_NO_WORDS))
     count = int(said_nl.sum())
     usual_l = torch.stack([_most_frequent(column) for column in public_ml.T])
     floor = float((usual_l == truth_nl)[said_nl].double().mean())
-    arrived = [_modality_tokens(scene, one, name) for one in scene.heard]
-    if any(x is None for x in arrived):
-        scene.audit.note(f"{name}: not all its tokens arrived")
-        return
     for level, weights in scene.knowledge.items():
         guess_nl = torch.empty_like(truth_nl)
-        by_client = [weights[one.client] for one in scene.heard for _ in one.labels_n]
+        by_client = [weights[one.client] for one in heard for _ in one.labels_n]
         for known in {id(x): x for x in by_client}.values():
             rows = torch.tensor([x is known for x in by_client])
-            tokens_nld, tokenizer = torch.cat(arrived)[rows], known.by_modality[name]
+            tokens_nld, tokenizer = arrived[rows], known.by_modality[name]
             guess_nl[rows] = words.nearest_words(tokens_nld, tokenizer, known.pre_norm)
         right = scores.share((guess_nl == truth_nl)[said_nl])
         scene.add(("nearest row of the table", level, name), "words", right, floor, count)

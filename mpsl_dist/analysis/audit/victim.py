@@ -29,7 +29,7 @@ from mpsl_dist.analysis.audit.wiretap import Message, Wiretap
 from mpsl_dist.config import Experiment, Faults
 from mpsl_dist.config.methods import METHODS, facts_of, options_of
 from mpsl_dist.data import TensorDataset
-from mpsl_dist.data.partition import Dealt
+from mpsl_dist.data.partition import Dealt, mini_batches
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.methods.hosting import BuildClients, Setup
 from mpsl_dist.models.average import load_trainable, trainable_state
@@ -143,10 +143,17 @@ class Victim:
         """Return what every client lets out of its samples, beside these; raises as a step does."""
         found: dict[int, list[Heard]] = {}
         waiting: dict[int, list[Tensor]] = {n: [] for n in self.numbers}
+        plan, held = self.method.plan, self._holdings
+        rows = {
+            n: mini_batches(held.sizes[n], plan[:, n].tolist(), self.experiment.seed, n, 0)
+            for n in self.numbers
+        }
         for step, messages in enumerate(self.listen()):
-            size = int(self.method.plan[step].sum())
-            for n in np.flatnonzero(self.method.plan[step]).tolist():
-                batch, parameters = self.clients[n].data.batch(step), self.clients[n].parameters()
+            size = int(plan[step].sum())
+            for n in np.flatnonzero(plan[step]).tolist():
+                # The truth, from the data themselves: a client may tell its own task another.
+                batch = held.splits.train.fetch(held.dealt.parts[n][rows[n][step]].tolist())
+                parameters = self.clients[n].parameters()
                 own = [m for m in messages if m.client == n]
                 heard = _one(n, batch.inputs, batch.labels, own)
                 waiting[n].append(batch.labels)
@@ -171,9 +178,11 @@ class Victim:
         """Return tokenizers with these weights; None if they are weights of something else."""
         built = copy.deepcopy(self.initial)
         own = {name: p.shape for name, p in built.named_parameters() if p.requires_grad}
-        if not isinstance(weights, Mapping) or own != {n: x.shape for n, x in weights.items()}:
+        found = weights if isinstance(weights, Mapping) else {}
+        found = {name: x for name, x in found.items() if name in own}
+        if own != {name: x.shape for name, x in found.items()}:
             return None
-        load_trainable(built, weights)
+        load_trainable(built, found)
         return built
 
     def pairs(
