@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mpsl_dist.analysis.audit import labels, matching, pictures, scores, words
+from mpsl_dist.analysis.audit import attacks, labels, matching, pictures, scores, words
 from mpsl_dist.analysis.audit.attacks import by_modality
+from mpsl_dist.analysis.audit.figures import Audit
+from mpsl_dist.analysis.audit.victim import Heard
 from mpsl_dist.models.tokenizers import PatchTokenizer, TextTokenizer, Tokenizers, token_table
 
 
@@ -206,3 +210,42 @@ def test_modalities_are_told_apart_by_their_numbers_of_tokens() -> None:
     assert list(by_modality([whole[:, :7]], lengths)) == ["image", "text"]
     assert list(by_modality([whole[:, :3], whole[:, :2]], lengths)) == ["audio", "text"]
     assert by_modality([whole[:, :9]], lengths) == {}
+
+
+# -- what arrives decides what is attacked -----------------------------------------------------
+
+
+def scene_of(back: Tensor, labels_n: Tensor, classes: int, **heard: Any) -> attacks.Scene:
+    """A scene with one client, of which no more was heard than gradients."""
+    whole = {"of_tokens": None, "of_vectors": []} | heard
+    one = Heard(0, {}, labels_n, [], back, **whole)
+    parameters = [torch.zeros(classes, 4), torch.zeros(classes)]
+    client = SimpleNamespace(parameters=lambda: parameters)
+    victim = SimpleNamespace(clients={0: client}, experiment=SimpleNamespace(seed=1))
+    names = tuple(map(str, range(classes)))
+    read = SimpleNamespace(splits=SimpleNamespace(classes=names))
+    found = Audit("a", "m", "", {}, {}, len(labels_n), 0)
+    return attacks.Scene(0, victim, read, [one], {}, {}, found)
+
+
+def found_by(scene: attacks.Scene) -> dict[str, float]:
+    attacks.attack_labels(scene)
+    return {f.attack: f.value for f in scene.audit.figures if f.metric.startswith("labels")}
+
+
+def test_gradients_of_features_are_clustered_and_not_taken_for_logits() -> None:
+    gradient, labels_n = softmax_gradients()
+    head = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    found = found_by(scene_of(gradient @ head, labels_n, 5))
+    assert "smallest entry" not in found
+    assert found["clusters"] >= 0.99
+    assert found["control: labels permuted, clusters"] < 0.4
+
+
+def test_a_head_that_clients_hold_and_bring_together_tells_label_counts() -> None:
+    gradient, labels_n = softmax_gradients(24)
+    vector = torch.cat([torch.zeros(20), (gradient.mean(0))])
+    scene = scene_of(gradient, labels_n, 5, of_vectors=[(vector, labels_n)])
+    attacks.attack_labels(scene)
+    (counts,) = [f for f in scene.audit.figures if f.metric == "label_counts"]
+    assert counts.value > 0.85 > counts.floor
