@@ -69,6 +69,7 @@ def _perform(options: argparse.Namespace) -> int:
     try:
         command = {"train": _train, "evaluate": _evaluate, "cost": _cost, "compare": _compare}
         command |= {"data": _data, "partition": _partition, "bench": _bench}
+        command["audit"] = _audit
         return command[options.command](options)
     except UserError as error:
         return _user_error(str(error), told=isinstance(error, RefusedError))
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--methods", default=methods, metavar="A,B", help=f"default: {methods}")
     bench.add_argument("--out", default=".", metavar="DIR", help="for bench-<name>.json and .png")
     bench.add_argument("--overwrite", action="store_true", help="replace an earlier bench there")
+    _add_audit(commands)
     _add_data_commands(commands)
     return parser
 
@@ -110,6 +112,20 @@ def _parser() -> argparse.ArgumentParser:
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="an experiment, configs/*.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+
+def _add_audit(commands: argparse._SubParsersAction) -> None:
+    audit = commands.add_parser("audit", help="what a curious server learns from what it receives")
+    what = "run directories and experiments; key.path=value as for evaluate or train"
+    audit.add_argument("targets", nargs="+", metavar="RUN_OR_CONFIG", help=what)
+    samples = "test samples that are attacked: 200"
+    audit.add_argument("--samples", type=int, default=200, metavar="N", help=samples)
+    out = "default: audit-NAME, of several audit-sweep"
+    audit.add_argument("--out", metavar="DIR", help=out)
+    audit.add_argument("--overwrite", action="store_true", help="replace an earlier audit there")
+    over = "exit with 1 if an attack finds more"
+    audit.add_argument("--fail-over", nargs="+", default=[], metavar="psnr=20", help=over)
+    audit.set_defaults(overrides=[])
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -391,6 +407,15 @@ def _compare(options: argparse.Namespace) -> int:
     for path in compare.write(groups, Path(options.out)) if options.out else ():
         print(f"wrote {path}")
     return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from mpsl_dist.analysis.audit.audit import audit_all, limits_of
+
+    limits, targets = limits_of(options.fail_over), [*options.targets, *options.overrides]
+    over = audit_all(targets, options.samples, options.out, options.overwrite, limits)
+    print("\n".join(over), file=sys.stderr, end="\n" if over else "")
+    return int(bool(over))
 
 
 def _data(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import RemoteError
 from mpsl_dist.methods import federation
+from mpsl_dist.methods.link import Transport
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import environment, world
 from mpsl_dist.runtime.answers import name_clients
@@ -50,6 +51,9 @@ class Setup:
     options : object
         The method's own options: ``method_options`` as the dataclass of its
         :class:`~mpsl_dist.config.methods.MethodFacts`, checked; None where it has none.
+    transport : callable, optional
+        Returns what carries messages to the clients that a :data:`BuildClients` builds, in place
+        of RPC: for a method that runs in one process.
     """
 
     experiment: Experiment
@@ -57,6 +61,7 @@ class Setup:
     worker_threads: int
     generations: Generations | None = None
     options: Any = None
+    transport: Callable[[BuildClients], Transport] | None = None
 
     @property
     def splits(self) -> Splits:
@@ -155,7 +160,7 @@ def timeout_of(experiment: Experiment) -> float:
     return patience or experiment.runtime.rpc_timeout
 
 
-def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) -> Fleet:
+def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) -> Transport:
     """Have every worker build its clients; all workers get about equally many samples.
 
     Where the data are the workers' own, clients live on the workers in the order of their numbers.
@@ -172,6 +177,8 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
     RemoteError
         If a worker fails or is lost.
     """
+    if setup.transport is not None:
+        return setup.transport(build)
     experiment, agreement = setup.experiment, setup.holdings.agreement
     spread = place(setup.holdings.sizes, experiment.workers)
     if agreement is not None:

@@ -32,7 +32,9 @@ def shown_commands() -> list[str]:
     lines = [line for page in PAGES for line in page.read_text("utf-8").splitlines()]
     shown = [line.strip() for line in lines if line.startswith("    ")]
     return [
-        line for line in shown if re.search(r"mpsl_dist (train|cost|partition|data|bench) ", line)
+        line
+        for line in shown
+        if re.search(r"mpsl_dist (train|cost|partition|data|bench|audit) ", line)
     ]
 
 

@@ -1,0 +1,1 @@
+"""What an honest but curious server learns from what its clients really send."""
