@@ -32,12 +32,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpsl_dist.config.checks import FEWEST_IN_SUM
 from mpsl_dist.errors import ConfigError
 
 #: Bytes of a public key, and of a seed.
 KEY = 32
-#: Clients of a sum, at least: of a sum of two, either knows what the other added.
-FEWEST = 3
 
 
 def require() -> None:
@@ -132,10 +131,10 @@ class MaskedSum:
         if self._private is None:
             raise RuntimeError(f"masked sum {self.number}: its key has masked a vector before")
         public = dict(zip(members, map(_bytes, keys), strict=True))
-        if len(set(public.values())) < FEWEST or public.get(self.client) != self._public:
+        if len(set(public.values())) < FEWEST_IN_SUM or public.get(self.client) != self._public:
             raise RuntimeError(
-                f"masked sum {self.number}: {len(public)} clients, where {FEWEST} of different "
-                "keys are needed, one of them its own"
+                f"masked sum {self.number}: {len(public)} clients, where {FEWEST_IN_SUM} of "
+                "different keys are needed, one of them its own"
             )
         agreed = self._agree(public)
         vector_n, self._private = self._vector_n.clone(), None

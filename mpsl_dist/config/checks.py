@@ -13,7 +13,7 @@ from mpsl_dist.errors import ConfigError
 from mpsl_dist.typed import not_finite, values_of
 
 #: Clients of a masked sum, at least: of a sum of two, either knows what the other added.
-_FEWEST_IN_SUM = 3
+FEWEST_IN_SUM = 3
 #: Seconds of a year: a longer timeout overflows the clocks that it is given to.
 _YEAR = 365 * 24 * 3600.0
 
@@ -112,15 +112,15 @@ def _mask_problems(experiment: Experiment) -> list[str]:
             f"{key}: frozen tokenizers are as everybody began with them; set "
             "model.train_tokenizers=true, or masked=false"
         )
-    if experiment.clients < _FEWEST_IN_SUM:
+    if experiment.clients < FEWEST_IN_SUM:
         found.append(
-            f"{key}: {experiment.clients} clients; a sum of fewer than {_FEWEST_IN_SUM} tells "
-            f"what each has added; take clients={_FEWEST_IN_SUM} or more, or masked=false"
+            f"{key}: {experiment.clients} clients; a sum of fewer than {FEWEST_IN_SUM} tells "
+            f"what each has added; take clients={FEWEST_IN_SUM} or more, or masked=false"
         )
-    if goes_on(experiment) and experiment.faults.min_clients < _FEWEST_IN_SUM:
+    if goes_on(experiment) and experiment.faults.min_clients < FEWEST_IN_SUM:
         found.append(
-            f"{key}: a sum needs {_FEWEST_IN_SUM} clients, and the run would go on with "
-            f"{experiment.faults.min_clients}; set faults.min_clients={_FEWEST_IN_SUM} or more, "
+            f"{key}: a sum needs {FEWEST_IN_SUM} clients, and the run would go on with "
+            f"{experiment.faults.min_clients}; set faults.min_clients={FEWEST_IN_SUM} or more, "
             "or faults.on_loss=stop"
         )
     if experiment.training.evaluate_own and experiment.data.test_at == "server":

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsl_dist.actors import masking
-from mpsl_dist.actors.masking import FEWEST, KEY, Masked
+from mpsl_dist.actors.masking import KEY, Masked
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.checks import FEWEST_IN_SUM
 from mpsl_dist.methods.link import Link
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.models import fixed_point
@@ -109,7 +110,7 @@ def masked_sum(
         words = {n: (number, what, shares[n], len(asked)) for n in asked}
         offered = link.start("offer_key", words, where, up=keys_up)()
         keys = {n: key for n, key in sorted(offered.items()) if key is not None}
-        if len(keys) < FEWEST:
+        if len(keys) < FEWEST_IN_SUM:
             return None
         found = _locked(link, number, keys, where, (keys_down, kind))
         if found is not None:
@@ -168,7 +169,7 @@ def sum_bytes(taking_part: NDArray[np.bool_], numbers: int, kind: str) -> dict[s
         n.
     """
     keys_up, keys_down = _KEYS[kind]
-    part = taking_part.astype(np.int64) * (taking_part.sum() >= FEWEST)
+    part = taking_part.astype(np.int64) * (taking_part.sum() >= FEWEST_IN_SUM)
     first = (part * np.cumsum(part) == 1).astype(np.int64)
     sealed, opened = first * KEY * part.sum(), first * KEY
     return {
