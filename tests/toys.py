@@ -15,6 +15,7 @@ SHAPES = {"image": (3, 8, 8), "audio": (26, 36), "text": (6,)}
 CLASSES = ("a", "b", "c")
 PAIR_SHAPES = {name: SHAPES[name] for name in ("image", "text")}
 SAMPLES = 90
+ENCODER = {"size": "custom", "width": 16, "depth": 2, "heads": 2}
 
 
 def load(modalities: tuple[str, ...]) -> Splits:
@@ -72,7 +73,7 @@ def experiment(**changes: Any) -> Experiment:
         "clients": 4,
         "data": {"name": "toy-image+text", "partition": {"alpha": 0.5, "minimum": 3}},
         "model": {
-            "encoder": {"size": "custom", "width": 16, "depth": 2, "heads": 2},
+            "encoder": ENCODER,
             "image_patch": 4,
         },
         "training": {

@@ -103,6 +103,10 @@ class Server:
         parts = zip(*smashed.values(), strict=True)
         return sizes, [torch.cat(tensors).to(self.device) for tensors in parts]
 
+    def whole_model(self) -> ServerModel:
+        """Return encoder and head as one: here they are."""
+        return self.model
+
     def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
         """Step the server's own optimizer at the run's step ``step``, on gradients by parameter."""
         self.stepper.step(gradients, step)

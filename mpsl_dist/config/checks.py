@@ -79,7 +79,19 @@ def _replica_problems(experiment: Experiment) -> list[str]:
             f"server.replicas: {replicas} for {experiment.clients} clients; each takes whole "
             f"clients, so at most {experiment.clients}"
         ]
-    return []
+    return _shard_problems(experiment) if experiment.server.shard else []
+
+
+def _shard_problems(experiment: Experiment) -> list[str]:
+    training, found = experiment.training, []
+    if experiment.server.replicas == 1:
+        found.append("server.shard: needs server.replicas of at least 2, or server.shard=false")
+    if training.compile:
+        found.append("server.shard: not with training.compile; set one of them to false")
+    if training.autocast is not None:
+        # Its copies of the weights would stay until the end of a forward, of all blocks.
+        found.append("server.shard: not with training.autocast; set training.autocast=null")
+    return found
 
 
 def _head_problems(experiment: Experiment) -> list[str]:

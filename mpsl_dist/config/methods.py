@@ -86,7 +86,7 @@ _SPLIT = (
     "training.evaluate_own",
     "wire",
 )
-_GROUP = ("server.replicas",)
+_GROUP = ("server.replicas", "server.shard")
 _ROUNDS = (*_REMOTE, "federated")
 #: What only some methods read.
 OPTIONAL = (*_SPLIT, *_GROUP, *_FAULTS, "adapters", "federated")

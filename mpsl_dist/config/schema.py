@@ -342,6 +342,9 @@ class Server:
     #: Equal copies of encoder and head, each a process with a GPU of its own, that share every
     #: global batch; see ``docs/replicas.md``.
     replicas: int = 1
+    #: Leave on every replica but a part of each parameter, of its gradient and of the optimizer's
+    #: state: for encoders that do not fit one GPU.
+    shard: bool = False
 
 
 @dataclass(frozen=True)

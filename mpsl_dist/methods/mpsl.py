@@ -236,7 +236,7 @@ class Mpsl:
         """Return the averaged tokenizers joined with the server's part (section 3.3)."""
         testing.fetch_average(self)
         wire = wire_of(self.experiment)
-        return Deployable(self.tokenizers, self.server.model, self.task, wire)
+        return Deployable(self.tokenizers, self.server.whole_model(), self.task, wire)
 
     def trainable_parameters(self) -> dict[str, int]:
         """Return how many parameters one client and the server train."""

@@ -1,91 +1,75 @@
-"""The server as a group of replicas: equal copies of encoder and head that share a global batch.
+"""The server as a group of replicas: copies of encoder and head, or shards of them, that share a
+global batch.
 
 The group is a star. Clients talk to replica 0 alone, which hands every other replica the smashed
-activations of its share of the clients, inside the step's autograd context, and collects the
-predictions: one backward goes through all replicas. They sum their gradients among themselves, and
-each steps its own optimizer on the same sums, so that all stay equal to the last bit.
+activations of its share of the clients, and collects the predictions. In the graph of the step all
+replicas together are one node of replica 0's: it goes backward once every client's gradient is
+there, and then on all replicas. So whatever they do together, none waits for another in it because
+a client was lost: it is begun by all of them or by none.
 
 Nested calls, by which a replica would itself call the workers of its clients, would spare the hop
 through replica 0. They would also spread over the replicas what replica 0 does for all clients:
 count every message, find who is lost and repeat the step without it, meet workers that come back.
 The hop is inside the server's machine; ``docs/replicas.md`` has what it costs.
 
-Gradients are summed after the backward, not during it: a client that is lost ends a backward in
-the middle, when some replicas would wait for others in a sum that these never begin.
+Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width, ``k`` classes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpsl_dist.actors.agreement import Elsewhere
 from mpsl_dist.actors.assembly import build_server_model
-from mpsl_dist.actors.choices import describe, device_of
+from mpsl_dist.actors.choices import device_of
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server, Smashed
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
+from mpsl_dist.errors import ConfigError
 from mpsl_dist.methods.hosting import Setup, on_own_gpu
+from mpsl_dist.methods.replica import Replica
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import world
-from mpsl_dist.runtime.network import host_name
 from mpsl_dist.runtime.placement import place
-from mpsl_dist.runtime.replicas import Reduction, Replicas
+from mpsl_dist.runtime.replicas import Replicas
 
+#: Whose activations a replica in shards makes up where it has no client: what shards do, all do.
+_NOBODY = -1
 _log = logging.getLogger("mpsl_dist")
 
 
-class Replica:
-    """One of the server's copies, in a process of its own.
+class _Everyone(torch.autograd.Function):
+    """All replicas as one node of the graph of replica 0."""
 
-    Parameters
-    ----------
-    server : Server
-        Built as in every other replica.
-    """
+    @staticmethod
+    def forward(
+        ctx: Any,
+        back: Callable[[Sequence[Tensor]], list[Tensor | None]],
+        predictions: Sequence[Tensor],
+        _: Tensor,
+        *smashed: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Put what the replicas predict into the graph, behind what they were given."""
+        ctx.back = back
+        return tuple(predictions)
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    def join(self, name: str, rank: int, count: int, nccl: bool, timeout: float) -> str:
-        """Meet the other replicas; return where this one is, as a user reads it."""
-        self.reduction = Reduction(name, rank, count, self.server.device, nccl, timeout)
-        return f"{host_name()}, {describe(self.server.device)}"
-
-    def forward(self, smashed: Smashed, from_cut: bool = False) -> dict[int, Tensor]:
-        """Return the predictions for these clients; see :meth:`Server.forward`."""
-        return self.server.forward(smashed, from_cut) if smashed else {}
-
-    def step(self, step: int, span: tuple[int, int], gradients: Mapping[Tensor, Tensor]) -> None:
-        """Step the optimizer at the run's step ``step`` on the sum of all replicas' gradients.
-
-        Parameters
-        ----------
-        span : tuple of int
-            Steps of an epoch, and epochs: what the schedule spans.
-        gradients : mapping of Tensor to Tensor
-            This replica's own, by parameter.
-        """
-        stepper = self.server.stepper
-        stepper.plan(*span)
-        own = [gradients.get(parameter) for parameter in stepper.parameters]
-        sums = zip(stepper.parameters, self.reduction.sum(own, stepper.parameters), strict=True)
-        self.server.step(step, {p: total for p, total in sums if total is not None})
-
-    def restore(self, folder: str) -> None:
-        """Continue from what replica 0 wrote to ``folder``."""
-        self.server.restore(folder)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *ctx.back(gradients)
 
 
 class ServerGroup:
     """All replicas, behind the face of one :class:`~mpsl_dist.actors.server.Server`.
-
-    Tests and checkpoints are replica 0's alone, because all replicas are equal.
 
     Parameters
     ----------
@@ -95,17 +79,26 @@ class ServerGroup:
         The way to the others.
     count : int
         How many there are in all.
+    build : callable
+        Returns a whole model on the CPU, for shards to be gathered in.
     """
 
-    def __init__(self, own: Replica, others: Replicas, count: int) -> None:
+    def __init__(
+        self, own: Replica, others: Replicas, count: int, build: Callable[[], ServerModel]
+    ) -> None:
         self.own = own
         self.others = others
         self.count = count
+        self._build = build
+        # What is under way of a step that was given up ends before anything else begins.
+        self._turn = threading.Lock()
+        self._pass = object()
+        self._broken: Exception | None = None
 
     @property
-    def model(self) -> ServerModel:
-        """Replica 0's, equal to every other's."""
-        return self.own.server.model
+    def model(self) -> nn.Module:
+        """Replica 0's, equal to every other's; in shards, one that all compute together."""
+        return _Together(self) if self.own.shard else self.own.server.model
 
     @property
     def stepper(self) -> Stepper:
@@ -115,7 +108,7 @@ class ServerGroup:
     @property
     def device(self) -> str:
         """Where replica 0 computes."""
-        return self.own.server.device
+        return self.own.device
 
     def forward(self, smashed: Smashed, from_cut: bool = False) -> dict[int, Tensor]:
         """Run the encoder once over the global batch, every replica over its share of the clients.
@@ -131,13 +124,82 @@ class ServerGroup:
             If a replica is lost or fails.
         """
         if not torch.is_grad_enabled():
-            return self.own.forward(smashed, from_cut)
-        mine, *theirs = shares(smashed, self.count)
-        wait = self.others.start("forward", [(share,) for share in theirs])
-        predictions = self.own.forward(mine)
-        for share in wait():
-            predictions |= share
-        return {client: predictions[client] for client in smashed}
+            return self.predict(smashed)
+        asked = tuple(map(any, zip(*(_asks(smashed[n]) for n in smashed), strict=True)))
+        dealt = self._deal(smashed)
+        found = self._all("forward", [(share, asked) for share in dealt])
+        predictions = {n: slice_bk for share in found for n, slice_bk in share.items()}
+        # A parameter's gradient is wanted even where none of the activations' is.
+        anchor = torch.zeros((), requires_grad=bool(self.stepper.parameters))
+        who = list(smashed), len(asked), [list(share) for share in dealt]
+        back = partial(self._backward, self._pass, *who)
+        flat = [x for tensors in smashed.values() for x in tensors]
+        outcome = _Everyone.apply(back, [predictions[n] for n in smashed], anchor, *flat)
+        return dict(zip(smashed, outcome, strict=True))
+
+    def predict(self, smashed: Smashed) -> dict[int, Tensor]:
+        """Return predictions as in a test: replica 0's alone, or in shards those of all."""
+        if not self.own.shard:
+            return self.own.server.forward(smashed, from_cut=True)
+        found = self._all("predict", [(share,) for share in self._deal(smashed)])
+        together = {n: slice_bk for share in found for n, slice_bk in share.items()}
+        return {n: together[n] for n in smashed}
+
+    def _deal(self, smashed: Smashed) -> list[dict[int, list[Tensor]]]:
+        """Return every replica's share, out of any graph; in shards it is never empty."""
+        dealt = shares({n: [x.detach() for x in smashed[n]] for n in smashed}, self.count)
+        if self.own.shard:
+            example = next(iter(smashed.values()))
+            one = [x_bld[:1].detach().clone() for x_bld in example]
+            dealt = [share or {_NOBODY: one} for share in dealt]
+        return dealt
+
+    def _backward(
+        self,
+        of: object,
+        clients: Sequence[int],
+        tensors: int,
+        dealt: Sequence[Sequence[int]],
+        gradients: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """Have every replica go backward; return the gradients of all that came in, in order.
+
+        Of a step that was given up, while the replicas have begun something else, there are none.
+        An error would be heard by nobody, and its callers would wait for it at the run's end.
+        """
+        by_client = {n: g.clone() for n, g in zip(clients, gradients, strict=True)}
+        told = [({n: by_client[n] for n in share if n in by_client},) for share in dealt]
+        with self._turn:
+            found = self._ask("backward", told) if of is self._pass else []
+        back = {n: own for share in found for n, own in share.items()}
+        return [x for n in clients for x in back.get(n, [None] * tensors)]
+
+    def _all(self, message: str, told: Sequence[Sequence[Any]]) -> list[Any]:
+        """Have all replicas do the same at the same time, and return their answers.
+
+        Raises
+        ------
+        RemoteError
+            If a replica is lost or fails; the group does nothing more then.
+        """
+        with self._turn:
+            self._pass = object()
+            return self._ask(message, told)
+
+    def _ask(self, message: str, told: Sequence[Sequence[Any]]) -> list[Any]:
+        if self._broken is not None:
+            raise self._broken
+        mine, *theirs = told
+        try:
+            wait = self.others.start(message, theirs)
+            try:
+                own = getattr(self.own, message)(*mine)
+            finally:
+                answers = wait()  # where something in common fails, this tells whose fault it was
+        except Exception as error:
+            self._broken = error
+            raise
+        return [own, *answers]
 
     def step(self, step: int, gradients: Mapping[Tensor, Tensor]) -> None:
         """Step every replica's optimizer on the sum of all gradients.
@@ -147,31 +209,54 @@ class ServerGroup:
         step : int
             Of the run.
         gradients : mapping of Tensor to Tensor
-            Replica 0's own; those of the others are where they are.
+            Of the clients' graph, in which the replicas have none: those are where they are.
 
         Raises
         ------
         RemoteError
             If a replica is lost or fails.
         """
-        span = self.stepper.span
-        wait = self.others.start("step", self.others.everyone(step, span), with_gradients=True)
-        try:
-            self.own.step(step, span, gradients)
-        finally:
-            wait()  # where a sum has failed, this tells whose fault it was
+        self._all("step", [(step, self.stepper.span)] * self.count)
 
     def save(self, folder: str) -> str:
-        """Write replica 0's encoder, head and optimizer; return the file's SHA-256."""
-        return self.own.server.save(folder)
+        """Write encoder, head and optimizer, replica 0 for all; return the file's SHA-256."""
+        if not self.own.shard:
+            return self.own.server.save(folder)
+        digest, *_ = self._all("save", [(folder,), *[(None,)] * (self.count - 1)])
+        return digest
 
     def restore(self, folder: str) -> None:
-        """Have every replica continue from what :meth:`save` wrote."""
-        wait = self.others.start("restore", self.others.everyone(folder))
-        try:
-            self.own.restore(folder)
-        finally:
-            wait()
+        """Have every replica continue from what :meth:`save` wrote, in shards or not."""
+        self._all("restore", [(folder,)] * self.count)
+
+    def whole_model(self) -> ServerModel:
+        """Return encoder and head as one; gathered on the CPU, where they are in shards."""
+        if not self.own.shard:
+            return self.own.server.model
+        gathered, *_ = self._all("gather", [(True,), *[(False,)] * (self.count - 1)])
+        model = self._build()
+        model.load_state_dict(gathered)
+        return model
+
+
+class _Together(nn.Module):
+    """The model in shards, as a test sees it: every replica computes its part of a batch."""
+
+    def __init__(self, group: ServerGroup) -> None:
+        super().__init__()
+        self.shards = group.own.server.model
+        self.fusion = self.shards.fusion
+        self._group = group
+
+    def forward(self, smashed: Sequence[Tensor]) -> Tensor:
+        """Return predictions; nothing is kept for a backward."""
+        parts = zip(*(x_bld.cpu().chunk(self._group.count) for x_bld in smashed), strict=True)
+        found = self._group.predict({n: list(part) for n, part in enumerate(parts)})
+        return torch.cat(list(found.values()))
+
+
+def _asks(tensors: Sequence[Tensor]) -> list[bool]:
+    return [x.requires_grad for x in tensors]
 
 
 def shares(smashed: Smashed, count: int) -> list[dict[int, list[Tensor]]]:
@@ -182,13 +267,15 @@ def shares(smashed: Smashed, count: int) -> list[dict[int, list[Tensor]]]:
 
 
 def build_server(experiment: Experiment, splits: Splits, lengths: Sequence[int]) -> Server:
-    """Build one server in this process.
+    """Build one server in this process; on the CPU, if it is to be in shards.
 
     Parameters
     ----------
     lengths : sequence of int
         Tokens per modality, in fusion order.
     """
+    if experiment.server.shard:
+        experiment = replace(experiment, device="cpu")
     model = build_server_model(experiment, splits, list(lengths))
     stepper = Stepper(model.parameters(), experiment.training.server)
     server = Server(model, stepper, device_of(experiment))
@@ -197,13 +284,19 @@ def build_server(experiment: Experiment, splits: Splits, lengths: Sequence[int])
     return server
 
 
+def build_replica(experiment: Experiment, splits: Splits, lengths: Sequence[int]) -> Replica:
+    """Build a replica in this process; equal seeds make it equal to the others."""
+    server, shard = build_server(experiment, splits, lengths), experiment.server.shard
+    return Replica(server, device_of(experiment), shard)
+
+
 def host_replica(
     experiment: Experiment, splits: Splits, lengths: Sequence[int], rank: int, threads: int
 ) -> Replica:
-    """Build a replica on its rank, where this runs; equal seeds make it equal to the others."""
+    """Build a replica on its rank, where this runs."""
     log_to(experiment.run_directory / f"rank{rank}.log")
     world.set_threads(threads)
-    return Replica(build_server(on_own_gpu(experiment), splits, lengths))
+    return build_replica(on_own_gpu(experiment), splits, lengths)
 
 
 def open_server(setup: Setup, lengths: Sequence[int]) -> Server | ServerGroup:
@@ -216,37 +309,51 @@ def open_server(setup: Setup, lengths: Sequence[int]) -> Server | ServerGroup:
 
     Raises
     ------
+    ConfigError
+        If the server is to be in shards, and there are GPUs but too few of them.
     RemoteError
         If a replica fails or is lost.
     """
     experiment, splits = setup.experiment, setup.splits
-    server, count = build_server(experiment, splits, lengths), experiment.server.replicas
+    count, cuda = experiment.server.replicas, device_of(experiment).startswith("cuda")
     if count == 1:
-        return server
+        return build_server(experiment, splits, lengths)
+    nccl = cuda and torch.cuda.device_count() >= count
+    if experiment.server.shard and cuda and not nccl:
+        raise ConfigError(
+            f"server.shard: {count} replicas need a GPU each on the server's host, which has "
+            f"{torch.cuda.device_count()}; lower server.replicas, or set server.shard=false"
+        )
+    own = build_replica(experiment, splits, lengths)
+    others = _start_others(setup, lengths)
+    on_cpu = replace(experiment, device="cpu")
+    build = partial(build_server_model, on_cpu, splits, list(lengths))
+    _join(own, others, nccl, experiment.runtime.rpc_timeout)
+    return ServerGroup(own, others, count, build)
+
+
+def _start_others(setup: Setup, lengths: Sequence[int]) -> Replicas:
+    """Build all replicas but the one that is here, on their ranks."""
+    experiment, splits = setup.experiment, setup.splits
+    count = experiment.server.replicas
     known = Splits(Elsewhere.of(0), Elsewhere.of(0), splits.shapes, splits.classes)
     words = {
         rank: (experiment, known, list(lengths), rank, torch.get_num_threads())
         for rank in range(1, count)
     }
-
-    def who(rank: int) -> str:
-        return world.rank_name(rank, count)
-
     timeout = experiment.runtime.start_timeout
+    who = partial(world.rank_name, replicas=count)
     number, failed = world.create(host_replica, words, timeout, who=who)
     for error in failed.values():
         raise error
-    group = ServerGroup(Replica(server), Replicas(number, count, _timeout(experiment)), count)
-    nccl = server.device == "cuda" and torch.cuda.device_count() >= count
-    told = (count, nccl, _timeout(experiment))
-    wait = group.others.start("join", [(f"replicas {number}", r, *told) for r in range(1, count)])
-    group.own.join(f"replicas {number}", 0, *told)
+    return Replicas(number, count, experiment.runtime.rpc_timeout)
+
+
+def _join(own: Replica, others: Replicas, nccl: bool, timeout: float) -> None:
+    """Have all replicas meet, and tell where they are."""
+    told = [(others.name, rank, others.count, nccl, timeout) for rank in range(others.count)]
+    wait = others.start("join", told[1:])
+    own.join(*told[0])
     for rank, where in enumerate(wait(), 1):
-        print(f"{who(rank)} on {where}")
-        _log.info("%s on %s", who(rank), where)
-    return group
-
-
-def _timeout(experiment: Experiment) -> float:
-    """Return the seconds for a replica, which ``faults.client_timeout`` does not mean."""
-    return experiment.runtime.rpc_timeout
+        print(f"{world.rank_name(rank, others.count)} on {where}")
+        _log.info("%s on %s", world.rank_name(rank, others.count), where)

@@ -29,6 +29,11 @@ def interfaces() -> list[str]:
     return [name for _, name in socket.if_nameindex()]
 
 
+def same_interface_for_nccl() -> None:
+    """Have NCCL take RPC's and gloo's interface, where it would take one of its own choice."""
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
+
+
 def existing_interface(name: str, source: str) -> str:
     """Return ``name`` if this host has such an interface.
 

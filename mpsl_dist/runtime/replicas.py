@@ -1,12 +1,11 @@
 """The server's replicas, as replica 0 reaches them, and what they sum among themselves.
 
-Replica r is the rank r. Calls go over RPC, inside replica 0's autograd context, so that its one
-backward goes through all of them; gradients are summed by a process group of the replicas alone.
+Replica r is the rank r. Calls go over RPC; gradients are summed by a process group of the replicas
+alone.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo, rpc
-from torch.distributed import autograd as dist_autograd
 
 from mpsl_dist.errors import Failure, RemoteError
-from mpsl_dist.runtime.fleet import gradients_here
 from mpsl_dist.runtime.meeting import part_of_store
+from mpsl_dist.runtime.network import same_interface_for_nccl
 from mpsl_dist.runtime.world import brief, rank_name, resident
 
 #: Waits for the answers to a message and returns them in the order of the replicas.
@@ -41,11 +39,12 @@ class Replicas:
     """
 
     def __init__(self, number: int, count: int, timeout: float) -> None:
-        self._number, self._count, self._timeout = number, count, timeout
+        self.count = count
+        #: Of the group, different for every group of the run.
+        self.name = f"replicas {number}"
+        self._number, self._timeout = number, timeout
 
-    def start(
-        self, message: str, arguments: Sequence[Sequence[Any]], with_gradients: bool = False
-    ) -> Wait:
+    def start(self, message: str, arguments: Sequence[Sequence[Any]]) -> Wait:
         """Begin to call a method of each; the function returned waits for the answers.
 
         Parameters
@@ -54,22 +53,15 @@ class Replicas:
             A method of their objects.
         arguments : sequence of sequence
             Positional arguments of replica 1, 2, ...
-        with_gradients : bool
-            Appends the replica's own gradients, by parameter, of the backward that is under way in
-            this thread.
 
         Raises
         ------
         RemoteError
             When waited for, if a replica is lost or fails.
         """
-        number = dist_autograd._current_context()._context_id() if with_gradients else None
         futures = [
             rpc.rpc_async(
-                rank,
-                _serve,
-                args=(self._number, message, tuple(words), number),
-                timeout=self._timeout,
+                rank, _serve, args=(self._number, message, tuple(words)), timeout=self._timeout
             )
             for rank, words in enumerate(arguments, 1)
         ]
@@ -79,12 +71,8 @@ class Replicas:
 
         return wait
 
-    def everyone(self, *arguments: Any) -> list[tuple[Any, ...]]:
-        """Return the same arguments for each."""
-        return [arguments] * (self._count - 1)
-
     def _answer(self, rank: int, message: str, future: torch.futures.Future) -> Any:
-        name = rank_name(rank, self._count)
+        name = rank_name(rank, self.count)
         try:
             answer = future.wait()
         except RuntimeError as error:
@@ -95,10 +83,8 @@ class Replicas:
         return answer
 
 
-def _serve(number: int, message: str, arguments: tuple[Any, ...], backward: int | None) -> Any:
+def _serve(number: int, message: str, arguments: tuple[Any, ...]) -> Any:
     try:
-        if backward is not None:
-            arguments = (*arguments, gradients_here(backward))
         return getattr(resident(number), message)(*arguments)
     except Exception as error:
         return Failure.of(error)
@@ -130,9 +116,7 @@ class Reduction:
         if nccl:
             from torch.distributed import ProcessGroupNCCL
 
-            # Else it takes an interface of its own choice, as RPC and gloo do not.
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
-
+            same_interface_for_nccl()
             options = ProcessGroupNCCL.Options()
             options._timeout = patience
             self._group = ProcessGroupNCCL(store, rank, count, options)

@@ -9,24 +9,30 @@ import json
 import os
 import socket
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys
+from local_fleet import in_one_process
 
 from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.masking import Masked
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment, from_dict
+from mpsl_dist.config.schema import Server as ServerKeys
 from mpsl_dist.methods import processes
 from mpsl_dist.methods.mpsl import Mpsl
+from mpsl_dist.methods.replica import Replica
 from mpsl_dist.methods.server_group import ServerGroup
-from mpsl_dist.runtime import environment, process, world
+from mpsl_dist.records import state
+from mpsl_dist.runtime import environment, process, sharding, world
 from mpsl_dist.runtime.answers import Answers
 from mpsl_dist.runtime.fleet import Fleet
 
@@ -35,30 +41,86 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
     """Train some steps by the real method; give every number that came of it."""
     method = processes.connect(experiment, launched, Holdings.load(experiment))
     told: dict[str, Any] = {"losses": [], "cut_gradients": [], "forwards": 0, "backwards": 0}
-    encoder, told["block_forwards"] = method.server.model.encoder, 0
-    for block in encoder:
-        block.norm1.register_forward_hook(
-            lambda *_: told.update(block_forwards=told["block_forwards"] + 1)
-        )
-    encoder.register_forward_hook(lambda *_: told.update(forwards=told["forwards"] + 1))
-    encoder.register_full_backward_hook(lambda *_: told.update(backwards=told["backwards"] + 1))
+    if isinstance(method.server, ServerGroup):
+        give_steps_up(method)
+    else:
+        _count_passes(method.server.model.encoder, told)
     _keep_cut_gradients(method, told["cut_gradients"])
     for step in range(steps):
         epoch, epoch_step = divmod(step, len(method.plan))
         if epoch_step == 0:
             method.begin_epoch(epoch)
         told["losses"].append(method.step(epoch_step, step))
-    told |= {"server": state_of(method.server), "moments": moments_of(method.server)}
+    told["clients"] = method.clients.tokenizer_weights(
+        list(method.sizes), "test", "test_weights_up"
+    )
     told["replicas"] = []
-    if isinstance(method.server, ServerGroup):
+    if experiment.server.shard:
+        told |= tell_shards(method, Path(experiment.output) / experiment.name)
+    else:
+        told |= {"server": state_of(method.server), "moments": moments_of(method.server)}
+    if isinstance(method.server, ServerGroup) and not experiment.server.shard:
         number, others = method.server.others._number, range(1, experiment.server.replicas)
         told["replicas"] = list(
             world.ask(tell_replica, dict.fromkeys(others, (number,)), 60).values()
         )
-    told["clients"] = method.clients.tokenizer_weights(
-        list(method.sizes), "test", "test_weights_up"
-    )
     return told
+
+
+def _count_passes(encoder: torch.nn.Module, told: dict[str, Any]) -> None:
+    told["block_forwards"] = 0
+    for block in encoder:
+        block.norm1.register_forward_hook(
+            lambda *_: told.update(block_forwards=told["block_forwards"] + 1)
+        )
+    encoder.register_forward_hook(lambda *_: told.update(forwards=told["forwards"] + 1))
+    encoder.register_full_backward_hook(lambda *_: told.update(backwards=told["backwards"] + 1))
+
+
+def give_steps_up(method: Mpsl) -> None:
+    """Begin the first step and give it up: before its backward, and between that and its end."""
+    method.begin_epoch(0)
+    clients = np.flatnonzero(method.plan[0]).tolist()
+    for goes_back in (False, True):
+        with method.clients.step(0, 0, clients) as step:
+            predictions = method.server.forward(step.tokenize())
+            if goes_back:
+                step.backward(method.objective(step, predictions))
+
+
+def tell_shards(method: Mpsl, folder: Path) -> dict[str, Any]:
+    """What has become of shards, what replicas hold of them, and what a run goes on from."""
+    server, others = method.server, range(1, method.server.count)
+    plain, there = folder / "plain", dict.fromkeys(others, (server.others._number,))
+    files = method.save(str(folder))
+    told = {"held": [held_here(server.own), *world.ask(held_at, there, 60).values()]}
+    told |= {"server": server.whole_model().state_dict(), "evaluated": method.evaluate()}
+    told["saved"] = state.load(folder / state.SERVER)
+    number, steps = len(method.plan), range(2)
+    method.begin_epoch(1)
+    told["on"] = [method.step(at, number + at) for at in steps], server.whole_model().state_dict()
+    method.restore(str(folder), files)
+    method.begin_epoch(1)
+    again = [method.step(at, number + at) for at in steps], server.whole_model().state_dict()
+    told["again"] = again
+    in_one_process(replace(method.experiment, server=ServerKeys())).server.save(str(plain))
+    server.restore(str(plain))
+    server.save(str(folder / "sharded"))
+    told["plain"] = [state.load(f / state.SERVER) for f in (plain, folder / "sharded")]
+    return told
+
+
+def held_at(number: int) -> tuple[int, int]:
+    return held_here(world.resident(number))
+
+
+def held_here(replica: Replica) -> tuple[int, int]:
+    """How many numbers of parameters and moments a replica has, but for single ones."""
+    moments = replica.server.stepper.state()["state"].values()
+    return (
+        sharding.numbers_here(p for p in replica.server.model.parameters() if p.ndim),
+        sharding.numbers_here(x for found in moments for x in found.values() if x.ndim),
+    )
 
 
 def state_of(server: Server | ServerGroup) -> dict[str, torch.Tensor]:

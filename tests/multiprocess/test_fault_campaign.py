@@ -51,7 +51,9 @@ BEFORE = ("tokenize", "loss", "backward")
 AFTER = ("tokenize_test", "save")
 
 
-def experiment(mode: str = "weights", replicas: int = 1, **faults: Any) -> Experiment:
+def experiment(
+    mode: str = "weights", replicas: int = 1, shard: bool = False, **faults: Any
+) -> Experiment:
     """Six clients on three workers, 60 steps; tests and checkpoints after every fifth."""
     data = {"name": "toy-image+text", "partition": {"alpha": 5.0, "minimum": 8}}
     training = to_dict(toys.experiment())["training"] | {
@@ -65,7 +67,7 @@ def experiment(mode: str = "weights", replicas: int = 1, **faults: Any) -> Exper
         training=training,
         tokenizer_sync={"mode": mode, "every": MEET_EVERY},
         checkpoint={"every_epochs": 1},
-        server={"replicas": replicas},
+        server={"replicas": replicas, "shard": shard},
         faults={
             "client_timeout": 8.0,
             "exit_timeout": 15.0,
@@ -257,9 +259,12 @@ def test_a_run_survives_three_faults(run: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.campaign
-def test_a_group_of_replicas_survives_lost_clients(run: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_group_of_replicas_survives_lost_clients(
+    shard: bool, run: Callable, tmp_path: Path
+) -> None:
     faults = ["exception 1 tokenize 5", "kill 0 backward 12", "nan 4 backward 21", "kill 3 loss 31"]
-    chosen = experiment(replicas=2)
+    chosen = experiment(replicas=2, shard=shard)
     status, output = run(chosen, *faults)
     assert status == 0 and re.search(r"^replica1 on \S+, cpu$", output, re.MULTILINE), output
     assert_as_told(tmp_path / "runs" / "toy", chosen, read("\n".join(faults)))

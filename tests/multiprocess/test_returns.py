@@ -45,19 +45,22 @@ def test_torch_still_has_the_private_names_that_a_new_generation_sets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "keeps", "replicas", "once_more"),
+    ("how", "keeps", "server", "once_more"),
     [
-        ("command", None, 1, False),
-        pytest.param("command", None, 2, True, marks=pytest.mark.campaign),
-        pytest.param("torchrun", 5, 1, True, marks=pytest.mark.campaign),
+        ("command", None, {}, False),
+        pytest.param("command", None, {"replicas": 2}, True, marks=pytest.mark.campaign),
+        pytest.param(
+            "command", None, {"replicas": 2, "shard": True}, False, marks=pytest.mark.campaign
+        ),
+        pytest.param("torchrun", 5, {}, True, marks=pytest.mark.campaign),
     ],
 )
 def test_workers_killed_and_returned_train_as_the_reference_does(
-    how: str, keeps: int | None, replicas: int, once_more: bool, torchrun, launch, tmp_path: Path
+    how: str, keeps: int | None, server: dict, once_more: bool, torchrun, launch, tmp_path: Path
 ) -> None:
     """Once alone, once two at the same moment, of which one is gone for good; maybe once more."""
     settings = json.loads(json.dumps(CONFIG))
-    settings["server"] = {"replicas": replicas}
+    settings["server"], replicas = server, server.get("replicas", 1)
     settings["faults"] |= {"rejoin": "now", "restarts": 1, "save_clients_every": keeps}
     # Thousands of steps pass while workers are away. Training is chaotic: at the rate of CONFIG
     # the rounding of one sum in another order has grown beyond 1e-9 by then.

@@ -41,6 +41,21 @@ def test_more_replicas_than_clients_are_refused() -> None:
         toys.experiment(server={"replicas": 0})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"server": {"shard": True}}, "needs server.replicas of at least 2"),
+        ({"training": {"compile": True}}, "not with training.compile"),
+        ({"training": {"autocast": "bf16"}}, "not with training.autocast"),
+        ({"wire": {"cache_prefix": True}}, "wire.cache_prefix: one replica alone"),
+        ({"method": "psl", "server": {"replicas": 1, "shard": True}}, "server.shard"),
+    ],
+)
+def test_what_shards_cannot_be_had_with_is_refused(changes: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        toys.experiment(**{"server": {"replicas": 2, "shard": True}} | changes)
+
+
 def test_replicas_have_the_first_gpus_to_themselves_where_there_are_more() -> None:
     assert [gpu_of(rank, 4, replicas=2) for rank in range(7)] == [0, 1, 2, 3, 2, 3, 2]
     assert [gpu_of(rank, 2, replicas=2) for rank in range(5)] == [0, 1, 0, 1, 0]
@@ -66,37 +81,84 @@ class Others:
         self.replica = replica
         self.told: list[tuple[str, Any]] = []
 
-    def everyone(self, *arguments: Any) -> list[tuple[Any, ...]]:
-        return [arguments]
-
-    def start(self, message: str, arguments: Sequence[Sequence[Any]], **options: Any) -> Any:
+    def start(self, message: str, arguments: Sequence[Sequence[Any]]) -> Any:
         self.told.append((message, arguments[0]))
         answer = getattr(self.replica, message)(*arguments[0])
         return lambda: [answer]
 
 
-def test_a_group_predicts_what_one_server_does_and_each_client_is_served_once() -> None:
-    toy = toys.experiment(server={"replicas": 2})
-    splits = toys.load(("image", "text"))
+def group_of_two() -> tuple[ServerGroup, Others]:
+    toy, splits = toys.experiment(server={"replicas": 2}), toys.load(("image", "text"))
     own, other = (Replica(build_server(toy, splits, [5, 6])) for _ in range(2))
     others = Others(other)
-    group, held = ServerGroup(own, others, 2), smashed([6, 1, 5, 2])
+    return ServerGroup(own, others, 2, lambda: other.server.model), others
+
+
+def gradients_of(replica: Replica) -> list[torch.Tensor]:
+    return [p.grad for p in replica.server.model.parameters()]
+
+
+def test_a_group_predicts_what_one_server_does_and_each_client_is_served_once() -> None:
+    (group, others), held = group_of_two(), smashed([6, 1, 5, 2])
     predictions = group.forward(held)
     assert list(predictions) == list(held)
-    alone = own.server.forward(held)
+    alone = group.own.server.forward(held)
     for client, slice_bk in predictions.items():
         torch.testing.assert_close(slice_bk, alone[client])
-    ((message, (share,)),) = others.told
-    assert message == "forward" and sorted(share) == [12, 13]
+    ((message, (share, asked)),) = others.told
+    assert message == "forward" and sorted(share) == [12, 13] and asked == (False,)
     with torch.no_grad():  # a test is replica 0's alone
         group.forward(held)
     assert len(others.told) == 1
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_groups_gradients_add_up_to_those_of_one_server(trained: bool) -> None:
+    """With tokenizers that are trained, and with frozen ones."""
+    (group, _), held = group_of_two(), smashed([6, 1, 5, 2])
+    for tensors in held.values():
+        tensors[0].requires_grad_(trained)
+    torch.cat(list(group.forward(held).values())).square().sum().backward()
+    ours = [tensors[0].grad for tensors in held.values()]
+    sums = zip(*map(gradients_of, (group.own, group.others.replica)), strict=True)
+    found = [sum(parts) for parts in sums]
+    alone = group.own.server
+    alone.model.zero_grad()
+    fresh = {n: [x.detach().requires_grad_(trained)] for n, (x,) in held.items()}
+    torch.cat(list(alone.forward(fresh).values())).square().sum().backward()
+    for tensors, gradient in zip(fresh.values(), ours, strict=True):
+        assert (gradient is None) == (not trained)
+        if trained:
+            torch.testing.assert_close(gradient, tensors[0].grad)
+    for parameter, gradient in zip(alone.model.parameters(), found, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_a_backward_that_comes_when_another_step_has_begun_reaches_no_replica() -> None:
+    (group, others), held = group_of_two(), smashed([6, 1, 5, 2])
+    for (tensor,) in held.values():
+        tensor.requires_grad_()
+    late, now = (torch.cat(list(group.forward(held).values())).sum() for _ in range(2))
+    late.backward()
+    assert [message for message, _ in others.told] == ["forward", "forward"]
+    assert all(tensor.grad is None for (tensor,) in held.values())
+    now.backward()
+    assert others.told[-1][0] == "backward"
+    assert all(tensor.grad is not None for (tensor,) in held.values())
+
+
+def test_a_group_of_which_a_replica_has_failed_does_nothing_more() -> None:
+    (group, others), held = group_of_two(), smashed([6, 1, 5, 2])
+    others.start = lambda *_: 1 / 0
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            group.forward(held)
+        others.start = lambda *_: pytest.fail("asked")
+
+
 def test_every_replica_continues_from_replica_0s_checkpoint(tmp_path: Path) -> None:
-    toy, splits = toys.experiment(server={"replicas": 2}), toys.load(("image", "text"))
-    own, other = (Replica(build_server(toy, splits, [5, 6])) for _ in range(2))
-    group = ServerGroup(own, Others(other), 2)
+    group, others = group_of_two()
+    own, other = group.own, others.replica
     saved = {name: x.clone() for name, x in group.model.state_dict().items()}
     group.save(str(tmp_path))
     for replica in (own, other):
@@ -113,10 +175,10 @@ def test_a_replica_without_clients_steps_on_the_others_gradients() -> None:
     toy = toys.experiment(training={"server": {"name": "sgd", "lr": 1.0}})
     server = Server(layer, Stepper(layer.parameters(), toy.training.server))
     replica, total = Replica(server), torch.ones(2, 2)
-    assert replica.forward({}) == {}
+    assert replica.forward({}, ()) == {} and replica.backward({}) == {}
     replica.reduction = SimpleNamespace(sum=lambda own, parameters: [total, None])
     before = [p.detach().clone() for p in layer.parameters()]
-    replica.step(0, (1, 1), {})
+    replica.step(0, (1, 1))
     assert torch.equal(layer.weight, before[0] - 1) and torch.equal(layer.bias, before[1])
 
 
