@@ -486,6 +486,6 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.Monke
         return None if name == "cryptography" else found(name, *words)
 
     monkeypatch.setattr(importlib.util, "find_spec", lacking)
-    with pytest.raises(ConfigError, match=r"pip install 'mpsl_dist\[masked\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'mpsl_dist\[privacy\]'"):
         in_one_process(experiment())
     in_one_process(experiment(masked=False))
