@@ -182,7 +182,9 @@ def test_clients_hold_the_audited_samples_alone() -> None:
 
 
 def test_attacks_see_what_has_been_coded() -> None:
-    plain, coded = audited(), audited(wire={"activations": "int4", "gradients": "int8"})
+    plain, coded = audited(), audited(wire={"activations": "int8", "gradients": "int8"})
+    seen = figure(coded, "psnr", "exact")
+    assert seen.floor + 10 < seen.value
     assert value(coded, "psnr", "exact") < value(plain, "psnr", "exact") - 50
     assert value(coded, "labels", "smallest entry", "none") == 1
     assert any(f.of == "cut-layer gradient" for f in coded.figures)

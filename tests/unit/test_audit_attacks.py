@@ -95,6 +95,8 @@ def test_merged_tokens_give_the_mean_patch() -> None:
     means = planes.unflatten(3, (2, 2, 2)).unflatten(2, (2, 2, 2)).mean((3, 6), keepdim=True)
     wanted = means.expand(-1, -1, 2, 2, 2, 2, 2, 2).flatten(5).flatten(2, 4)
     assert (guess - wanted).abs().amax() < 1e-6
+    cut = pictures.cut(planes, known)
+    assert torch.allclose(pictures.join(cut, known, torch.zeros(1, 8, 8).double()), wanted)
 
 
 def test_a_regression_on_public_pictures_needs_no_weights() -> None:

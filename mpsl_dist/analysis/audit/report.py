@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mpsl_dist.analysis import compare
 from mpsl_dist.analysis.audit.figures import METRICS, Audit, Figure, Gallery
+from mpsl_dist.analysis.audit.scores import CEILING_DB
 from mpsl_dist.errors import RunError
 
 #: Checkpoints in a table, the last ones.
@@ -248,8 +249,12 @@ def draw_price(lines: Sequence[dict[str, Any]], path: Path) -> None:
             spread = line[f"{metric}_std"] or 0
             label = line["label"] if axis is axes[0] else None
             axis.errorbar(mebi, line[metric], spread, marker="o", color=f"C{place}", label=label)
-        axis.set(xlabel="MiB up per client and epoch", ylabel=name, xscale="log")
+        axis.set(xlabel="MiB up per client and epoch", ylabel=name)
+        axis.set_xlim(
+            0, 1.08 * max(line["up_bytes_per_client_per_epoch"] for line in lines) / 2**20
+        )
         axis.grid(color="0.9")
     axes[0].set_ylim(0, 1)
+    axes[1].set_ylim(0, 1.05 * CEILING_DB)
     canvas.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     canvas.savefig(path, dpi=130)
