@@ -7,7 +7,7 @@ import re
 
 from mpsl_dist import plugins
 from mpsl_dist.config.methods import facts_of
-from mpsl_dist.config.schema import MODALITIES, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
+from mpsl_dist.config.schema import MODALITIES, PARTS, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.typed import not_finite, values_of
 
@@ -97,7 +97,7 @@ def _modality_problems(experiment: Experiment) -> list[str]:
 def _too_small(experiment: Experiment) -> list[str]:
     training, model, data = experiment.training, experiment.model, experiment.data
     federated, runtime = experiment.federated, experiment.runtime
-    blocks = model.encoder.trainable_blocks
+    blocks, part_blocks = model.encoder.trainable_blocks, model.trainable_part_blocks
     at_least = {
         1: {
             "clients": experiment.clients,
@@ -129,6 +129,7 @@ def _too_small(experiment: Experiment) -> list[str]:
             "seed": experiment.seed,
             "data.loaders": data.loaders,
             "model.encoder.trainable_blocks": None if blocks == "all" else blocks,
+            "model.trainable_part_blocks": None if part_blocks == "all" else part_blocks,
             "training.server.warmup_steps": training.server.warmup_steps,
             "training.client.warmup_steps": training.client.warmup_steps,
             "checkpoint.every_epochs": experiment.checkpoint.every_epochs,
@@ -293,16 +294,38 @@ def _weight_problems(experiment: Experiment) -> list[str]:
                 f"weights.{part}: '{source}' is no source; one of {', '.join(named)}, "
                 f"or a file ({', '.join(WEIGHT_FILES)})"
             )
+    found += _part_problems(experiment)
     model, clip = experiment.model, experiment.model.text == "clip"
-    if experiment.weights.text != "random" and not clip:
-        found.append("weights.text: only with model.text=clip")
+    if experiment.weights.text != "random" and model.text == "table":
+        found.append("weights.text: only with model.text=clip or minilm")
     if model.text_tower is not None and not clip:
         found.append("model.text_tower: only with model.text=clip")
-    if clip and model.train_token_table:
-        found.append("model.train_token_table: there is no table with model.text=clip")
+    if model.train_token_table and model.text != "table":
+        found.append(f"model.train_token_table: there is no table with model.text={model.text}")
     if clip and (experiment.data.text_length or 0) > 77:
         found.append(
             f"data.text_length: CLIP reads at most 77 tokens, found {experiment.data.text_length}"
+        )
+    return found
+
+
+def _part_problems(experiment: Experiment) -> list[str]:
+    """Refuse a pretrained part without its weights' place, and weights without their part."""
+    found, model, weights = [], experiment.model, experiment.weights
+    chosen = [part for modality, part in PARTS.items() if getattr(model, modality) == part]
+    for modality, part in PARTS.items():
+        source = getattr(weights, modality)
+        if part in chosen and source not in ("random", part):
+            found.append(
+                f"weights.{modality}: '{source}' is none of {part}'s; one of random, {part}"
+            )
+        elif part not in chosen and source.partition(":")[0] == part:
+            found.append(f"weights.{modality}: {part} only with model.{modality}={part}")
+    if model.trainable_part_blocks != 0 and not (chosen and model.train_tokenizers):
+        parts = ", ".join(f"model.{modality}={part}" for modality, part in PARTS.items())
+        found.append(
+            f"model.trainable_part_blocks: only with one of {parts}, and with "
+            "model.train_tokenizers=true"
         )
     return found
 
