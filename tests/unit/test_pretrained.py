@@ -355,11 +355,11 @@ def test_dogs_are_seen_where_random_weights_see_none(part: Part, real_data: Path
     names, captions = measure_parts.captioned(real_data / "flickr8k")
     dogs = measure_parts.with_dogs(captions)
     some = torch.cat([(dogs == k).nonzero().flatten()[:60] for k in (0, 1)]).tolist()
-    seen = measure_parts.read_pictures(real_data / "flickr8k", [names[k] for k in some], 96)
+    seen = measure_parts.read_pictures(real_data / "flickr8k", [names[k] for k in some], 128)
     dogs = dogs[some]
     blind = measure_parts.part_of("efficientnet-lite0", released=False)
     shares = [measure_parts.folds(measure_parts.features(p, seen), dogs) for p in (part, blind)]
-    assert shares[0] > 0.8 and shares[0] > shares[1] + 0.1
+    assert shares[0] > 0.8 and shares[0] > shares[1] + 0.15
 
 
 # -- training ----------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ def _wordpiece() -> Callable[[str], list[int]]:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise DataError(
-            "model.text: minilm's WordPiece tokens need the package tokenizers, which is not installed here; "
-            "install it by: pip install tokenizers (docs/weights.md)"
+            "model.text: minilm needs the package tokenizers, which is not installed here; install "
+            "it by: pip install tokenizers (docs/weights.md)"
         ) from error
     words = Tokenizer.from_file(str(file_of("minilm", MINILM_WORDS, "model.text")))
     words.no_padding()
