@@ -29,6 +29,8 @@ from mpsl_dist.errors import ConfigError
 from mpsl_dist.models import weight_sources, weights
 from mpsl_dist.models.adapters import Adapters
 from mpsl_dist.models.clip_text import ClipText, build_text_tower, default_tower
+from mpsl_dist.models.pretrained import PARTS, PartTokenizer
+from mpsl_dist.models.pretrained_weights import load_part
 from mpsl_dist.models.server_model import ServerModel, build_encoder
 from mpsl_dist.models.tokenizers import (
     PatchTokenizer,
@@ -90,19 +92,34 @@ class _Own:
 
 def _image(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
     model, placed = own.experiment.model, not own.experiment.defences.shuffle_patches
+    if model.image in PARTS:
+        return _pretrained(own.experiment, "image", shape)
     patch, merge = model.image_patch, model.merge_patches
     return PatchTokenizer(*shape, patch, patch, width, merge, placed)
 
 
 def _audio(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
     model, placed = own.experiment.model, not own.experiment.defences.shuffle_patches
+    if model.audio in PARTS:
+        return _pretrained(own.experiment, "audio", shape)
     patch, stride, merge = model.audio_patch, model.audio_stride, model.merge_patches
     return PatchTokenizer(1, *shape, patch, stride, width, merge, placed)
 
 
 def _text(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
+    if own.experiment.model.text in PARTS:
+        return _pretrained(own.experiment, "text", shape)
     text = build_text(own.experiment) if own.shared_text is None else own.shared_text
     return text if isinstance(text, ClipText) else TextTokenizer(text, shape[0])
+
+
+def _pretrained(experiment: Experiment, modality: str, shape: tuple[int, ...]) -> PartTokenizer:
+    name, source = getattr(experiment.model, modality), getattr(experiment.weights, modality)
+    part = PARTS[name].build()
+    if source != "random":
+        _log.info("%s", load_part(part, name, modality))
+    part.train_last(experiment.model.trainable_part_blocks)
+    return PartTokenizer(part, PARTS[name].length(shape), width_of(experiment))
 
 
 #: Modality -> its tokenizer.
@@ -144,9 +161,11 @@ def tokenizer_options(experiment: Experiment, modality: str) -> Any:
 def build_shared_text(experiment: Experiment, splits: Splits) -> Text | None:
     """Build the frozen text table or tower that all clients of a process share.
 
-    None without text, and where the table is trained: then every client builds its own.
+    None without text, and where the table is trained: then every client builds its own. What is
+    frozen of a pretrained part they share as they do of any tokenizer.
     """
-    if "text" not in splits.shapes or experiment.model.train_token_table:
+    model = experiment.model
+    if "text" not in splits.shapes or model.train_token_table or model.text in PARTS:
         return None
     return build_text(experiment)
 
@@ -180,7 +199,7 @@ def _load_stems(experiment: Experiment, tokenizers: Tokenizers) -> None:
     size, root = experiment.model.encoder.size, experiment.weights.root
     for part in ("image", "audio"):
         source = getattr(experiment.weights, part)
-        if source != "random" and part in tokenizers.by_modality:
+        if source not in ("random", *PARTS) and part in tokenizers.by_modality:
             name, state = weight_sources.fetch_stem(part, source, size, root)
             tokenizer = tokenizers.by_modality[part]
             account = weights.load_stem(tokenizer, tokenizers.pre_norm, state, name, part)

@@ -8,6 +8,7 @@ from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import ConfigError
+from mpsl_dist.models.pretrained import LONGEST_SOUND, LONGEST_TEXT
 
 
 def check_task(experiment: Experiment, splits: Splits) -> None:
@@ -95,18 +96,42 @@ def check_patches(experiment: Experiment, splits: Splits) -> None:
     """
     name, model = experiment.data.name, experiment.model
     errors = []
-    if "image" in splits.shapes:
+    if "image" in splits.shapes and model.image == "patches":
         _, height, width = splits.shapes["image"]
         if height % model.image_patch or width % model.image_patch:
             errors.append(
                 f"model.image_patch: {model.image_patch} does not divide the {height}x{width} "
                 f"pictures of {name}"
             )
-    if "audio" in splits.shapes and min(splits.shapes["audio"]) < model.audio_patch:
+    if (
+        "audio" in splits.shapes
+        and model.audio == "patches"
+        and min(splits.shapes["audio"]) < model.audio_patch
+    ):
         frames, bins = splits.shapes["audio"]
         errors.append(
             f"model.audio_patch: {model.audio_patch} does not fit the {frames}x{bins} "
             f"spectrograms of {name}"
         )
+    errors += _part_errors(experiment, splits)
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+def _part_errors(experiment: Experiment, splits: Splits) -> list[str]:
+    """Return where the data is longer than a pretrained part has positions for, or other."""
+    model, shapes, errors = experiment.model, splits.shapes, []
+    if model.text == "minilm" and shapes.get("text", (0,))[0] > LONGEST_TEXT:
+        errors.append(f"data.text_length: minilm reads at most {LONGEST_TEXT} tokens")
+    frames = shapes.get("audio", (2,))[0]
+    if model.audio == "whisper-tiny" and not 2 <= frames <= LONGEST_SOUND:
+        errors.append(
+            f"data.audio_frames: whisper-tiny hears 2 to {LONGEST_SOUND:,} frames, found {frames:,}"
+        )
+    channels = shapes.get("image", (3,))[0]
+    if model.image == "efficientnet-lite0" and channels not in (1, 3):
+        errors.append(
+            f"model.image: efficientnet-lite0 sees one or three channels, those of "
+            f"{experiment.data.name} have {channels}"
+        )
+    return errors

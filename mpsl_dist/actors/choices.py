@@ -84,6 +84,15 @@ def pixels_of(experiment: Experiment) -> str:
     )
 
 
+def forms_of(experiment: Experiment) -> dict[str, str | None]:
+    """Return how texts and sounds become numbers, for the model's parts; None is as usual."""
+    model = experiment.model
+    return {
+        "tokens": "wordpiece" if model.text == "minilm" else None,
+        "sounds": "whisper" if model.audio == "whisper-tiny" else None,
+    }
+
+
 def wire_of(experiment: Experiment) -> Wire:
     """Return how what crosses the cut is coded; plain where the method has none.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpsl_dist import data
 from mpsl_dist.actors.agreement import Agreement, Elsewhere, Offer, renumbered
-from mpsl_dist.actors.choices import pixels_of
+from mpsl_dist.actors.choices import forms_of, pixels_of
 from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Dataset, Splits, TensorDataset
@@ -59,7 +59,11 @@ def data_options(experiment: Experiment) -> dict[str, Any]:
     """Return what the experiment asks of its dataset, as :func:`mpsl_dist.data.load` takes it."""
     names = ("image_size", "audio_frames", "modalities", "on_error", "max_missing", "cache")
     common = {name: getattr(experiment.data, name) for name in names}
-    return common | {"plugins": experiment.plugins, "own_options": experiment.data.options}
+    return (
+        common
+        | forms_of(experiment)
+        | {"plugins": experiment.plugins, "own_options": experiment.data.options}
+    )
 
 
 @dataclass(frozen=True)

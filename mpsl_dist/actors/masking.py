@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsl_dist.config.checks import FEWEST_IN_SUM
+from mpsl_dist.config.split_checks import FEWEST_IN_SUM
 from mpsl_dist.errors import ConfigError
 
 #: Bytes of a public key, and of a seed.

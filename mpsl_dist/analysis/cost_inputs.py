@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from mpsl_dist.actors.choices import forms_of
 from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits, TensorDataset, catalog
+from mpsl_dist.data.decode.audio import BINS
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def inputs_of(experiment: Experiment) -> Inputs:
     data = experiment.data
     facts = catalog.find(data.name, experiment.plugins)
     if facts.shapes and facts.samples is not None and not data.options:
-        shapes = facts.shapes_at(data.text_length, data.image_size, data.audio_frames)
+        sounds = forms_of(experiment)["sounds"]
+        sizes = data.text_length, data.image_size, data.audio_frames
+        shapes = facts.shapes_at(*sizes, None if sounds is None else BINS[sounds])
         return Inputs(shapes, facts.classes, *facts.samples)
     splits = load_data(experiment)
     sizes = len(splits.train.labels), len(splits.test.labels)

@@ -68,7 +68,9 @@ def _table(rows: list[Row], title: str, form: Callable[[float], str]) -> Table:
 
 
 def _share_lines(cost: Cost) -> str:
-    line = f"A client's forward FLOPs under MPSL are 1/{share(cost):.0f} of the encoder's"
+    of_encoder = share(cost)
+    times = f"1/{of_encoder:.0f} of" if of_encoder >= 1 else f"{1 / of_encoder:.1f} times"
+    line = f"A client's forward FLOPs under MPSL are {times} the encoder's"
     if not any(row.part == TOWER for row in cost.rows):
         return line + "."
     return (

@@ -7,13 +7,12 @@ import re
 
 from mpsl_dist import plugins
 from mpsl_dist.config.defence_checks import defence_problems
-from mpsl_dist.config.methods import facts_of, goes_on
-from mpsl_dist.config.schema import MODALITIES, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
+from mpsl_dist.config.methods import facts_of
+from mpsl_dist.config.schema import MODALITIES, PARTS, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
+from mpsl_dist.config.split_checks import split_problems
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.typed import not_finite, values_of
 
-#: Clients of a masked sum, at least: of a sum of two, either knows what the other added.
-FEWEST_IN_SUM = 3
 #: Seconds of a year: a longer timeout overflows the clocks that it is given to.
 _YEAR = 365 * 24 * 3600.0
 
@@ -54,10 +53,7 @@ def problems(experiment: Experiment) -> list[str]:
                 "the data in one process; take data.place=simulated"
             )
         found += _modality_problems(experiment)
-        found += _replica_problems(experiment) + _head_problems(experiment)
-        found += defence_problems(experiment)
-        if experiment.tokenizer_sync.masked:
-            found += _mask_problems(experiment)
+        found += split_problems(experiment) + defence_problems(experiment)
     except ConfigError as error:
         found += str(error).splitlines()
     classes = experiment.data.classes
@@ -66,81 +62,8 @@ def problems(experiment: Experiment) -> list[str]:
     chosen = experiment.data.modalities
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         found.append("data.modalities: name at least one, each once, or leave it null")
-    found += _cache_problems(experiment) + _compute_problems(experiment)
+    found += _compute_problems(experiment)
     return found + _encoder_problems(experiment) + _weight_problems(experiment)
-
-
-def _replica_problems(experiment: Experiment) -> list[str]:
-    replicas, method = experiment.server.replicas, experiment.method
-    if replicas > 1 and "server.replicas" not in facts_of(experiment).reads:
-        return [f"server.replicas: {replicas}, but method={method} has one server; take 1"]
-    if replicas > experiment.clients >= 1:
-        return [
-            f"server.replicas: {replicas} for {experiment.clients} clients; each takes whole "
-            f"clients, so at most {experiment.clients}"
-        ]
-    return _shard_problems(experiment) if experiment.server.shard else []
-
-
-def _shard_problems(experiment: Experiment) -> list[str]:
-    training, found = experiment.training, []
-    if experiment.server.replicas == 1:
-        found.append("server.shard: needs server.replicas of at least 2, or server.shard=false")
-    if training.compile:
-        found.append("server.shard: not with training.compile; set one of them to false")
-    if training.autocast is not None:
-        # Its copies of the weights would stay until the end of a forward, of all blocks.
-        found.append("server.shard: not with training.autocast; set training.autocast=null")
-    return found
-
-
-def _head_problems(experiment: Experiment) -> list[str]:
-    if experiment.model.head_at == "server":
-        return []
-    found, method = [], experiment.method
-    if "model.head_at" not in facts_of(experiment).reads:
-        found.append(
-            f"model.head_at: client, but method={method} has the head where the encoder is; "
-            "take model.head_at=server, or method=mpsl"
-        )
-    if experiment.contrastive == "global":
-        found.append(
-            "contrastive: with global the server contrasts all predictions, and with "
-            "model.head_at=client it has none; take contrastive=client, or model.head_at=server"
-        )
-    return found
-
-
-def _mask_problems(experiment: Experiment) -> list[str]:
-    """Refuse masked sums where there is nothing to mask, or what is asked for undoes them."""
-    key, found = "tokenizer_sync.masked", []
-    if "tokenizer_sync" not in facts_of(experiment).reads:
-        found.append(
-            f"{key}: under method={experiment.method} nothing is masked; take mpsl or psl, or "
-            "masked=false"
-        )
-    if not experiment.model.train_tokenizers and experiment.model.head_at == "server":
-        found.append(
-            f"{key}: frozen tokenizers are as everybody began with them; set "
-            "model.train_tokenizers=true, or masked=false"
-        )
-    if experiment.clients < FEWEST_IN_SUM:
-        found.append(
-            f"{key}: {experiment.clients} clients; a sum of fewer than {FEWEST_IN_SUM} tells "
-            f"what each has added; take clients={FEWEST_IN_SUM} or more, or masked=false"
-        )
-    if goes_on(experiment) and experiment.faults.min_clients < FEWEST_IN_SUM:
-        found.append(
-            f"{key}: a sum needs {FEWEST_IN_SUM} clients, and the run would go on with "
-            f"{experiment.faults.min_clients}; set faults.min_clients={FEWEST_IN_SUM} or more, "
-            "or faults.on_loss=stop"
-        )
-    if experiment.training.evaluate_own and experiment.data.test_at == "server":
-        found.append(
-            f"{key}: to test every client's own tokenizers the server would need them one by one; "
-            "take data.test_at=clients, or training.evaluate_own=false"
-        )
-    return found
 
 
 def _modality_problems(experiment: Experiment) -> list[str]:
@@ -164,7 +87,7 @@ def _modality_problems(experiment: Experiment) -> list[str]:
 def _too_small(experiment: Experiment) -> list[str]:
     training, model, data = experiment.training, experiment.model, experiment.data
     federated, runtime = experiment.federated, experiment.runtime
-    blocks = model.encoder.trainable_blocks
+    blocks, part_blocks = model.encoder.trainable_blocks, model.trainable_part_blocks
     at_least = {
         1: {
             "clients": experiment.clients,
@@ -196,6 +119,7 @@ def _too_small(experiment: Experiment) -> list[str]:
             "seed": experiment.seed,
             "data.loaders": data.loaders,
             "model.encoder.trainable_blocks": None if blocks == "all" else blocks,
+            "model.trainable_part_blocks": None if part_blocks == "all" else part_blocks,
             "training.server.warmup_steps": training.server.warmup_steps,
             "training.client.warmup_steps": training.client.warmup_steps,
             "checkpoint.every_epochs": experiment.checkpoint.every_epochs,
@@ -300,30 +224,6 @@ def _batch_problems(experiment: Experiment) -> list[str]:
     return []
 
 
-def _cache_problems(experiment: Experiment) -> list[str]:
-    wire, found = experiment.wire, []
-    if wire.cache and experiment.model.train_tokenizers:
-        found.append(
-            "wire.cache: a tokenizer that is trained changes its activations at every step; set "
-            "model.train_tokenizers=false, or wire.cache=false"
-        )
-    if wire.cache_limit is not None and not wire.cache:
-        found.append("wire.cache_limit: only with wire.cache=true")
-    if wire.cache_prefix and not wire.cache:
-        found.append("wire.cache_prefix: only with wire.cache=true")
-    if wire.cache_prefix and experiment.server.replicas > 1:
-        found.append(
-            "wire.cache_prefix: one replica alone has the cache; set server.replicas=1, or "
-            "wire.cache_prefix=false"
-        )
-    if wire.cache_prefix and experiment.model.encoder.trainable_blocks == "all":
-        found.append(
-            "wire.cache_prefix: no block of the encoder is frozen; set "
-            "model.encoder.trainable_blocks, or wire.cache_prefix=false"
-        )
-    return found
-
-
 def _compute_problems(experiment: Experiment) -> list[str]:
     training, found = experiment.training, []
     if training.autocast is not None and training.precision != "float32":
@@ -365,16 +265,38 @@ def _weight_problems(experiment: Experiment) -> list[str]:
                 f"weights.{part}: '{source}' is no source; one of {', '.join(named)}, "
                 f"or a file ({', '.join(WEIGHT_FILES)})"
             )
+    found += _part_problems(experiment)
     model, clip = experiment.model, experiment.model.text == "clip"
-    if experiment.weights.text != "random" and not clip:
-        found.append("weights.text: only with model.text=clip")
+    if experiment.weights.text != "random" and model.text == "table":
+        found.append("weights.text: only with model.text=clip or minilm")
     if model.text_tower is not None and not clip:
         found.append("model.text_tower: only with model.text=clip")
-    if clip and model.train_token_table:
-        found.append("model.train_token_table: there is no table with model.text=clip")
+    if model.train_token_table and model.text != "table":
+        found.append(f"model.train_token_table: there is no table with model.text={model.text}")
     if clip and (experiment.data.text_length or 0) > 77:
         found.append(
             f"data.text_length: CLIP reads at most 77 tokens, found {experiment.data.text_length}"
+        )
+    return found
+
+
+def _part_problems(experiment: Experiment) -> list[str]:
+    """Refuse a pretrained part without its weights' place, and weights without their part."""
+    found, model, weights = [], experiment.model, experiment.weights
+    chosen = [part for modality, part in PARTS.items() if getattr(model, modality) == part]
+    for modality, part in PARTS.items():
+        source = getattr(weights, modality)
+        if part in chosen and source not in ("random", part):
+            found.append(
+                f"weights.{modality}: '{source}' is none of {part}'s; one of random, {part}"
+            )
+        elif part not in chosen and source.partition(":")[0] == part:
+            found.append(f"weights.{modality}: {part} only with model.{modality}={part}")
+    if model.trainable_part_blocks != 0 and not (chosen and model.train_tokenizers):
+        parts = ", ".join(f"model.{modality}={part}" for modality, part in PARTS.items())
+        found.append(
+            f"model.trainable_part_blocks: only with one of {parts}, and with "
+            "model.train_tokenizers=true"
         )
     return found
 

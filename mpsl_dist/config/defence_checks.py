@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpsl_dist.config.methods import facts_of
-from mpsl_dist.config.schema import Defences, Experiment
+from mpsl_dist.config.schema import PARTS, Defences, Experiment
 from mpsl_dist.typed import flatten
 
 
@@ -75,9 +75,16 @@ def _pretrained_problems(experiment: Experiment) -> list[str]:
         "secret_tokenizers": "published weights are no secret",
         "shuffle_patches": "published weights come with positions",
     }
-    return [
+    found = [
         f"defences.{key}: {why}; set weights.{part}=random"
         for key, why in reasons.items()
         for part in ("image", "audio")
         if getattr(chosen, key) and getattr(experiment.weights, part) != "random"
+    ]
+    reasons["shuffle_patches"] = "a pretrained encoder's tokens know their places"
+    return found + [
+        f"defences.{key}: {why}; model.{part}={encoder} cannot be taken with it"
+        for key, why in reasons.items()
+        for part, encoder in PARTS.items()
+        if getattr(chosen, key) and getattr(experiment.model, part) == encoder
     ]

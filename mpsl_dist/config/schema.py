@@ -35,7 +35,7 @@ class Data:
     #: Who holds the test set: the server (a public benchmark), or the clients, a part each.
     test_at: Literal["server", "clients"] = "server"
     partition: Partition = field(default_factory=Partition)
-    #: Length of a text in CLIP byte-pair tokens, start and end included; null is the dataset's own.
+    #: Length of a text in tokens, start and end included; null is the dataset's own.
     text_length: int | None = None
     #: ``manifest`` and plugins' datasets that have a choice: what to read, in the order of fusion;
     #: null is all that there is.
@@ -116,8 +116,14 @@ class Model:
     #: Trained LayerNorm after the encoder, at the server.
     post_norm: bool = False
     #: ``table`` embeds every token of a text; ``clip`` makes a whole text one token, by CLIP's
-    #: frozen text tower (texts of at most 77 tokens).
-    text: Literal["table", "clip"] = "table"
+    #: frozen text tower (texts of at most 77 tokens); ``minilm`` is a pretrained text encoder.
+    text: Literal["table", "clip", "minilm"] = "table"
+    #: ``patches`` of a picture or a spectrogram, or a pretrained encoder in their place.
+    image: Literal["patches", "efficientnet-lite0"] = "patches"
+    audio: Literal["patches", "whisper-tiny"] = "patches"
+    #: How many last blocks of ``minilm``, ``efficientnet-lite0`` and ``whisper-tiny`` are trained
+    #: at the clients: 6, 7 and 4 are all of the blocks, ``all`` is the embedding too.
+    trainable_part_blocks: int | Literal["all"] = 0
     #: open_clip's name of that tower; null takes OpenAI's B/16, from width 1,024 on L/14.
     text_tower: str | None = None
     #: Train the 49,408-row text token table too (heavy on a client and on the wire).
@@ -142,11 +148,14 @@ class Weights:
 
     #: ``random``, ``timm``, ``meta-transformer``, ``clip`` or a file.
     encoder: str = "random"
-    #: The image tokenizer: ``random``, ``timm``, ``clip`` (with its pre-norm) or a file.
+    #: The image tokenizer: ``random``, ``timm``, ``clip`` (with its pre-norm) or a file; of
+    #: ``model.image=efficientnet-lite0`` the part of that name.
     image: str = "random"
-    #: The audio tokenizer: ``random``, ``ast`` or a file.
+    #: The audio tokenizer: ``random``, ``ast`` or a file; of ``model.audio=whisper-tiny`` the part
+    #: of that name.
     audio: str = "random"
-    #: The frozen text tower of ``model.text=clip``: ``random``, ``clip`` or a file.
+    #: The frozen text tower of ``model.text=clip``: ``random``, ``clip`` or a file; of
+    #: ``model.text=minilm`` the part of that name.
     text: str = "random"
     #: Folder of Meta-Transformer's files, which no program can download.
     root: str | None = None
@@ -155,10 +164,13 @@ class Weights:
 #: Part -> its named sources.
 WEIGHT_SOURCES: dict[str, tuple[str, ...]] = {
     "encoder": ("random", "timm", "meta-transformer", "clip"),
-    "image": ("random", "timm", "clip"),
-    "audio": ("random", "ast"),
-    "text": ("random", "clip"),
+    "image": ("random", "timm", "clip", "efficientnet-lite0"),
+    "audio": ("random", "ast", "whisper-tiny"),
+    "text": ("random", "clip", "minilm"),
 }
+#: Modality -> its pretrained encoder: under ``model`` its architecture, under ``weights`` its
+#: weights, from an installed package.
+PARTS = {"text": "minilm", "image": "efficientnet-lite0", "audio": "whisper-tiny"}
 #: What a file of weights ends in.
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 

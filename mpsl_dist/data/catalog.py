@@ -27,6 +27,8 @@ Option = Literal[
     "max_missing",
     "cache",
     "needs",
+    "tokens",
+    "sounds",
 ]
 #: Captions taken of every picture of a retrieval dataset, the first ones.
 CAPTIONS = 5
@@ -70,7 +72,9 @@ class DatasetFacts:
         the dataset has a dataclass for them.
     reads : tuple of str
         The options of an experiment that it has a use for, of :data:`Option`. All others are
-        refused, except ``text_length``, which is not passed on then. An option that the experiment
+        refused, except ``text_length``, which is not passed on then, and, of what is read from
+        files, ``tokens`` (``wordpiece``) and ``sounds`` (``whisper``), which pretrained parts of
+        the model ask for, see :func:`mpsl_dist.data.load`. An option that the experiment
         leaves out is not passed either: the default of ``load`` counts. ``needs`` is no key but
         what this host will use: ``("train",)``, ``("test",)`` or both.
     options : type or None
@@ -119,6 +123,7 @@ class DatasetFacts:
         text_length: int | None = None,
         image_size: int | None = None,
         audio_frames: int | None = None,
+        mel_bins: int | None = None,
     ) -> dict[str, tuple[int, ...]]:
         """Return ``shapes`` as these options of an experiment change them; None leaves its own.
 
@@ -130,6 +135,8 @@ class DatasetFacts:
             Side of a picture in pixels.
         audio_frames : int, optional
             Frames of a spectrogram.
+        mel_bins : int, optional
+            Mel bins of a frame.
         """
         shapes = dict(self.shapes)
         if "text" in shapes and "text_length" in self.reads and text_length is not None:
@@ -138,6 +145,8 @@ class DatasetFacts:
             shapes["image"] = (shapes["image"][0], image_size, image_size)
         if "audio" in shapes and "audio_frames" in self.reads and audio_frames is not None:
             shapes["audio"] = (audio_frames, shapes["audio"][1])
+        if "audio" in shapes and mel_bins is not None:
+            shapes["audio"] = (shapes["audio"][0], mel_bins)
         return shapes
 
 
@@ -186,7 +195,7 @@ _KARPATHY_PLACE = "Karpathy's caption_datasets.zip (cs.stanford.edu/people/karpa
 DATASETS: dict[str, DatasetFacts] = {
     "digits-qa": DatasetFacts(
         f"{_SETS}.digits_qa:load",
-        reads=("text_length",),
+        reads=("text_length", "tokens"),
         files=False,
         shapes={"image": (1, 8, 8), "text": (16,)},
         classes=12,
@@ -194,7 +203,7 @@ DATASETS: dict[str, DatasetFacts] = {
     ),
     "mnist-fsdd": DatasetFacts(
         f"{_SETS}.mnist_fsdd:load",
-        reads=("audio_frames",),
+        reads=("audio_frames", "sounds"),
         place="MNIST: yann.lecun.com/exdb/mnist; spoken digits: the recordings of "
         "github.com/Jakobovski/free-spoken-digit-dataset",
         by_hand="put the two gzipped IDX files into mnist/ and the wav files into fsdd/",

@@ -18,7 +18,7 @@ from torch import Tensor
 from mpsl_dist.actors import masking
 from mpsl_dist.actors.masking import KEY, Masked
 from mpsl_dist.config import Experiment
-from mpsl_dist.config.checks import FEWEST_IN_SUM
+from mpsl_dist.config.split_checks import FEWEST_IN_SUM
 from mpsl_dist.methods.link import Link
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.models import fixed_point

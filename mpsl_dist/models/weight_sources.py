@@ -6,6 +6,7 @@
 ``clip``            open_clip: ``clip:ARCHITECTURE/TAG``, or the size's default
 ``meta-transformer``  the released file in ``weights.root`` (B/16 and L/14; by hand, no download)
 ``ast``             the Audio Spectrogram Transformer of the hub: ``ast:REPOSITORY``
+a pretrained part   inside an installed package, see :mod:`mpsl_dist.models.pretrained_weights`
 a path              a file of any known format: .pth, .pt, .bin or .safetensors
 ==================  =============================================================================
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from mpsl_dist.errors import WeightsError
 from mpsl_dist.models.weights import State, stem_of
+from mpsl_dist.wheels import WHEELS
 
 _TIMM = {
     "Ti": "vit_tiny_patch16_224.augreg_in21k",
@@ -44,7 +46,7 @@ _AST = "MIT/ast-finetuned-audioset-10-10-0.4593"
 def is_file(source: str) -> bool:
     """Return whether a source is a file rather than ``random`` or a collection."""
     kind = source.partition(":")[0]
-    return kind not in ("random", "timm", "clip", "meta-transformer", "ast")
+    return kind not in ("random", "timm", "clip", "meta-transformer", "ast", *WHEELS)
 
 
 def fetch(part: str, source: str, size: str, root: str | None, tower: str) -> tuple[str, State]:
@@ -112,6 +114,8 @@ def colours_of(source: str, size: str) -> tuple[float, ...] | None:
         None where nobody knows: of random weights, and of a file's.
     """
     kind, _, which = source.partition(":")
+    if kind == "efficientnet-lite0":
+        return (0.5, 0.5, 0.5)
     if kind == "timm":
         import timm
 

@@ -159,7 +159,7 @@ def test_what_reading_needs_is_built_before_the_fork(
     built = []
     make = text._tokenizer.__wrapped__
     monkeypatch.setattr(text, "_tokenizer", cache(lambda: built.append(os.getpid()) or make()))
-    monkeypatch.setattr(text, "tokenize", lambda texts, length: _tokens(built, texts, length))
+    monkeypatch.setattr(text, "tokenize", lambda texts, length, _: _tokens(built, texts, length))
     listed = [Sample(image=str(write_picture(tmp_path / "a.png")), text="one")] * 4
     dataset = _dataset(listed, PICTURE)
     reader = Loaders([dataset], each=1).reader(dataset)

@@ -6,6 +6,7 @@ Shape legend: ``s`` samples of a waveform, ``t`` frames, ``m`` mel bins.
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ RATE = 16_000
 FRAME, HOP = 400, 160
 #: Mel bins of a frame.
 MEL_BINS = 128
+#: Whose spectrogram: Kaldi's, of :func:`fbank`, or Whisper's, of :func:`log_mel`.
+Sounds = Literal["kaldi", "whisper"]
+#: Mel bins of a frame, by whose spectrogram it is.
+BINS: dict[Sounds, int] = {"kaldi": MEL_BINS, "whisper": 80}
 #: Mean and twice the standard deviation of AudioSet's log-mel values: what AST's weights expect.
 AST_MEAN, AST_SCALE = -4.2677393, 2 * 4.5689974
 #: Kaldi's defaults: the next power of two above a frame, and its emphasis of high frequencies.
@@ -74,6 +79,45 @@ def fbank(waveform: Tensor, frames: int) -> Tensor:
     window, filters = _filters()
     spectrum = torch.fft.rfft((pieces - _PREEMPHASIS * before) * window, n=_FFT).abs().square()
     return (spectrum @ filters).clamp_min(torch.finfo(torch.float32).eps).log()
+
+
+def log_mel(waveform: Tensor, frames: int) -> Tensor:
+    """Return Whisper's log-mel spectrogram: Slaney's scale, 25 ms centred every 10 ms.
+
+    The same values as the released ``log_mel_spectrogram`` of a waveform that is ``frames`` long.
+
+    Parameters
+    ----------
+    waveform : Tensor
+        (..., s) float32 at 16 kHz, cut or padded with silence at its end.
+    frames : int
+        Frames of the result, at least 2.
+
+    Returns
+    -------
+    Tensor
+        (..., frames, 80) float32: the logarithm to the base 10, from 8 below the loudest value on,
+        plus 4, over 4.
+    """
+    fitted = fit(waveform, frames * HOP)
+    window, filters = _whisper_filters()
+    spectrum = torch.stft(
+        fitted.reshape(-1, frames * HOP), FRAME, HOP, window=window, return_complex=True
+    )
+    power = spectrum[..., :-1].abs().square().reshape(*fitted.shape[:-1], -1, frames)
+    values = (power.transpose(-1, -2) @ filters).clamp_min(1e-10).log10()
+    return (torch.maximum(values, values.amax((-1, -2), keepdim=True) - 8) + 4) / 4
+
+
+@cache
+def _whisper_filters() -> tuple[Tensor, Tensor]:
+    """Return the window (400,) and the mel filters (201, 80)."""
+    from torchaudio import functional
+
+    filters = functional.melscale_fbanks(
+        FRAME // 2 + 1, 0.0, RATE / 2, BINS["whisper"], RATE, norm="slaney", mel_scale="slaney"
+    )
+    return torch.hann_window(FRAME), filters
 
 
 @cache

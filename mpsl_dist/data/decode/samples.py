@@ -89,9 +89,13 @@ class View:
     audio_at : float
         Centre of the window at test, 0 the start of the clip and 1 its end.
     text_length : int
-        Byte-pair tokens.
+        Tokens of a text.
     colours : Colours or None
         Taken out of the values 0..1; None takes ImageNet's where ``crop`` is False, else nothing.
+    tokens : "clip" or "wordpiece"
+        As of :func:`mpsl_dist.data.decode.text.tokenize`.
+    sounds : "kaldi" or "whisper"
+        Kaldi's log-mel of 128 bins, AudioSet's mean and scale taken out, or Whisper's of 80.
     """
 
     modalities: tuple[str, ...]
@@ -101,13 +105,15 @@ class View:
     audio_at: float = 0.5
     text_length: int = 77
     colours: Colours | None = None
+    tokens: text.Tokens = "clip"
+    sounds: audio.Sounds = "kaldi"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """One sample's shape per modality, in the order of fusion."""
         shapes = {
             "image": (3, self.image_size, self.image_size),
-            "audio": (self.audio_frames, audio.MEL_BINS),
+            "audio": (self.audio_frames, audio.BINS[self.sounds]),
             "text": (self.text_length,),
         }
         return {name: shapes[name] for name in self.modalities}
@@ -204,7 +210,7 @@ class FileDataset:
         for name, shape in self.view.shapes.items():
             if name == "text":
                 texts = [self.samples[row].text or "" for row in rows]
-                inputs[name] = text.tokenize(texts, self.view.text_length)
+                inputs[name] = text.tokenize(texts, self.view.text_length, self.view.tokens)
             elif rows:
                 empty = {name: torch.zeros(shape)}
                 inputs[name] = torch.stack([read.get(row, empty)[name] for row in rows])
@@ -262,8 +268,8 @@ def read(
     Returns
     -------
     dict of str to Tensor
-        ``image`` (3, h, w) float32 and ``audio`` (t, m) float32, log-mel with AudioSet's mean and
-        scale taken out, as far as the view asks; zeros for what the sample lacks.
+        ``image`` (3, h, w) float32 and ``audio`` (t, m) float32, log-mel, as far as the view asks
+        and as it says; zeros for what the sample lacks.
 
     Raises
     ------
@@ -356,6 +362,8 @@ def _audio(path: str, at: float, view: View, cache: Cache | None) -> Tensor:
     else:
         stored = cache.get(path, "waveform 16000", lambda: _whole(path))
         waveform = media.cut(stored[1:], at, samples, int(stored[0]))
+    if view.sounds == "whisper":
+        return audio.log_mel(waveform, view.audio_frames)
     return (audio.fbank(waveform, view.audio_frames) - audio.AST_MEAN) / audio.AST_SCALE
 
 

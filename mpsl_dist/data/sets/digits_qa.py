@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsl_dist.data.dataset import Splits, TensorDataset
-from mpsl_dist.data.decode.text import tokenize
+from mpsl_dist.data.decode.text import Tokens, tokenize
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLASSES = (*NUMBERS, "yes", "no")
@@ -44,7 +44,9 @@ QUESTIONS: dict[str, Callable[[int], str]] = {
 }
 
 
-def load(root: str | Path | None = None, *, text_length: int = 16) -> Splits:
+def load(
+    root: str | Path | None = None, *, text_length: int = 16, tokens: Tokens = "clip"
+) -> Splits:
     """Build the dataset; always the same, whatever the experiment's seed.
 
     Parameters
@@ -52,7 +54,9 @@ def load(root: str | Path | None = None, *, text_length: int = 16) -> Splits:
     root : str or Path, optional
         Not used: nothing is read from files.
     text_length : int
-        Byte-pair tokens of a question.
+        Tokens of a question.
+    tokens : "clip" or "wordpiece"
+        As of :func:`mpsl_dist.data.decode.text.tokenize`.
 
     Returns
     -------
@@ -65,7 +69,7 @@ def load(root: str | Path | None = None, *, text_length: int = 16) -> Splits:
     images_bchw = torch.from_numpy(rows_bp[:, :-1]).float().reshape(-1, 1, 8, 8) / 8 - 1
     digits = rows_bp[:, -1].astype(int).tolist()
     answers = list(QUESTIONS.values())
-    tokens_ql = tokenize(list(QUESTIONS), text_length)
+    tokens_ql = tokenize(list(QUESTIONS), text_length, tokens)
 
     generator = torch.Generator().manual_seed(_SEED)
     seen: Counter[int] = Counter()

@@ -48,6 +48,7 @@ def load(
     test_samples: int = 1_000,
     test_speakers: Sequence[str] = ("theo",),
     audio_frames: int = 64,
+    sounds: audio.Sounds = "kaldi",
 ) -> Splits:
     """Pair pictures and utterances of the same digit.
 
@@ -61,12 +62,14 @@ def load(
         Speakers heard in the test set only; everyone else is heard in training only.
     audio_frames : int
         Frames of 10 ms; shorter utterances are padded with silence, longer ones cut.
+    sounds : "kaldi" or "whisper"
+        Kaldi's log-mel of 128 bins, standardised, or Whisper's of 80 as it is.
 
     Returns
     -------
     Splits
-        ``image`` (1, 28, 28) and ``audio`` (audio_frames, 128), both float32 and standardised with
-        constants of the training set.
+        ``image`` (1, 28, 28) and ``audio`` (audio_frames, bins), both float32; pictures and Kaldi's
+        spectrograms are standardised with constants of the training set.
 
     Raises
     ------
@@ -82,7 +85,7 @@ def load(
     for speaker in test_speakers:
         if speaker not in speakers:
             raise DataError(f"{folder / 'fsdd'}: no speaker '{speaker}'; there: {speakers}")
-    spectrograms = _spectrograms([path for *_, path in voices], audio_frames)
+    spectrograms = _spectrograms([path for *_, path in voices], audio_frames, sounds)
     spoken = torch.tensor([digit for digit, *_ in voices])
     unseen = torch.tensor([speaker in test_speakers for _, speaker, _ in voices])
     generator = torch.Generator().manual_seed(PAIRING_SEED)
@@ -102,7 +105,7 @@ def load(
         TensorDataset({"image": images[rows[:, 0]], "audio": spectrograms[rows[:, 1]]}, rows[:, 2])
         for rows in split
     ]
-    shapes = {"image": (1, 28, 28), "audio": (audio_frames, audio.MEL_BINS)}
+    shapes = {"image": (1, 28, 28), "audio": (audio_frames, audio.BINS[sounds])}
     return Splits(datasets[0], datasets[1], shapes, CLASSES)
 
 
@@ -161,11 +164,12 @@ def _find_utterances(folder: Path) -> list[tuple[int, str, Path]]:
     return found
 
 
-def _spectrograms(paths: Sequence[Path], frames: int) -> Tensor:
-    """Return the utterances as (n, frames, 128) spectrograms, standardised."""
+def _spectrograms(paths: Sequence[Path], frames: int, sounds: audio.Sounds) -> Tensor:
+    """Return the utterances as (n, frames, bins) spectrograms, Kaldi's standardised."""
+    form = audio.fbank if sounds == "kaldi" else audio.log_mel
     samples = audio.samples_for(frames)
     recordings = [_read_wave(path) for path in paths]
-    spectrograms = torch.empty(len(paths), frames, audio.MEL_BINS)
+    spectrograms = torch.empty(len(paths), frames, audio.BINS[sounds])
     for rate in {rate for rate, _ in recordings}:
         rows = [row for row, (own, _) in enumerate(recordings) if own == rate]
         # A little more, so that the resampler's edge falls outside of what is kept.
@@ -173,8 +177,8 @@ def _spectrograms(paths: Sequence[Path], frames: int) -> Tensor:
         for start in range(0, len(rows), _AT_ONCE):
             some = rows[start : start + _AT_ONCE]
             waveforms = torch.stack([audio.fit(recordings[row][1], needed) for row in some])
-            spectrograms[some] = audio.fbank(audio.resample(waveforms, rate), frames)
-    return (spectrograms - AUDIO_MEAN) / AUDIO_STD
+            spectrograms[some] = form(audio.resample(waveforms, rate), frames)
+    return (spectrograms - AUDIO_MEAN) / AUDIO_STD if sounds == "kaldi" else spectrograms
 
 
 def _read_wave(path: Path) -> tuple[int, Tensor]:
