@@ -92,7 +92,8 @@ class PlannedRun:
         RunError
             If the run's ``config.yaml`` is damaged.
         """
-        before = flatten(RunDirectory(self.experiment.run_directory).config())
+        defaults = config.to_dict(config.Experiment())
+        before = RunDirectory(self.experiment.run_directory, defaults).settings()
         now = flatten(config.to_dict(self.experiment))
         for key in differing_keys(before, now):
             return f"{key} was {before.get(key)!r} there and is {now.get(key)!r} now"

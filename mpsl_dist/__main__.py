@@ -213,7 +213,8 @@ def _launch(options: argparse.Namespace, experiment: Experiment, ranks: int) -> 
     try:
         launch.check_room(ranks)
         refuse_shared_file(experiment, None)
-        directory = RunDirectory(experiment.run_directory)
+        defaults = config.to_dict(config.Experiment())
+        directory = RunDirectory(experiment.run_directory, defaults)
         directory.check(config.to_dict(experiment), options.resume, options.overwrite)
         if refused := refusals_without_data(experiment):
             raise ConfigError("\n".join(refused))
@@ -262,7 +263,8 @@ def _check_everything(
     from mpsl_dist.methods import processes
     from mpsl_dist.records.run_directory import RunDirectory
 
-    resolved, directory = config.to_dict(experiment), RunDirectory(experiment.run_directory)
+    resolved, defaults = config.to_dict(experiment), config.to_dict(config.Experiment())
+    directory = RunDirectory(experiment.run_directory, defaults)
     results, refusals = [], []
     for check in (
         lambda: processes.place_in_world(experiment, options.words),

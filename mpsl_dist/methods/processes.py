@@ -269,7 +269,7 @@ def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirect
     RunError
         If it stands in the way, or cannot be continued.
     """
-    run = RunDirectory(experiment.run_directory)
+    run = RunDirectory(experiment.run_directory, to_dict(Experiment()))
     run.open(to_dict(experiment), resume, overwrite)
     log_to(run.path / "rank0.log").info("server, rank 0, seed %d", experiment.seed)
     return run

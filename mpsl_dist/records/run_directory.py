@@ -51,10 +51,13 @@ class RunDirectory:
     ----------
     path : Path
         The folder, which need not exist yet.
+    defaults : mapping, optional
+        An experiment's values: of keys that are newer than the run, which went as they say.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, defaults: Mapping[str, Any] | None = None) -> None:
         self.path = path
+        self._defaults = flatten(defaults or {})
         self._lock: IO[str] | None = None
 
     def check(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
@@ -146,7 +149,7 @@ class RunDirectory:
             write_atomic(path, text)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
-        before, now = flatten(self.config()), flatten(config)
+        before, now = self.settings(), flatten(config)
         differing = [
             f"{key}: the run has {before.get(key)!r}, now {now.get(key)!r}{why}"
             for key in differing_keys(before, now)
@@ -173,6 +176,10 @@ class RunDirectory:
         if not values:
             raise RunError(f"{path}: empty; {_DAMAGED}")
         return values
+
+    def settings(self) -> dict[str, Any]:
+        """Return :meth:`config` as :func:`flatten` does, with the defaults of newer keys."""
+        return self._defaults | flatten(self.config())
 
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds; empty where the run left none yet.

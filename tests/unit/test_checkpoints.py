@@ -389,8 +389,8 @@ def test_every_difference_that_matters_is_named(tmp_path: Path) -> None:
         "clients": 5,
         "plugins": ["toys", "json"],
         "method_options": {"rounds": 3},
-        "tokenizer_sync": {"mode": "gradients", "every": 1},
     }
+    other["tokenizer_sync"] |= {"mode": "gradients"}
     other["data"] |= {"name": "toy-image+audio", "options": {"a": 1}}
     other["model"] |= {"head": {"kind": "mine", "options": {"b": 2}}, "tokenizers": {"x": {"c": 3}}}
     with pytest.raises(RunError) as caught:
@@ -408,6 +408,18 @@ def test_every_difference_that_matters_is_named(tmp_path: Path) -> None:
         "plugins",
         "tokenizer_sync.mode",
     ]
+
+
+def test_a_run_that_is_older_than_a_key_goes_on_with_its_default_alone(tmp_path: Path) -> None:
+    now = to_dict(toys.experiment())
+    older = now | {"model": {k: v for k, v in now["model"].items() if k != "head_at"}}
+    del older["wire"]
+    RunDirectory(tmp_path / "run").open(older, resume=False, overwrite=False)
+    run = RunDirectory(tmp_path / "run", to_dict(Experiment()))
+    run.check(now, resume=True, overwrite=False)
+    now["model"]["head_at"] = "client"
+    with pytest.raises(RunError, match=r"model\.head_at: the run has 'server', now 'client'"):
+        run.check(now, resume=True, overwrite=False)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -66,24 +67,26 @@ def show(audit: Audit, console: Console) -> None:
 
 
 def _table(audit: Audit) -> Table:
-    """Lay out a line for every attack and knowledge, with a column for every step."""
+    """Lay out a line for every attack and knowledge, metric by metric, a column for every step."""
     steps = audit.steps[:1] + audit.steps[1:][-_STEPS:]
-    table = Table(title=f"{audit.name}: found ± standard error", title_justify="left")
-    for head in ("metric", "attack", "knowledge", "of"):
+    title = f"{audit.name}: found ± standard error"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in ("attack", "knowledge", "of"):
         table.add_column(head)
-    for head in ("floor", *(f"step {step}" for step in steps), "ceiling"):
-        table.add_column(head, justify="right")
+    for head in ("floor", *(f"step {step}" for step in steps)):
+        table.add_column(head, justify="right", no_wrap=True)
     best = [audit.strongest(metric, steps[-1]) for metric in METRICS]
     for metric in METRICS:
         lines: dict[tuple[str, str, str], dict[int, Figure]] = {}
         for f in (f for f in audit.figures if f.metric == metric):
             lines.setdefault((f.attack, f.knowledge, f.of), {})[f.step] = f
+        if lines:
+            table.add_row("psnr, dB" if metric == "psnr" else metric, style="italic")
         for words, found in lines.items():
             last = list(found.values())[-1]
             cells = [_found(found.get(step)) for step in steps]
             style = "dim" if last.control else "bold" if last in best else None
-            ends = [_number(x, metric) for x in (last.floor, last.ceiling)]
-            table.add_row(metric, *words, ends[0], *cells, ends[1], style=style)
+            table.add_row(*words, _number(last.floor, metric), *cells, style=style)
         if lines:
             table.add_section()
     return table
