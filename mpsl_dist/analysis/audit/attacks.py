@@ -102,12 +102,15 @@ def attack_labels(scene: Scene) -> None:
     labels_n = torch.cat([one.labels_n for one in scene.heard])
     back = _together([one.of_predictions_nk for one in scene.heard])
     cut = _together([_mean_token(one.of_tokens) for one in scene.heard])
+    returned = "gradient of predictions"
     if back is None:
         scene.audit.note("labels: no gradient came back for what the server had sent")
     elif back.shape[1] == classes:
         guess_n = labels.from_logits(back)
-        _add_labels(scene, ("smallest entry", "gradient of predictions"), guess_n, labels_n)
-    for of, gradient in (("gradient of predictions", back), ("cut-layer gradient", cut)):
+        _add_labels(scene, ("smallest entry", returned), guess_n, labels_n)
+    else:  # a head follows at the client
+        returned = "gradient of features"
+    for of, gradient in ((returned, back), ("cut-layer gradient", cut)):
         if gradient is None or not bool(torch.isfinite(gradient).all()):
             continue
         guess_n, hidden_n = labels.by_clusters(gradient, classes, labels_n)
