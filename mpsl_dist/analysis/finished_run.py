@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import METHODS, OPTIONAL
 from mpsl_dist.errors import RunError
 from mpsl_dist.records.run_directory import FREE_KEYS, RunDirectory
 from mpsl_dist.typed import flatten
 
 #: Keys that may differ between the runs of a group.
-_NOT_THE_METHOD = (*FREE_KEYS, "name", "seed")
+_NOT_THE_METHOD = (*FREE_KEYS, "defences.secret", "name", "seed")
 #: What a comparison takes from ``summary.json``.
 _NEEDED = {
     "method": str,
@@ -81,12 +82,11 @@ class FinishedRun:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All keys that tell a method and its task from another."""
-        flat = flatten(self.config)
+        flat = flatten(Experiment()) | flatten(self.config)  # newer keys at their defaults
         left_out = tuple(f"{key}." for key in (*_NOT_THE_METHOD, *self.unread))
         return {
             key: value
             for key, value in flat.items()
-            # A key that is newer than a run is null there.
             if value is not None and not f"{key}.".startswith(left_out)
         }
 

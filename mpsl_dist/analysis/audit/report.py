@@ -142,9 +142,11 @@ def _spread(name: str, values: Sequence[float | None]) -> dict[str, float | None
 
 def show_groups(lines: Sequence[dict[str, Any]], console: Console) -> None:
     """Print the groups beside each other."""
-    table = Table(title="the strongest attack at the last step; mean ± deviation over seeds")
-    for head in ("runs", "seeds", "accuracy", "MiB up per client and epoch", *_COLUMNS):
-        table.add_column(head, justify="left" if head == "runs" else "right")
+    title = "the strongest attack at the last step; mean ± deviation over seeds"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in ("runs", "seeds", "accuracy", "MiB up", *_COLUMNS):
+        left = head == "runs"
+        table.add_column(head, justify="left" if left else "right", overflow="fold")
     for line in lines:
         up = line["up_bytes_per_client_per_epoch"]
         cells = [_with_spread(line, metric) for metric in _COLUMNS]
@@ -238,26 +240,33 @@ def _caption(audit: Audit, gallery: Gallery, label: str) -> str:
 
 
 def draw_price(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw what every group sends against its accuracy, and against what pictures leak."""
+    """Draw what every group sends, how well it does, and what pictures leak, each by the others."""
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(10, 4.2), layout="constrained")
-    axes = canvas.subplots(1, 2)
-    shown = (("accuracy", "test accuracy"), ("psnr", "PSNR of the stronger attack, dB"))
-    for axis, (metric, name) in zip(axes, shown, strict=True):
+    names = {
+        "up": "MiB up per client and epoch",
+        "accuracy": "test accuracy",
+        "psnr": "PSNR of the stronger attack, dB",
+    }
+    ends = {"accuracy": 1.0, "psnr": 1.05 * CEILING_DB}
+    canvas = Canvas(figsize=(13, 4 + 0.1 * len(lines)), layout="constrained")
+    axes = canvas.subplots(1, 3)
+    shown = (("up", "accuracy"), ("up", "psnr"), ("psnr", "accuracy"))
+    for axis, (x, y) in zip(axes, shown, strict=True):
         for place, line in enumerate(lines):
-            if line[metric] is None:
+            at = line | {"up": line["up_bytes_per_client_per_epoch"] / 2**20}
+            if at[x] is None or at[y] is None:
                 continue
-            mebi = line["up_bytes_per_client_per_epoch"] / 2**20
-            spread = line[f"{metric}_std"] or 0
-            label = line["label"] if axis is axes[0] else None
-            axis.errorbar(mebi, line[metric], spread, marker="o", color=f"C{place}", label=label)
-        axis.set(xlabel="MiB up per client and epoch", ylabel=name)
-        axis.set_xlim(
-            0, 1.08 * max(line["up_bytes_per_client_per_epoch"] for line in lines) / 2**20
-        )
+            axis.errorbar(
+                at[x],
+                at[y],
+                at[f"{y}_std"] or 0,
+                marker="osD^v"[place // 10 % 5],
+                color=f"C{place}",
+                label=line["label"] if axis is axes[0] else None,
+            )
+        axis.set(xlabel=names[x], ylabel=names[y], ylim=(0, ends[y]))
+        axis.set_xlim(0, ends.get(x))
         axis.grid(color="0.9")
-    axes[0].set_ylim(0, 1)
-    axes[1].set_ylim(0, 1.05 * CEILING_DB)
     canvas.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     canvas.savefig(path, dpi=130)
