@@ -12,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mpsl_dist import config
+from mpsl_dist.actors.choices import dtype_of, width_of, wire_of
 from mpsl_dist.analysis import compare
 from mpsl_dist.analysis.audit.figures import METRICS, Audit, Figure, Gallery
 from mpsl_dist.analysis.audit.scores import CEILING_DB
@@ -115,6 +117,7 @@ def grouped(audits: Sequence[Audit]) -> list[dict[str, Any]]:
     lines = []
     for label, members in _groups(audits):
         line: dict[str, Any] = {"label": label, "seeds": len(members)}
+        line["bits_per_activation"] = _bits(members[0])
         told = [audit.summary for audit in members if audit.summary]
         line |= _spread("accuracy", [s.get("test", {}).get("accuracy") for s in told])
         up = "up_bytes_per_client_per_epoch"
@@ -124,6 +127,13 @@ def grouped(audits: Sequence[Audit]) -> list[dict[str, Any]]:
             line |= _spread(metric, [f.value for f in best if f])
         lines.append(line)
     return lines
+
+
+def _bits(audit: Audit) -> float:
+    """Return what a number of a client's tokens takes on the wire, its token's scale with it."""
+    experiment = config.from_dict(audit.settings)
+    width, number = width_of(experiment), dtype_of(experiment).itemsize
+    return 8 * wire_of(experiment).activations.token_bytes(width, number) / width
 
 
 def _groups(audits: Sequence[Audit]) -> list[tuple[str, list[Audit]]]:
@@ -240,21 +250,28 @@ def _caption(audit: Audit, gallery: Gallery, label: str) -> str:
 
 
 def draw_price(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw what every group sends, how well it does, and what pictures leak, each by the others."""
+    """Draw what every group sends, how well it does, and what pictures leak, each by the others.
+
+    What it sends is bits per activation where codecs differ, else bytes.
+    """
     from matplotlib.figure import Figure as Canvas
 
+    coded = len({line["bits_per_activation"] for line in lines}) > 1
+    sent = "bits_per_activation" if coded else "MiB"
     names = {
-        "up": "MiB up per client and epoch",
+        "MiB": "MiB up per client and epoch",
+        "bits_per_activation": "bits per activation",
         "accuracy": "test accuracy",
         "psnr": "PSNR of the stronger attack, dB",
     }
     ends = {"accuracy": 1.0, "psnr": 1.05 * CEILING_DB}
     canvas = Canvas(figsize=(13, 4 + 0.1 * len(lines)), layout="constrained")
     axes = canvas.subplots(1, 3)
-    shown = (("up", "accuracy"), ("up", "psnr"), ("psnr", "accuracy"))
+    shown = ((sent, "accuracy"), (sent, "psnr"), ("psnr", "accuracy"))
     for axis, (x, y) in zip(axes, shown, strict=True):
         for place, line in enumerate(lines):
-            at = line | {"up": line["up_bytes_per_client_per_epoch"] / 2**20}
+            up = line["up_bytes_per_client_per_epoch"]
+            at = line | {"MiB": None if up is None else up / 2**20}
             if at[x] is None or at[y] is None:
                 continue
             axis.errorbar(
