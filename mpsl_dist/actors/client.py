@@ -2,33 +2,41 @@
 
 The boundary
 ------------
-Everything that a client ever sends is what a method of :class:`Client` returns:
+Everything that a client ever sends is what a method of :class:`Client` returns. What an answer
+reveals to the server stands after "tells"; ``docs/privacy.md`` has it measured:
 
 ========================  =====================================================================
-``describe``              how many training and test samples it holds
-``tokenize``              smashed activations of the cut layer (training), coded as ``wire`` says;
-                          with ``wire.cache`` those of the rows alone that the server asks for
-``loss``                  one number, its mean loss over its mini-batch
+``describe``              how many training and test samples it holds; tells no more
+``tokenize``              smashed activations of the cut layer (training), coded as ``wire`` says,
+                          with ``wire.cache`` those of the rows alone that the server asks for;
+                          tells the inputs, exactly where a token is wider than its patch
+``loss``                  one number, its mean loss over its mini-batch; tells how well its data
+                          are known, and by its gradient, below, every label
 ``pairs``                 which pairs of its mini-batch share a picture (retrieval with
-                          ``contrastive: global``, in place of a loss)
+                          ``contrastive: global``, in place of a loss); tells the same
 ``tokenize_test``         smashed activations (evaluation, where clients hold the test set), coded
-                          in the same way
-``score``                 how many of its test predictions were right
-``read_test``             how many samples of a test batch can be read
-``damage_met``            how many of its files and samples could not be read
-``tokenizer_weights``     its trained tokenizer parameters, for FedAvg; with ``masked`` never,
-                          but where they are everybody's (``tokenizer_sync: gradients``)
-``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``); with
-                          ``masked`` never
-``offer_key``             with ``masked``: a public key for one sum, or that it has nothing to add
-``mask``                  with ``masked``: its part of that sum, gradients or weights, as numbers
-                          that are uniformly random but in the sum of all
-``unlock``                with ``masked``: a seed that opens the sum once everybody's part is there
+                          in the same way; tells the test inputs, as ``tokenize`` does
+``score``                 how many of its test predictions were right; tells little of its labels
+``read_test``             how many samples of a test batch can be read; tells no more
+``damage_met``            how many of its files and samples could not be read; tells no more
+``tokenizer_weights``     its trained tokenizer parameters, for an average; with ``masked`` never,
+                          but where they are everybody's (``tokenizer_sync: gradients``); tells
+                          what its activations are to be solved with
+``take_gradients``        its accumulated tokenizer gradients (``tokenizer_sync: gradients``), with
+                          ``masked`` never; tells of its inputs what gradients do
+``offer_key``             with ``masked``: a public key for one sum; tells whether it has something
+                          to add
+``mask``                  with ``masked``: its part of that sum, gradients or weights; tells
+                          nothing, uniformly random numbers but in the sum of all
+``unlock``                with ``masked``: a seed that opens the sum once everybody's part is
+                          there; tells the sum
 ``hand_over``             its trained tokenizer parameters and its optimizer's state, for a client
-                          that comes back (``tokenizer_sync: gradients`` alone: all have the
-                          same, and the server knows the sums that made them so)
-``save``                  the SHA-256 of the file that it wrote of its state, as a text
-``damage``                what is wrong with that file: a text with the file's name, or nothing
+                          that comes back (``tokenizer_sync: gradients`` alone); tells nothing
+                          new: all have the same, and the server knows the sums that made them so
+``save``                  the SHA-256 of the file that it wrote of its state, as a text; tells no
+                          more
+``damage``                what is wrong with that file, a text with the file's name, or nothing;
+                          tells no more
 ========================  =====================================================================
 
 Where data stay with their owners (``data.place: own``) its host says before all that, once, as an

@@ -2,16 +2,20 @@
 
 The boundary
 ------------
-Everything that a client ever sends is what a method of :class:`FederatedClient` returns:
+Everything that a client ever sends is what a method of :class:`FederatedClient` returns, and what
+it reveals to the server stands after "tells":
 
 ===============  ==============================================================================
-``describe``     how many training and test samples it holds
-``train_round``  the trained parameters after its local epochs, its sample count, its mean loss
-``test``         how many of its test predictions were right, and of how many
-``read_tests``   how many of its test samples can be read
-``damage_met``   how many of its files and samples could not be read
-``save``         the SHA-256 of the file that it wrote of its state, as a text
-``damage``       what is wrong with that file: a text with the file's name, or nothing
+``describe``     how many training and test samples it holds; tells no more
+``train_round``  the trained parameters after its local epochs, its sample count, its mean loss;
+                 tells of its inputs and labels what a model trained on them does
+``test``         how many of its test predictions were right, and of how many; tells little of
+                 its labels
+``read_tests``   how many of its test samples can be read; tells no more
+``damage_met``   how many of its files and samples could not be read; tells no more
+``save``         the SHA-256 of the file that it wrote of its state, as a text; tells no more
+``damage``       what is wrong with that file, a text with the file's name, or nothing; tells no
+                 more
 ===============  ==============================================================================
 
 Where data stay with their owners its host says before all that what it has, as

@@ -1,6 +1,15 @@
 """The server: it owns the encoder W_b and, unless clients do, the head W_t; it sees smashed
 activations only.
 
+The boundary
+------------
+What the server sends to a client is its own alone, or all clients': predictions for its mini-batch
+(features, where it has the head), which tell what the others have taught the encoder; gradients of
+its loss and of its activations; and what the tokenizers' sync makes of all clients' (a sum of
+gradients, an average of weights), which tells each of two clients the other's part. Batch sizes and
+the steps' plan tell every client how much the others have together. What it receives stands in
+:mod:`mpsl_dist.actors.client`.
+
 Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width, ``k`` classes.
 """
 
