@@ -264,7 +264,7 @@ def draw_price(lines: Sequence[dict[str, Any]], path: Path) -> None:
         "accuracy": "test accuracy",
         "psnr": "PSNR of the stronger attack, dB",
     }
-    ends = {"accuracy": 1.0, "psnr": 1.05 * CEILING_DB}
+    ends = {"psnr": 1.05 * CEILING_DB}
     canvas = Canvas(figsize=(13, 4 + 0.1 * len(lines)), layout="constrained")
     axes = canvas.subplots(1, 3)
     shown = ((sent, "accuracy"), (sent, "psnr"), ("psnr", "accuracy"))
@@ -282,8 +282,10 @@ def draw_price(lines: Sequence[dict[str, Any]], path: Path) -> None:
                 color=f"C{place}",
                 label=line["label"] if axis is axes[0] else None,
             )
-        axis.set(xlabel=names[x], ylabel=names[y], ylim=(0, ends[y]))
+        axis.set(xlabel=names[x], ylabel=names[y])
         axis.set_xlim(0, ends.get(x))
+        if y != "accuracy":
+            axis.set_ylim(0, ends[y])
         axis.grid(color="0.9")
     canvas.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     canvas.savefig(path, dpi=130)
