@@ -62,21 +62,25 @@ def watch(
     Gives the peak memory of every rank's processes, the seconds to the first step, and the
     processors' seconds of all processes by its end.
     """
-    begin, started, spent = time.monotonic(), 0.0, 0.0
+    begin, started, spent, next_look = time.monotonic(), 0.0, 0.0, 0.0
     peak: dict[tuple[int, bool], int] = {}
     metrics = folder / "metrics.jsonl"
     while run.process.poll() is None:
-        members, look = run.members(), time.monotonic()
+        time.sleep(0.2)
+        now = time.monotonic()
         if not started and metrics.exists() and (lines := metrics.read_text().splitlines()):
-            started = look - begin - json.loads(lines[0])["seconds"]
-            spent = sum(map(processor_seconds, members))
-        for pid in members:
+            started = now - begin - json.loads(lines[0])["seconds"]
+            spent = sum(map(processor_seconds, run.members()))
+            next_look = now
+        if now < next_look:
+            continue
+        for pid in run.members():
             if role := role_of(pid):
                 peak[role] = max(peak.get(role, 0), own_memory(pid))
         if spare() < least:
             run.end()
             sys.exit(f"ended: less than {least:g} GiB of memory were left")
-        time.sleep(max(0.2, 4 * (time.monotonic() - look)))  # a look costs processors' time too
+        next_look = 5 * time.monotonic() - 4 * now  # a look costs processors' time too
     status, output = run.finish()
     if status:
         sys.exit(output)
