@@ -14,9 +14,9 @@ import pytest
 import toys
 from conftest import small_disk
 
-from mpsl_dist import __main__ as command_line
 from mpsl_dist.__main__ import main
 from mpsl_dist.actors import deployable, holdings
+from mpsl_dist.commands import train
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.errors import RunError
 from mpsl_dist.methods import processes
@@ -147,7 +147,7 @@ def train_and_fail(
     monkeypatch.setattr(process.StopRequest, "listen", lambda self: None)
     options = argparse.Namespace(resume=False, overwrite=False)
     with pytest.raises(Left) as caught:
-        command_line._train_as_server(options, experiment, None, None)
+        train._train_as_server(options, experiment, None, None)
     return caught.value.args[0], experiment.run_directory
 
 

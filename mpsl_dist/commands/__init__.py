@@ -1,0 +1,1 @@
+"""The commands, a file for what is done at one time: none imports torch before it must."""

@@ -1,0 +1,87 @@
+"""What is asked of runs that are there: their test, their comparison, what they give away."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mpsl_dist.errors import ConfigError
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add ``evaluate``, ``compare`` and ``audit`` to the command line."""
+    evaluate = commands.add_parser("evaluate", help="test the model that a run left, without RPC")
+    evaluate.add_argument("run_directory", metavar="RUN", help="a run directory, runs/<name>")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="where the data lies and how to compute; the model stays as it was trained",
+    )
+    evaluate.set_defaults(run=_evaluate)
+    compare = commands.add_parser("compare", help="methods beside each other, from their runs")
+    compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="completed run directories")
+    compare.add_argument("--out", metavar="FILE.md", help="write page, csv and picture")
+    compare.set_defaults(run=_compare)
+    _add_audit(commands)
+
+
+def _add_audit(commands: argparse._SubParsersAction) -> None:
+    audit = commands.add_parser("audit", help="what a curious server learns from what it receives")
+    what = "run directories and experiments; key.path=value as for evaluate or train"
+    audit.add_argument("targets", nargs="+", metavar="RUN_OR_CONFIG", help=what)
+    samples = "test samples that are attacked: 200"
+    audit.add_argument("--samples", type=int, default=200, metavar="N", help=samples)
+    out = "default: audit-NAME, of several audit-sweep"
+    audit.add_argument("--out", metavar="DIR", help=out)
+    audit.add_argument("--overwrite", action="store_true", help="replace an earlier audit there")
+    over = "exit with 1 if an attack finds more"
+    audit.add_argument("--fail-over", nargs="+", default=[], metavar="psnr=20", help=over)
+    audit.set_defaults(overrides=[], run=_audit)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from mpsl_dist.actors import deployable
+    from mpsl_dist.actors.agreement import renumbered
+    from mpsl_dist.actors.holdings import load_data, loaders_of
+    from mpsl_dist.actors.local_data import TestData
+
+    folder = Path(options.run_directory) / "model"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{options.run_directory}: no model/ there; the run must be completed")
+    model, experiment, classes = deployable.load(folder, options.overrides)
+    place = (experiment.data.place, experiment.data.test_at)
+    needs = ("test",) if place == ("own", "server") else ("train", "test")
+    splits = renumbered(load_data(experiment, needs), classes)
+    print(f"the test set of {experiment.data.name}:")
+    held = TestData(splits.test, loaders=loaders_of(experiment, splits))
+    results = model.test(held, experiment.training.test_batch_size)
+    if held.unread.positions:
+        print(f"left out, as they cannot be read: {len(held.unread.positions)} of {len(held)}")
+    for name, value in results.items():
+        print(f"{name} {value:.4f}")
+    for name, value in splits.baselines.items():
+        print(f"{name} {value:.4f}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from mpsl_dist.analysis import compare
+
+    if options.out and Path(options.out).suffix != ".md":
+        raise ConfigError(f"--out: {options.out} must end in .md")
+    groups = compare.group(compare.read(options.runs))
+    print(compare.markdown(groups))
+    for path in compare.write(groups, Path(options.out)) if options.out else ():
+        print(f"wrote {path}")
+    return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from mpsl_dist.analysis.audit.audit import audit_all, limits_of
+
+    limits, targets = limits_of(options.fail_over), [*options.targets, *options.overrides]
+    over = audit_all(targets, options.samples, options.out, options.overwrite, limits)
+    print("\n".join(over), file=sys.stderr, end="\n" if over else "")
+    return int(bool(over))
