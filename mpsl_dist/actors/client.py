@@ -5,9 +5,12 @@ The boundary
 Everything that a client ever sends is what a method of :class:`Client` returns:
 
 ========================  =====================================================================
-``describe``              how many training and test samples it holds
+``describe``              how many training and test samples it holds, and which modalities, if it
+                          lacks any
 ``tokenize``              smashed activations of the cut layer (training), coded as ``wire`` says;
-                          with ``wire.cache`` those of the rows alone that the server asks for
+                          with ``wire.cache`` those of the rows alone that the server asks for; of a
+                          mini-batch that lacks parts those of what is there alone, and a mask:
+                          which sample has which modality
 ``loss``                  one number, its mean loss over its mini-batch
 ``pairs``                 which pairs of its mini-batch share a picture (retrieval with
                           ``contrastive: global``, in place of a loss)
@@ -85,6 +88,7 @@ from mpsl_dist.errors import DivergedError
 from mpsl_dist.models import fixed_point
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.codecs import Sent, Wire
+from mpsl_dist.models.gapped import Gapped, converted, mask_of
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, copy_of, fuse
 from mpsl_dist.records import state
@@ -100,10 +104,19 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class Description:
-    """What a client tells of its data: how many training and test samples it has."""
+    """What a client tells of its data.
+
+    Attributes
+    ----------
+    samples, test_samples : int
+        How many it has, to train on and to test with.
+    modalities : tuple of str
+        Those that any of them has; empty where they are all that the data have.
+    """
 
     samples: int
     test_samples: int
+    modalities: tuple[str, ...] = ()
 
 
 class Client:
@@ -130,6 +143,8 @@ class Client:
         Codes what crosses the cut.
     guard : Guard
         Its defences, which change what leaves it.
+    modalities : tuple of str
+        Those that it has tokenizers of; empty where these are all.
     """
 
     def __init__(
@@ -145,6 +160,7 @@ class Client:
         home: Path = Path(),
         wire: Wire = Wire(),  # noqa: B008 (frozen)
         guard: Guard = Guard(),  # noqa: B008 (frozen)
+        modalities: tuple[str, ...] = (),
     ) -> None:
         self.number = number
         self.data = data
@@ -157,6 +173,7 @@ class Client:
         self.home = home
         self.wire = wire
         self.guard = guard
+        self.modalities = modalities
         self._accumulated: Tensor | None = None
         self._masked: masking.MaskedSum | None = None
         self._visiting: Tokenizers | None = None
@@ -164,10 +181,10 @@ class Client:
     # -- what a client sends ---------------------------------------------------------------
 
     def describe(self) -> Description:
-        """Return how many samples it holds."""
-        return Description(len(self.data), len(self.test_data))
+        """Return how many samples it holds, and which modalities."""
+        return Description(len(self.data), len(self.test_data), self.modalities)
 
-    def tokenize(self, step: int, rows: Sequence[int] | None = None) -> list[Sent]:
+    def tokenize(self, step: int, rows: Sequence[int] | None = None) -> list[Sent] | Gapped:
         """Tokenize the mini-batch of this step of the epoch, from 0 (Eq. 1).
 
         Parameters
@@ -178,16 +195,16 @@ class Client:
 
         Returns
         -------
-        list of Tensor or Packed
+        list of Tensor or Packed, or Gapped
             The smashed activations, on CPU: early fusion one (b, l, d), late fusion one
-            (b, l_m, d) per modality.
+            (b, l_m, d) per modality; where a sample lacks a part, of what is there alone.
         """
         batch, positions = self.data.batch(step), self.data.positions(step)
         if rows is not None:
             batch, positions = batch.rows(rows), [positions[row] for row in rows]
         marks = self.guard.training_marks(positions, self.data.epoch)
         smashed = self._smash(self.tokenizers.local_value(), batch, marks)
-        return self.wire.encode(smashed, self.data.key(step))
+        return converted(smashed, lambda tokens: self.wire.encode(tokens, self.data.key(step)))
 
     def loss(self, step: int, predictions: Tensor) -> Tensor:
         """Compare predictions with its own labels (Eq. 2).
@@ -224,7 +241,7 @@ class Client:
         """
         return self.data.batch(step).labels.unique(return_inverse=True)[1]
 
-    def tokenize_test(self, step: int, own: bool = False) -> list[Sent]:
+    def tokenize_test(self, step: int, own: bool = False) -> list[Sent] | Gapped:
         """Tokenize what can be read of its test batch ``step``.
 
         Parameters
@@ -235,7 +252,7 @@ class Client:
         batch = self.test_data.batch(step)
         marks = [("test", self.data.epoch, own, step, row) for row in range(len(batch))]
         with torch.no_grad():
-            return self.wire.encode(self._smash(self._tested(own), batch, marks))
+            return converted(self._smash(self._tested(own), batch, marks), self.wire.encode)
 
     def score(self, step: int, predictions_bk: Tensor, own: bool = False) -> int:
         """Return how many predictions (b, k) of its test batch ``step`` are right.
@@ -368,8 +385,8 @@ class Client:
         )
 
     def set_tokenizer_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace its tokenizers' trained parameters, as by an average."""
-        load_trainable(self.tokenizers.local_value(), weights)
+        """Replace its tokenizers' trained parameters, as by an average of those who have them."""
+        load_trainable(self.tokenizers.local_value(), weights, some=True)
 
     def take_over(self, parts: Mapping[str, Any]) -> None:
         """Continue from what another client has handed over."""
@@ -390,7 +407,7 @@ class Client:
         self._visiting = self.tokenizers.local_value()
         if weights is not None:
             self._visiting = copy_of(self._visiting)
-            load_trainable(self._visiting, weights)
+            load_trainable(self._visiting, weights, some=True)
         self.test_data.lay_out(counts)
 
     # -- checkpoints, written where the client is ------------------------------------------
@@ -422,7 +439,7 @@ class Client:
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
         with state.continuing(self._file(folder), self.device) as parts:
-            self.set_tokenizer_weights(parts["tokenizers"])
+            load_trainable(self.tokenizers.local_value(), parts["tokenizers"])
             self.stepper.load(parts["optimizer"])
             self._accumulated = parts["accumulated"]
             self.data.unread.load(parts.get("unread"))
@@ -441,7 +458,12 @@ class Client:
     def _file(self, folder: str) -> Path:
         return self.home / folder / state.client_file(self.number)
 
-    def _smash(self, tokenizers: Tokenizers, batch: Batch, marks: Sequence[Mark]) -> list[Tensor]:
+    def _smash(
+        self, tokenizers: Tokenizers, batch: Batch, marks: Sequence[Mark]
+    ) -> list[Tensor] | Gapped:
+        if batch.present is not None:
+            tokens = tokenizers(self._inputs(tokenizers, batch), batch.present)
+            return Gapped(tuple(x_bld.cpu() for x_bld in tokens), mask_of(batch.present))
         tokens = tokenizers(self._inputs(tokenizers, batch))
         guarded = self.guard.tokens(tokenizers, tokens, marks)
         return [smashed_bld.cpu() for smashed_bld in fuse(guarded, self.fusion)]
@@ -451,6 +473,7 @@ class Client:
         return {
             name: x.to(self.device, dtype if x.is_floating_point() else None)
             for name, x in batch.inputs.items()
+            if name in tokenizers.by_modality
         }
 
 
