@@ -73,18 +73,41 @@ def leave_out(
                 f"data.missing.rate: {type(split).__name__} has no 'without(present)'; set "
                 "data.missing.rate=0"
             )
-    clients_cm = draw(rate, len(parts), len(names), [seed, _CLIENTS])
 
     def drawn(split: Dataset, held: Parts, stream: int) -> Dataset:
-        cells_nm = draw(rate, len(split.labels), len(names), [seed, stream])
-        if per == "client" and any(map(len, held)):
-            for client, own in enumerate(held):
-                cells_nm[own] = clients_cm[client]
-        return split.without(_by_name(names, cells_nm))
+        how = rate, per, seed, len(split.labels), held, len(names), stream
+        return split.without(_by_name(names, drawn_cells(*how)))
 
     train = drawn(splits.train, parts, _TRAIN)
     test = drawn(splits.test, tests, _TEST) if at_test else splits.test
     return replace(splits, train=train, test=test)
+
+
+def drawn_cells(
+    rate: float,
+    per: str,
+    seed: int,
+    samples: int,
+    held: Parts,
+    modalities: int,
+    stream: int = _TRAIN,
+) -> NDArray[np.bool_]:
+    """Return which samples of a split have which modality, (n, m).
+
+    Parameters
+    ----------
+    samples : int
+        n.
+    held : sequence of array
+        Every client's; all empty where the server holds them, and there is nobody to draw for.
+    """
+    if per == "sample" or not any(map(len, held)):
+        return draw(rate, samples, modalities, [seed, stream])
+    clients_cm = draw(rate, len(held), modalities, [seed, _CLIENTS])
+    cells_nm = np.ones((samples, modalities), dtype=bool)
+    for client, own in enumerate(held):
+        cells_nm[own] = clients_cm[client]
+    return cells_nm
 
 
 def _by_name(names: Sequence[str], cells_nm: NDArray[np.bool_]) -> dict[str, Tensor]:

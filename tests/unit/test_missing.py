@@ -9,6 +9,9 @@ import torch
 import toys
 from local_fleet import in_one_process, steps_of
 
+from mpsl_dist.actors.holdings import Holdings
+from mpsl_dist.analysis import flops, gapped_traffic, traffic_model
+from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.data import gaps
 from mpsl_dist.methods.mpsl import Mpsl
@@ -82,3 +85,54 @@ def test_draws_are_nested_and_leave_nobody_with_nothing() -> None:
     # Of 0.2^3 of the rows one cell comes back.
     assert abs(1 - drawn[1].mean() - (0.2 - 0.2**3 / 3)) < 0.01
     assert not np.array_equal(drawn[2], gaps.draw(0.5, 2000, 3, [8]))
+
+
+# -- what crosses --------------------------------------------------------------------------------
+
+
+def whole_run(chosen: Experiment) -> Mpsl:
+    """Two epochs, a test after each, and the model to deploy."""
+    method = in_one_process(chosen)
+    for epoch in range(2):
+        method.begin_epoch(epoch)
+        for step in range(len(method.plan)):
+            method.step(step, epoch * len(method.plan) + step)
+        method.evaluate()
+    method.deployable()
+    return method
+
+
+AT_CLIENTS = {"test_at": "clients", "missing": MISSING | {"at_test": True}}
+TRAFFIC = {
+    "early": {},
+    "late": {"model": {"fusion": "late"}, "tokenizer_sync": {"mode": "weights", "every": 2}},
+    "by sample": {"data": {"missing": MISSING | {"per": "sample"}}},
+    "gradients": {"tokenizer_sync": {"mode": "gradients", "every": 3}},
+    "at clients": {"data": AT_CLIENTS, "training": {"evaluate_own": True}},
+    "identical at clients": {"data": AT_CLIENTS, "tokenizer_sync": {"mode": "gradients"}},
+    "coded": {"wire": {"activations": "int8", "gradients": "int4"}, "data": AT_CLIENTS},
+    "coded late": {
+        "wire": {"activations": "bf16"},
+        "model": {"fusion": "late"},
+        "data": {"missing": MISSING | {"per": "sample"}},
+    },
+    "heads": {"model": {"head_at": "client"}, "tokenizer_sync": {"mode": "weights"}},
+    "the data's own": {"data": {"name": "toy-gaps", "missing": {}}},
+    "frozen": {"model": {"train_tokenizers": False}},
+}
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+def test_counted_bytes_are_the_computed_ones(case: str) -> None:
+    options = dict(TRAFFIC[case])
+    training = to_dict(experiment())["training"] | options.pop("training", {})
+    chosen = experiment(options.pop("data", None), training=training, **options)
+    method, parts = whole_run(chosen), flops.build(chosen, inputs_of(chosen))
+    found = gapped_traffic.gaps_of(Holdings.load(chosen))
+    tests = np.array(list(method.test_sizes.values()))
+    total = traffic_model.training(parts, method.plan, 2, found)
+    once = traffic_model.exporting(parts, chosen.clients, found)
+    for kind, each in traffic_model.testing(parts, tests, found).items():
+        total[kind] = each * 2 + once.get(kind, 0)
+    computed = {kind: x.tolist() for kind, x in total.items() if x.any()}
+    assert method.traffic.by_kind() == computed
