@@ -98,7 +98,7 @@ def train(
                     tensor.retain_grad()
         masks = {n: batch.present for n, batch in batches.items()}
         if any(masks.values()):
-            returned = torch.cat([_one_by_one(server, cut[n], masks[n]) for n in batches])
+            returned = torch.cat([one_by_one(server, cut[n], masks[n]) for n in batches])
         else:
             returned = server([torch.cat(tensors) for tensors in zip(*cut.values(), strict=True)])
         labels = [batch.labels.to(device) for batch in batches.values()]
@@ -161,7 +161,7 @@ def _holders(splits: Any, parts: list[Any]) -> Callable[[str], list[int]]:
     return has
 
 
-def _one_by_one(server: Any, cut: list[torch.Tensor], present: Any) -> torch.Tensor:
+def one_by_one(server: Any, cut: list[torch.Tensor], present: Any) -> torch.Tensor:
     """Predictions of a client's samples, each by itself from what it has: no mask anywhere."""
     early = server.fusion == "early"
     if present is None:

@@ -53,13 +53,29 @@ class SplitLink(Link):
         self.start("begin_training", dict.fromkeys(told, (steps_per_epoch, epochs)))()
 
     def hand_over(self, clients: Sequence[int], to: Sequence[int]) -> None:
-        """Have the first of these that answers give others its tokenizers and optimizer's state."""
+        """Have the first of these that answers give others its tokenizers and optimizer's state.
+
+        Raises
+        ------
+        RemoteError
+            If nobody who answers has what one of these has, no more and no less.
+        """
+        for alike in self.keys.alike(to):
+            givers = [n for n in clients if self.keys.held(n) == self.keys.held(alike[0])]
+            if not self._hand_over(givers, alike) and self.keys.modalities:
+                raise RemoteError(
+                    f"{name_clients(alike)} cannot go on: no client that is left has the same "
+                    "modalities to hand over"
+                )
+
+    def _hand_over(self, clients: Sequence[int], to: Sequence[int]) -> bool:
         for client in clients:
             parts = self.start("hand_over", {client: ()}, "return", up="sync_up")()
             if parts:
                 told = dict.fromkeys(to, (parts[client],))
                 self.start("take_over", told, "return", down="sync_down")()
-                return
+                return True
+        return False
 
     def begin_epoch(self, epoch: int, counts: Mapping[int, list[int]], first_step: int) -> None:
         """Tell every client how many samples it gives to each step of the epoch."""
