@@ -258,6 +258,10 @@ class Holdings:
         )
         for part, name in enumerate(self.dealt.names):
             _log.info("client %d is '%s': %d samples", self.first + part, name, sizes[part])
+        for name, there in (self._masks[0] or {}).items():
+            held = [int(there[part].sum()) for part in self.dealt.parts]
+            clients = f"{sum(map(bool, held))} of {len(held)} clients"
+            _log.info("%s: %d of %d training samples, %s", name, sum(held), sum(sizes), clients)
 
 
 def _cut(
