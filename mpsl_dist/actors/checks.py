@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from mpsl_dist.actors.agreement import Elsewhere
 from mpsl_dist.actors.choices import head_of, task_of
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import comes_back, facts_of
-from mpsl_dist.data import Splits, presence
+from mpsl_dist.data import Dataset, Splits, presence
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.models.pretrained import LONGEST_SOUND, LONGEST_TEXT
 
@@ -136,8 +138,17 @@ def _not_with_gaps(experiment: Experiment, splits: Splits) -> list[str]:
             not splits.retrieval and head_of(experiment, splits)[1].apart
         ),
     }
+    empty = [name for name in ("train", "test") if _has_nothing(getattr(splits, name))]
+    known = " or ".join(splits.shapes)
+    asked |= {f"data.modalities: there are {name} samples without {known}": True for name in empty}
     end = "; samples lack parts here: turn it off, or set data.missing.zeros=true"
     return [f"{said}{end}" for said, chosen in asked.items() if chosen]
+
+
+def _has_nothing(split: Dataset) -> bool:
+    """Return whether any sample has no modality at all."""
+    present = presence(split)
+    return present is not None and not bool(torch.stack([*present.values()]).any(0).all())
 
 
 def check_patches(experiment: Experiment, splits: Splits) -> None:

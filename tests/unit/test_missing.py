@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data
 from mpsl_dist.analysis import flops, gapped_traffic, traffic_model
+from mpsl_dist.analysis.audit import halves
+from mpsl_dist.analysis.audit.victim import refuse
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, Faults, to_dict
 from mpsl_dist.config.methods import unread
 from mpsl_dist.data import Batch, DataError, gaps, presence
 from mpsl_dist.data.decode.samples import FileDataset, Sample, View
+from mpsl_dist.errors import ConfigError
 from mpsl_dist.methods import centralized
 from mpsl_dist.methods.hosting import Setup, build_clients
 from mpsl_dist.methods.mpsl import Mpsl
@@ -131,7 +135,11 @@ TRAFFIC = {
     },
     "heads": {"model": {"head_at": "client"}, "tokenizer_sync": {"mode": "weights"}},
     "the data's own": {"data": {"name": "toy-gaps", "missing": {}}},
-    "frozen": {"model": {"train_tokenizers": False}},
+    "frozen, and secret": {
+        "model": {"train_tokenizers": False},
+        "data": AT_CLIENTS,
+        "defences": {"secret_tokenizers": True, "secret": "seed"},
+    },
 }
 
 
@@ -356,6 +364,29 @@ def test_what_cannot_be_had_with_gaps_is_refused_by_name(key: str) -> None:
         chosen = experiment({"missing": missing} | data, **options)
         found = refusals_with_data(chosen, load_data(chosen))
         assert [line.split(":")[0] for line in found] == [key] * refused, found
+
+
+def test_samples_without_anything_are_refused() -> None:
+    chosen = experiment({"name": "toy-gaps", "missing": {}})
+    splits = load_data(chosen)
+    present = {name: there.clone() for name, there in splits.train.present.items()}
+    for there in present.values():
+        there[7] = False
+    found = refusals_with_data(chosen, replace(splits, train=splits.train.without(present)))
+    assert [line.split(";")[0] for line in found] == [
+        "data.modalities: there are train samples without image or text"
+    ]
+
+
+def test_the_audit_refuses_samples_that_lack_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"data.missing.rate: audit attacks whole samples"):
+        refuse(experiment())
+    refuse(experiment({"missing": {}}))
+    chosen = experiment({"name": "toy-gaps", "missing": {}})
+    splits = load_data(chosen)
+    monkeypatch.setattr(halves, "load_data", lambda *_: replace(splits, test=splits.train))
+    with pytest.raises(DataError, match=r"test samples of toy-gaps lack parts, and audit attacks"):
+        halves.read(chosen, 10)
 
 
 def test_zeros_may_stand_in_for_what_is_absent() -> None:
