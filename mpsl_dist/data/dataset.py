@@ -154,5 +154,4 @@ class TensorDataset:
 
     def without(self, present: Mapping[str, Tensor]) -> TensorDataset:
         """Return the split without the parts that are not ``present``."""
-        left = replace(self, present=dict(present))
-        return left if presence(left) is not None or left.zeros else self
+        return replace(self, present=dict(present))
