@@ -49,6 +49,10 @@ With ``wire.cache`` it makes use of that: it keeps every sample's activations, w
 number and the sample's place among the client's own, and so links the sample over epochs, with its
 predictions and their gradients.
 
+A mask tells which samples of a mini-batch lack which part: that somebody has no scan can be a fact
+about them. What is absent itself is nowhere, and no gradient comes back for it. Which parameters a
+client sends tells the modalities that ``describe`` has told already.
+
 With ``tokenizer_sync.masked`` (:mod:`mpsl_dist.actors.masking`) nobody but the client learns its
 own gradients or, where clients' weights differ, its own weights; the server learns their sum.
 Without, it learns both exactly. The activations are what they are either way.

@@ -31,6 +31,7 @@ from mpsl_dist.methods.hosting import Setup, build_clients
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.psl import Psl
 from mpsl_dist.models.average import trainable_state
+from mpsl_dist.models.gapped import tensors_of
 from mpsl_dist.models.server_model import ServerModel, build_encoder
 from mpsl_dist.records.traffic import nbytes
 
@@ -46,9 +47,29 @@ def experiment(data: dict | None = None, **changes) -> Experiment:
     return toys.experiment(**{"training": training} | changes, data=chosen)
 
 
+def cut_gradients_of(method: Mpsl) -> list[dict[tuple[int, int], torch.Tensor]]:
+    """By step, client and tensor, as the steps that follow bring them."""
+    kept, forward = [], method.server.forward
+
+    def watching(smashed: dict) -> dict[int, torch.Tensor]:
+        kept.append(step := {})
+        for n, sent in smashed.items():
+            for i, tokens_bld in enumerate(tensors_of(sent)):
+                tokens_bld.register_hook(lambda x, key=(n, i), step=step: step.update({key: x}))
+        return forward(smashed)
+
+    method.server.forward = watching
+    return kept
+
+
 def assert_equal_to_reference(method: Mpsl, chosen: Experiment) -> None:
-    expected = reference.train(chosen, STEPS)
+    expected, cut = reference.train(chosen, STEPS), cut_gradients_of(method)
     assert steps_of(method, STEPS) == pytest.approx(expected["losses"], rel=1e-12)
+    if type(method) is Mpsl:  # naive PSL passes once for every client
+        for ours, theirs in zip(cut, expected["cut_gradients"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in theirs.items():
+                torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-9)
     for key, value in expected["server"].items():
         torch.testing.assert_close(method.server.model.state_dict()[key], value, rtol=0, atol=1e-9)
     for number, state in expected["clients"].items():
