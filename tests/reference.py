@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from mpsl_dist.actors import assembly, choices
 from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Experiment
+from mpsl_dist.data.gaps import leave_out
 from mpsl_dist.data.partition import deal_pictures, epoch_order, partition, shares
 
 #: Whether something is so of a client at a step.
@@ -52,6 +53,12 @@ def train(
         parts = partition(
             splits.train.labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed
         )
+    gaps = experiment.data.missing
+    if gaps.rate:
+        drawn = seed if gaps.seed is None else gaps.seed
+        splits = leave_out(
+            splits, gaps.rate, gaps.per, drawn, gaps.at_test, parts, [p[:0] for p in parts]
+        )
     plan = shares([len(p) for p in parts], settings.batch_size, experiment.client_share)
     device = choices.device_of(experiment)
     clients = [assembly.build_tokenizers(experiment, splits).to(device) for _ in parts]
@@ -76,13 +83,24 @@ def train(
                 k: x.to(device, dtype if x.is_floating_point() else None)
                 for k, x in batch.inputs.items()
             }
-            tokens = clients[n](inputs)
-            early = experiment.model.fusion == "early" and not splits.retrieval
-            cut[n] = [torch.cat(tokens, dim=1)] if early else tokens
+            if batch.present is not None:
+                tokens = clients[n](inputs)
+                there = [x_b for x_b in batch.present.values() if x_b.any()]
+                names = [m for m, x_b in batch.present.items() if x_b.any()]
+                order = list(splits.shapes)
+                cut[n] = [tokens[order.index(m)][x_b] for m, x_b in zip(names, there, strict=True)]
+            else:
+                tokens = clients[n](inputs)
+                early = experiment.model.fusion == "early" and not splits.retrieval
+                cut[n] = [torch.cat(tokens, dim=1)] if early else tokens
             for tensor in cut[n]:
                 if tensor.requires_grad:
                     tensor.retain_grad()
-        returned = server([torch.cat(tensors) for tensors in zip(*cut.values(), strict=True)])
+        masks = {n: batch.present for n, batch in batches.items()}
+        if any(masks.values()):
+            returned = torch.cat([one_by_one(server, cut[n], masks[n]) for n in batches])
+        else:
+            returned = server([torch.cat(tensors) for tensors in zip(*cut.values(), strict=True)])
         labels = [batch.labels.to(device) for batch in batches.values()]
         if experiment.contrastive == "global":
             loss = _info_nce(returned, torch.cat(labels))
@@ -107,23 +125,65 @@ def train(
         moved = [n for n in batches if not stuck(n, step)]
         if sync.mode == "gradients":
             for n in moved:
-                vector = parameters_to_vector([p.grad for p in trained(clients[n])])
+                own = trained(clients[n])
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+                vector = parameters_to_vector(grads)
                 kept[n] = kept.get(n, 0) + vector
         else:
             for n in moved:
                 optimizers[n].step()
         if sync.mode != "none" and ((step + 1) % sync.every == 0 or step + 1 == steps):
             heard = [n for n in range(len(clients)) if not missing(n, step)]
-            _meet(sync.mode, clients, optimizers, heard, kept, [len(p) for p in parts])
+            sizes = [len(p) for p in parts]
+            _meet(sync.mode, clients, optimizers, heard, kept, sizes, _holders(splits, parts))
         for module in (server, *clients):
             module.zero_grad()
     told["sizes"] = [len(part) for part in parts]
     told["server"] = {k: v.cpu() for k, v in server.state_dict().items()}
+    has = _holders(splits, parts)
     told["clients"] = {
-        n: {k: p.detach().cpu() for k, p in c.named_parameters() if p.requires_grad}
+        n: {k: p.detach().cpu() for k, p in c.named_parameters() if p.requires_grad and n in has(k)}
         for n, c in enumerate(clients)
     }
     return told
+
+
+def _holders(splits: Any, parts: list[Any]) -> Callable[[str], list[int]]:
+    """Which clients have a tokenizer parameter, by its name."""
+    present = splits.train.present if hasattr(splits.train, "present") else None
+
+    def has(name: str) -> list[int]:
+        modality = name.split(".")[1] if name.startswith("by_modality.") else None
+        if present is None or modality is None:
+            return list(range(len(parts)))
+        return [n for n, part in enumerate(parts) if bool(present[modality][part].any())]
+
+    return has
+
+
+def one_by_one(server: Any, cut: list[torch.Tensor], present: Any) -> torch.Tensor:
+    """Predictions of a client's samples, each by itself from what it has: no mask anywhere."""
+    early = server.fusion == "early"
+    if present is None:
+        apart = cut[0].split(server.lengths, dim=1) if early else cut
+        masks = [torch.ones(len(cut[0]), dtype=torch.bool)] * len(apart)
+        rows = dict(enumerate(apart))
+    else:
+        masks = list(present.values())
+        rows = dict(zip([m for m, x_b in enumerate(masks) if x_b.any()], cut, strict=True))
+    found = []
+    for b in range(len(masks[0])):
+        own = [rows[m][masks[m][:b].sum()] for m in range(len(masks)) if masks[m][b]]
+        lengths = [len(x) for x in own]
+        passes = [torch.cat(own)] if early else own
+        encoded = [server.post_norm(server.encoder(x_ld[None]))[0] for x_ld in passes]
+        tokens = torch.cat(encoded)
+        if server.pooling == "mean":
+            feature = tokens.mean(0)
+        else:
+            feature = torch.stack([x_ld[0] for x_ld in tokens.split(lengths)]).mean(0)
+        found.append(server.head(feature[None])[0])
+    return torch.stack(found)
 
 
 def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -137,13 +197,17 @@ def _meet(
     heard: list[int],
     kept: dict[int, torch.Tensor],
     sizes: list[int],
+    has: Callable[[str], list[int]],
 ) -> None:
     """Bring the clients' tokenizers together, as ``tokenizer_sync`` has it."""
     if mode == "weights":
-        total = sum(sizes[n] for n in heard)
-        mean = sum(parameters_to_vector(trained(clients[n])) * (sizes[n] / total) for n in heard)
-        for client in clients:
-            vector_to_parameters(mean.detach().clone(), trained(client))
+        named = [dict(client.named_parameters()) for client in clients]
+        for name in [name for name, p in named[0].items() if p.requires_grad]:
+            own = [n for n in heard if n in has(name)]
+            total = sum(sizes[n] for n in own)
+            mean = sum(named[n][name].detach() * (sizes[n] / total) for n in own)
+            for n in has(name):
+                named[n][name].data.copy_(mean)
         return
     vector = sum(kept[n] for n in heard if n in kept)
     kept.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,14 @@ def load(modalities: tuple[str, ...]) -> Splits:
     return Splits(split(1, SAMPLES), split(2, 30), shapes, CLASSES)
 
 
+def load_gaps() -> Splits:
+    """Pictures and texts of which every third sample lacks the picture, every fourth the text."""
+    splits = load(("image", "text"))
+    place = torch.arange(SAMPLES)
+    present = {"image": place % 3 > 0, "text": (place % 4 > 0) | (place % 3 == 0)}
+    return replace(splits, train=splits.train.without(present))
+
+
 def load_pairs() -> Splits:
     """Forty pictures with two captions each, for retrieval."""
     splits = load(("image", "text"))
@@ -58,6 +67,7 @@ datasets: dict[str, DatasetFacts] = {
     )
     for name, make in {
         "toy-pairs": load_pairs,
+        "toy-gaps": load_gaps,
         "toy-image+text": partial(load, ("image", "text")),
         "toy-image+audio": partial(load, ("image", "audio")),
         "toy-audio+text": partial(load, ("audio", "text")),

@@ -250,6 +250,10 @@ class Renumbered:
         batch = self.dataset.fetch(indices, seed)
         return replace(batch, labels=self.numbers[batch.labels])
 
+    def without(self, present: Mapping[str, Tensor]) -> Renumbered:
+        """Return the split without the parts that are not ``present``."""
+        return Renumbered(self.dataset.without(present), self.numbers)
+
     def __getattr__(self, name: str) -> Any:
         # What else a split may have, as ``clients``.
         if name == "dataset":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +51,10 @@ Text = nn.Embedding | ClipText
 
 
 def build_tokenizers(
-    experiment: Experiment, splits: Splits, shared_text: Text | None = None
+    experiment: Experiment,
+    splits: Splits,
+    shared_text: Text | None = None,
+    modalities: Collection[str] | None = None,
 ) -> Tokenizers:
     """Build one client's tokenizers, with its head if it owns one; all clients begin alike.
 
@@ -58,6 +62,8 @@ def build_tokenizers(
     ----------
     shared_text : nn.Embedding or ClipText, optional
         A frozen text table or tower that exists already.
+    modalities : collection of str, optional
+        Those that tokenizers are wanted of, by default all of the data's.
 
     Raises
     ------
@@ -69,10 +75,7 @@ def build_tokenizers(
     check_patches(experiment, splits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
-        parts = {
-            modality: _build_tokenizer(experiment, modality, shape, shared_text)
-            for modality, shape in splits.shapes.items()
-        }
+        parts = _build_parts(experiment, splits, shared_text, modalities)
         tokenizers = Tokenizers(parts, width, model.pre_norm)
     _load_stems(experiment, tokenizers)
     if not model.train_tokenizers:
@@ -80,6 +83,29 @@ def build_tokenizers(
     if clients_own_head(experiment):
         tokenizers.head = _build_clients_head(experiment, splits)
     return tokenizers.to(dtype=dtype_of(experiment))
+
+
+def _build_parts(
+    experiment: Experiment,
+    splits: Splits,
+    shared_text: Text | None,
+    modalities: Collection[str] | None,
+) -> dict[str, nn.Module]:
+    """Build the tokenizers of these modalities.
+
+    Of another one, the numbers are drawn that those after it are not to get, and dropped.
+    """
+    wanted = splits.shapes.keys() if modalities is None else modalities
+    unseen = replace(experiment, weights=Weights())
+    left, parts = list(wanted), {}
+    for modality, shape in splits.shapes.items():
+        if left:
+            of = experiment if modality in wanted else unseen
+            built = _build_tokenizer(of, modality, shape, shared_text)
+        if modality in left:
+            parts[modality] = built
+            left.remove(modality)
+    return parts
 
 
 @dataclass(frozen=True)

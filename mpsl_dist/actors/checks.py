@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from mpsl_dist.actors.agreement import Elsewhere
 from mpsl_dist.actors.choices import head_of, task_of
 from mpsl_dist.config import Experiment
-from mpsl_dist.config.methods import facts_of
-from mpsl_dist.data import Splits
+from mpsl_dist.config.methods import comes_back, facts_of
+from mpsl_dist.data import Dataset, Splits, presence
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.models.pretrained import LONGEST_SOUND, LONGEST_TEXT
 
@@ -84,6 +86,69 @@ def check_defences(experiment: Experiment, splits: Splits) -> None:
         errors.append(f"defences.shuffle_patches: {name} has no patches; take false")
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+def check_missing(experiment: Experiment, splits: Splits) -> None:
+    """Refuse what cannot be done with samples that lack parts, see ``docs/missing.md``.
+
+    Raises
+    ------
+    ConfigError
+        With every such option, one a line.
+    """
+    missing, errors = experiment.data.missing, []
+    if missing.rate and experiment.data.place == "own":
+        errors.append(
+            "data.missing.rate: drawn where data are simulated; data.place is own, take 0"
+        )
+    at_clients = missing.per == "client" and experiment.data.test_at == "clients"
+    if missing.rate and at_clients and not missing.at_test:
+        errors.append(
+            "data.missing.at_test: a client lacks at test what it lacks in training; take true, or "
+            "data.missing.per=sample"
+        )
+    gaps = missing.rate or presence(splits.train) or presence(splits.test)
+    if gaps and not missing.zeros and "data.missing" in facts_of(experiment).reads:
+        errors += _not_with_gaps(experiment, splits)
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def _not_with_gaps(experiment: Experiment, splits: Splits) -> list[str]:
+    defences, sync, faults = experiment.defences, experiment.tokenizer_sync, experiment.faults
+    own = experiment.training.evaluate_own and experiment.data.test_at == "server"
+    returns = comes_back(experiment) and sync.mode == "gradients"
+    asked = {
+        "tokenizer_sync.masked: a sum over those who have a modality may be over very few": (
+            sync.masked
+        ),
+        "wire.cache: the server keeps whole samples": experiment.wire.cache,
+        "server.replicas: they share whole samples": experiment.server.replicas > 1,
+        "defences.token_noise: its epsilon is that of whole samples": defences.token_noise,
+        "defences.shuffle_patches: its orders are those of whole samples": defences.shuffle_patches,
+        "defences.nopeek: its penalty is that of whole samples": defences.nopeek,
+        f"faults.rejoin: {faults.rejoin}, but with tokenizer_sync.mode=gradients nobody may have "
+        "what a client that comes back lacks; take never": returns,
+        "training.evaluate_own: at the server a client's own tokenizers would meet parts that it "
+        "has none for; take data.test_at=clients": own,
+        f"data.name: {experiment.data.name} is a retrieval dataset, whose pairs need both parts": (
+            splits.retrieval
+        ),
+        "model.head.kind: it takes modalities apart, and each must be there": (
+            not splits.retrieval and head_of(experiment, splits)[1].apart
+        ),
+    }
+    empty = [name for name in ("train", "test") if _has_nothing(getattr(splits, name))]
+    known = " or ".join(splits.shapes)
+    asked |= {f"data.modalities: there are {name} samples without {known}": True for name in empty}
+    end = "; samples lack parts here: turn it off, or set data.missing.zeros=true"
+    return [f"{said}{end}" for said, chosen in asked.items() if chosen]
+
+
+def _has_nothing(split: Dataset) -> bool:
+    """Return whether any sample has no modality at all."""
+    present = presence(split)
+    return present is not None and not bool(torch.stack([*present.values()]).any(0).all())
 
 
 def check_patches(experiment: Experiment, splits: Splits) -> None:

@@ -6,10 +6,13 @@ Everything that a client ever sends is what a method of :class:`Client` returns.
 reveals to the server stands after "tells"; ``docs/privacy.md`` has it measured:
 
 ========================  =====================================================================
-``describe``              how many training and test samples it holds; tells no more
+``describe``              how many training and test samples it holds, and which modalities, if it
+                          lacks any; tells no more
 ``tokenize``              smashed activations of the cut layer (training), coded as ``wire`` says,
-                          with ``wire.cache`` those of the rows alone that the server asks for;
-                          tells the inputs, exactly where a token is wider than its patch
+                          with ``wire.cache`` those of the rows alone that the server asks for; of a
+                          mini-batch that lacks parts those of what is there, and a mask; tells the
+                          inputs, exactly where a token is wider than its patch, and which sample
+                          has which modality
 ``loss``                  one number, its mean loss over its mini-batch; tells how well its data
                           are known, and by its gradient, below, every label
 ``pairs``                 which pairs of its mini-batch share a picture (retrieval with
@@ -54,6 +57,10 @@ With ``wire.cache`` it makes use of that: it keeps every sample's activations, w
 number and the sample's place among the client's own, and so links the sample over epochs, with its
 predictions and their gradients.
 
+A mask tells which samples of a mini-batch lack which part: that somebody has no scan can be a fact
+about them. What is absent itself is nowhere, and no gradient comes back for it. Which parameters a
+client sends tells the modalities that ``describe`` has told already.
+
 With ``tokenizer_sync.masked`` (:mod:`mpsl_dist.actors.masking`) nobody but the client learns its
 own gradients or, where clients' weights differ, its own weights; the server learns their sum.
 Without, it learns both exactly. The activations are what they are either way.
@@ -93,6 +100,7 @@ from mpsl_dist.errors import DivergedError
 from mpsl_dist.models import fixed_point
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.codecs import Sent, Wire
+from mpsl_dist.models.gapped import Gapped, converted, mask_of
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, copy_of, fuse
 from mpsl_dist.records import state
@@ -108,10 +116,19 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class Description:
-    """What a client tells of its data: how many training and test samples it has."""
+    """What a client tells of its data.
+
+    Attributes
+    ----------
+    samples, test_samples : int
+        How many it has, to train on and to test with.
+    modalities : tuple of str
+        Those that any of them has; empty where they are all that the data have.
+    """
 
     samples: int
     test_samples: int
+    modalities: tuple[str, ...] = ()
 
 
 class Client:
@@ -138,6 +155,8 @@ class Client:
         Codes what crosses the cut.
     guard : Guard
         Its defences, which change what leaves it.
+    modalities : tuple of str
+        Those that it has tokenizers of; empty where these are all.
     """
 
     def __init__(
@@ -153,6 +172,7 @@ class Client:
         home: Path = Path(),
         wire: Wire = Wire(),  # noqa: B008 (frozen)
         guard: Guard = Guard(),  # noqa: B008 (frozen)
+        modalities: tuple[str, ...] = (),
     ) -> None:
         self.number = number
         self.data = data
@@ -165,6 +185,7 @@ class Client:
         self.home = home
         self.wire = wire
         self.guard = guard
+        self.modalities = modalities
         self._accumulated: Tensor | None = None
         self._masked: masking.MaskedSum | None = None
         self._visiting: Tokenizers | None = None
@@ -172,10 +193,10 @@ class Client:
     # -- what a client sends ---------------------------------------------------------------
 
     def describe(self) -> Description:
-        """Return how many samples it holds."""
-        return Description(len(self.data), len(self.test_data))
+        """Return how many samples it holds, and which modalities."""
+        return Description(len(self.data), len(self.test_data), self.modalities)
 
-    def tokenize(self, step: int, rows: Sequence[int] | None = None) -> list[Sent]:
+    def tokenize(self, step: int, rows: Sequence[int] | None = None) -> list[Sent] | Gapped:
         """Tokenize the mini-batch of this step of the epoch, from 0 (Eq. 1).
 
         Parameters
@@ -186,16 +207,16 @@ class Client:
 
         Returns
         -------
-        list of Tensor or Packed
+        list of Tensor or Packed, or Gapped
             The smashed activations, on CPU: early fusion one (b, l, d), late fusion one
-            (b, l_m, d) per modality.
+            (b, l_m, d) per modality; where a sample lacks a part, of what is there alone.
         """
         batch, positions = self.data.batch(step), self.data.positions(step)
         if rows is not None:
             batch, positions = batch.rows(rows), [positions[row] for row in rows]
         marks = self.guard.training_marks(positions, self.data.epoch)
         smashed = self._smash(self.tokenizers.local_value(), batch, marks)
-        return self.wire.encode(smashed, self.data.key(step))
+        return converted(smashed, lambda tokens: self.wire.encode(tokens, self.data.key(step)))
 
     def loss(self, step: int, predictions: Tensor) -> Tensor:
         """Compare predictions with its own labels (Eq. 2).
@@ -232,7 +253,7 @@ class Client:
         """
         return self.data.batch(step).labels.unique(return_inverse=True)[1]
 
-    def tokenize_test(self, step: int, own: bool = False) -> list[Sent]:
+    def tokenize_test(self, step: int, own: bool = False) -> list[Sent] | Gapped:
         """Tokenize what can be read of its test batch ``step``.
 
         Parameters
@@ -243,7 +264,7 @@ class Client:
         batch = self.test_data.batch(step)
         marks = [("test", self.data.epoch, own, step, row) for row in range(len(batch))]
         with torch.no_grad():
-            return self.wire.encode(self._smash(self._tested(own), batch, marks))
+            return converted(self._smash(self._tested(own), batch, marks), self.wire.encode)
 
     def score(self, step: int, predictions_bk: Tensor, own: bool = False) -> int:
         """Return how many predictions (b, k) of its test batch ``step`` are right.
@@ -376,8 +397,8 @@ class Client:
         )
 
     def set_tokenizer_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace its tokenizers' trained parameters, as by an average."""
-        load_trainable(self.tokenizers.local_value(), weights)
+        """Replace its tokenizers' trained parameters, as by an average of those who have them."""
+        load_trainable(self.tokenizers.local_value(), weights, some=True)
 
     def take_over(self, parts: Mapping[str, Any]) -> None:
         """Continue from what another client has handed over."""
@@ -398,7 +419,7 @@ class Client:
         self._visiting = self.tokenizers.local_value()
         if weights is not None:
             self._visiting = copy_of(self._visiting)
-            load_trainable(self._visiting, weights)
+            load_trainable(self._visiting, weights, some=True)
         self.test_data.lay_out(counts)
 
     # -- checkpoints, written where the client is ------------------------------------------
@@ -430,7 +451,7 @@ class Client:
     def restore(self, folder: str) -> None:
         """Continue from what :meth:`save` wrote."""
         with state.continuing(self._file(folder), self.device) as parts:
-            self.set_tokenizer_weights(parts["tokenizers"])
+            load_trainable(self.tokenizers.local_value(), parts["tokenizers"])
             self.stepper.load(parts["optimizer"])
             self._accumulated = parts["accumulated"]
             self.data.unread.load(parts.get("unread"))
@@ -449,7 +470,12 @@ class Client:
     def _file(self, folder: str) -> Path:
         return self.home / folder / state.client_file(self.number)
 
-    def _smash(self, tokenizers: Tokenizers, batch: Batch, marks: Sequence[Mark]) -> list[Tensor]:
+    def _smash(
+        self, tokenizers: Tokenizers, batch: Batch, marks: Sequence[Mark]
+    ) -> list[Tensor] | Gapped:
+        if batch.present is not None:
+            tokens = tokenizers(self._inputs(tokenizers, batch), batch.present)
+            return Gapped(tuple(x_bld.cpu() for x_bld in tokens), mask_of(batch.present))
         tokens = tokenizers(self._inputs(tokenizers, batch))
         guarded = self.guard.tokens(tokenizers, tokens, marks)
         return [smashed_bld.cpu() for smashed_bld in fuse(guarded, self.fusion)]
@@ -459,6 +485,7 @@ class Client:
         return {
             name: x.to(self.device, dtype if x.is_floating_point() else None)
             for name, x in batch.inputs.items()
+            if name in tokenizers.by_modality
         }
 
 

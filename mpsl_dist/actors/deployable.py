@@ -22,6 +22,7 @@ from mpsl_dist.config.loading import override
 from mpsl_dist.data import Batch, Splits, catalog
 from mpsl_dist.errors import ConfigError, DiskError, RunError, UserError
 from mpsl_dist.models.codecs import Wire
+from mpsl_dist.models.gapped import mask_of
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
@@ -56,8 +57,15 @@ class Deployable(nn.Module):
         self.task = task
         self.wire = wire
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return logits (b, classes), or embeddings (b, 2, d), for inputs as in a ``Batch``."""
+    def forward(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return logits (b, classes), or embeddings (b, 2, d), for inputs as in a ``Batch``, and
+        which of them are ``present``.
+        """
+        if present is not None:
+            tokens = self.wire.through(self.tokenizers(inputs, present))
+            return self.tokenizers.head(self.server_model(tokens, 0, mask_of(present)))
         smashed = fuse(self.tokenizers(inputs), self.server_model.fusion)
         return self.tokenizers.head(self.server_model(self.wire.through(smashed)))
 
@@ -85,7 +93,7 @@ class Deployable(nn.Module):
 
     def _predict(self, batch: Batch) -> Tensor:
         with torch.no_grad():
-            return self(self.to_own(batch.inputs)).cpu()
+            return self(self.to_own(batch.inputs), batch.present).cpu()
 
     def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
         """Write ``model.safetensors`` and ``config.json``.

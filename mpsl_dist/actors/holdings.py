@@ -7,20 +7,24 @@ own clients, and the server knows of them what :mod:`mpsl_dist.actors.agreement`
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mpsl_dist import data
 from mpsl_dist.actors.agreement import Agreement, Elsewhere, Offer, renumbered
 from mpsl_dist.actors.choices import forms_of, pixels_of
 from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.config import Experiment
-from mpsl_dist.data import Dataset, Splits, TensorDataset
-from mpsl_dist.data.decode.samples import PIXELS, with_colours
+from mpsl_dist.config.methods import facts_of
+from mpsl_dist.data import Dataset, Splits, TensorDataset, presence
+from mpsl_dist.data.decode.samples import PIXELS, FileDataset, with_colours
+from mpsl_dist.data.gaps import cells, leave_out
 from mpsl_dist.data.loading import Loaders
 from mpsl_dist.data.partition import Dealt, deal, partition
 from mpsl_dist.errors import ConfigError
@@ -46,8 +50,19 @@ def load_data(experiment: Experiment, needs: Sequence[str] = ("train", "test")) 
     splits = data.load(chosen.name, chosen.root, chosen.text_length, needs=needs, **options)
     colours = PIXELS.get(pixels_of(experiment))
     train, test = (with_colours(split, colours) for split in (splits.train, splits.test))
+    if _zeros(experiment):
+        train, test = (_with_zeros(split) for split in (train, test))
     splits = replace(splits, train=train, test=test)
     return splits if chosen.classes is None else renumbered(splits, chosen.classes)
+
+
+def _zeros(experiment: Experiment) -> bool:
+    """Return whether zeros stand in for what is absent: as asked for, or all that a method can."""
+    return experiment.data.missing.zeros or "data.missing" not in facts_of(experiment).reads
+
+
+def _with_zeros(split: Dataset) -> Dataset:
+    return replace(split, zeros=True) if isinstance(split, FileDataset | TensorDataset) else split
 
 
 def loaders_of(experiment: Experiment, splits: Splits) -> Loaders:
@@ -123,6 +138,11 @@ class Holdings:
         tests = [np.empty(0, dtype=np.int64)] * count
         if experiment.data.test_at == "clients":
             tests = partition(splits.test.labels, count, "iid", 1.0, 1, seed)
+        missing = experiment.data.missing
+        if missing.rate:
+            drawn = experiment.seed if missing.seed is None else missing.seed
+            how = (missing.rate, missing.per, drawn, missing.at_test)
+            splits = leave_out(splits, *how, dealt.parts, tests)
         loaders = loaders_of(experiment, splits)
         return cls(experiment, splits, dealt, tuple(tests), loaders, numbers[0])
 
@@ -187,6 +207,32 @@ class Holdings:
         train = LocalData(self.splits.train, part, self.experiment.seed, number, self.loaders)
         return train, TestData(self.splits.test, test, self.loaders)
 
+    @cached_property
+    def _masks(self) -> tuple[Mapping[str, Tensor] | None, ...]:
+        return presence(self.splits.train), presence(self.splits.test)
+
+    def present(self, number: int) -> tuple[NDArray[np.bool_] | None, ...]:
+        """Return which of a client's training, and of its test samples have which modality.
+
+        Returns
+        -------
+        tuple of array or None
+            (samples, m) bool each, in the client's own order; None where the split has no gaps.
+        """
+        parts = self.dealt.parts[number - self.first], self.tests[number - self.first]
+        return tuple(
+            None if mask is None else cells(mask, rows)
+            for mask, rows in zip(self._masks, parts, strict=True)
+        )
+
+    def modalities(self, number: int) -> tuple[str, ...]:
+        """Return those that any of a client's samples has; empty where these are all."""
+        names, parts = list(self.splits.shapes), (self.dealt.parts, self.tests)
+        has = np.zeros(len(names), dtype=bool)
+        for mask_nm, part in zip(self.present(number), parts, strict=True):
+            has |= bool(len(part[number - self.first])) if mask_nm is None else mask_nm.any(0)
+        return () if has.all() else tuple(np.array(names)[has].tolist())
+
     def numbered(self, classes: Sequence[str]) -> Holdings:
         """Return the same, labels numbered by this list of classes, which holds all of theirs."""
         splits = renumbered(self.splits, classes)
@@ -212,6 +258,10 @@ class Holdings:
         )
         for part, name in enumerate(self.dealt.names):
             _log.info("client %d is '%s': %d samples", self.first + part, name, sizes[part])
+        for name, there in (self._masks[0] or {}).items():
+            held = [int(there[part].sum()) for part in self.dealt.parts]
+            clients = f"{sum(map(bool, held))} of {len(held)} clients"
+            _log.info("%s: %d of %d training samples, %s", name, sum(held), sum(sizes), clients)
 
 
 def _cut(
@@ -222,4 +272,5 @@ def _cut(
         return dataset, parts
     rows = np.sort(np.concatenate(parts))
     kept = dataset.fetch(rows)
-    return TensorDataset(kept.inputs, kept.labels), [np.searchsorted(rows, p) for p in parts]
+    cut = replace(dataset, inputs=kept.inputs, labels=kept.labels, present=kept.present)
+    return cut, [np.searchsorted(rows, p) for p in parts]

@@ -48,7 +48,8 @@ class Learner:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the mean loss over these samples (Eq. 2), a scalar."""
-        return self.task.loss(self.model(self.model.to_own(batch.inputs)), batch.labels)
+        predictions = self.model(self.model.to_own(batch.inputs), batch.present)
+        return self.task.loss(predictions, batch.labels)
 
     def gradients(self, loss: Tensor) -> dict[Tensor, Tensor]:
         """Return a loss's gradients by parameter, without parameters that had no part in it."""

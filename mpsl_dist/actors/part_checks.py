@@ -13,7 +13,13 @@ from torch import nn
 
 from mpsl_dist import plugins
 from mpsl_dist.actors import assembly, defences
-from mpsl_dist.actors.checks import check_cache, check_defences, check_patches, check_task
+from mpsl_dist.actors.checks import (
+    check_cache,
+    check_defences,
+    check_missing,
+    check_patches,
+    check_task,
+)
 from mpsl_dist.actors.choices import dtype_of, head_named, head_of, head_options, width_of, wire_of
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import METHODS, options_of
@@ -53,6 +59,7 @@ def refusals_with_data(experiment: Experiment, splits: Splits) -> list[str]:
         lambda: check_task(experiment, splits),
         lambda: check_cache(experiment, splits),
         lambda: check_defences(experiment, splits),
+        lambda: check_missing(experiment, splits),
         lambda: head_options(experiment, head_of(experiment, splits)[1]),
     ]
     checks += [

@@ -24,11 +24,13 @@ from torch import Tensor
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.models.average import load_trainable, trainable_state
+from mpsl_dist.models.gapped import Crossing, Gapped, samples_of, tensors_of, together
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.records import state
 
-#: Smashed activations by client: early fusion one tensor each, late fusion one per modality.
-Smashed = Mapping[int, list[Tensor]]
+#: Smashed activations by client: early fusion one tensor each, late fusion one per modality; or of
+#: samples that lack parts.
+Smashed = Mapping[int, Crossing]
 
 
 class Server:
@@ -54,7 +56,7 @@ class Server:
 
         Parameters
         ----------
-        smashed : mapping of int to list of Tensor
+        smashed : mapping of int to list of Tensor, or Gapped
         from_cut : bool
             Whether they come from the cut layer whatever is kept for training, as in tests.
 
@@ -71,11 +73,18 @@ class Server:
         clients' rows with it.
         """
         for tensors in smashed.values():
-            for tokens_bld in tensors:
+            for tokens_bld in tensors_of(tensors):
                 if tokens_bld.requires_grad:
                     tokens_bld.register_hook(torch.clone)
-        sizes, together = self._together(smashed)
-        predictions_bk = self.model(together, 0 if from_cut else self.begin).cpu()
+        begin = 0 if from_cut else self.begin
+        if any(isinstance(one, Gapped) for one in smashed.values()):
+            sizes = [samples_of(one) for one in smashed.values()]
+            joined = together(list(smashed.values()), self.model.lengths, self.model.fusion)
+            tokens = [tokens_bld.to(self.device) for tokens_bld in joined[0]]
+            predictions_bk = self.model(tokens, begin, joined[1]).cpu()
+        else:
+            sizes, tokens = self._together(smashed)
+            predictions_bk = self.model(tokens, begin).cpu()
         slices = [slice_bk.clone() for slice_bk in predictions_bk.split(sizes)]
         return dict(zip(smashed, slices, strict=True))
 

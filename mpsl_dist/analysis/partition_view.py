@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.config import ConfigError, Experiment
+from mpsl_dist.data import presence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +44,8 @@ class PartitionTable:
     rule : str
         How the samples were dealt, in words.
     retrieval : bool
+    has : mapping of str to array
+        Modality -> (clients,) training samples that have it; empty where all have everything.
     """
 
     counts: NDArray[np.int64]
@@ -50,6 +53,7 @@ class PartitionTable:
     clients: tuple[str, ...]
     rule: str
     retrieval: bool = False
+    has: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -70,7 +74,8 @@ def holdings(experiment: Experiment) -> PartitionTable:
             "data.place: own, so no host sees who holds what; data check shows this host's rows"
         )
     splits = load_data(experiment)
-    dealt = Holdings.deal(experiment, splits).dealt
+    dealing = Holdings.deal(experiment, splits)
+    dealt, present = dealing.dealt, presence(dealing.splits.train)
     labels = splits.train.labels.numpy()
     held = [labels[part] for part in dealt.parts]
     if splits.retrieval:
@@ -83,6 +88,10 @@ def holdings(experiment: Experiment) -> PartitionTable:
         dealt.names or tuple(map(str, range(len(held)))),
         dealt.rule,
         splits.retrieval,
+        {
+            name: np.array([int(there[part].sum()) for part in dealt.parts])
+            for name, there in (present or {}).items()
+        },
     )
 
 
@@ -151,8 +160,11 @@ def _lay_out(found: PartitionTable, names: Sequence[str], rows: Sequence[Sequenc
     laid.add_column("client")
     for name in names:
         laid.add_column(name, justify="left" if name == "largest class" else "right")
-    for client, row in list(zip(found.clients, rows, strict=True))[:_LISTED]:
-        laid.add_row(client, *row)
+    for name in found.has:
+        laid.add_column(f"with {name}", justify="right")
+    parts = [[f"{own[n]}" for own in found.has.values()] for n in range(len(rows))]
+    for client, row, part in list(zip(found.clients, rows, parts, strict=True))[:_LISTED]:
+        laid.add_row(client, *row, *part)
     return laid
 
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from mpsl_dist.actors.choices import wire_of
 from mpsl_dist.actors.cut_cache import Aging, limit_of
-from mpsl_dist.analysis import flops
+from mpsl_dist.analysis import flops, gapped_traffic
 from mpsl_dist.analysis.flops import ModelParts
+from mpsl_dist.analysis.gapped_traffic import Gaps
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data.partition import mini_batches, shares
@@ -82,13 +83,17 @@ def carriers(parts: ModelParts) -> int:
     return int(any(trained)) if parts.server_model.fusion == "early" else sum(trained)
 
 
-def training(parts: ModelParts, plan: NDArray[np.int64], epochs: int) -> Bytes:
+def training(
+    parts: ModelParts, plan: NDArray[np.int64], epochs: int, gaps: Gaps | None = None
+) -> Bytes:
     """Return the bytes of ``epochs`` epochs of training.
 
     Parameters
     ----------
     plan : array
         (steps, clients) samples of every client in every step of an epoch.
+    gaps : Gaps, optional
+        Which samples have which modality; by default all have all.
     """
     experiment, facts = parts.experiment, facts_of(parts.experiment)
     if facts.one_process:
@@ -102,12 +107,14 @@ def training(parts: ModelParts, plan: NDArray[np.int64], epochs: int) -> Bytes:
         kept = sum(parts.tokenizers.lengths) * parts.width * parts.bytes_per_number
         sent = sent_samples(experiment, plan, epochs, kept)
         found["activations"] = sent * per_sample(parts)["activations"]
+    elif gaps is not None:
+        found |= gapped_traffic.of_training(parts, plan, epochs, gaps)
     else:
         found["activations"] = found["activations"] + steps * carriers(parts)
     number = parts.bytes_per_number
     if objective_of(experiment, parts.task).predictions_travel:
         found |= {"losses": steps * number, "loss_gradients": steps * number}
-    weights = trained_bytes(parts, "client")
+    weights = trained_bytes(parts, "client") if gaps is None else gaps.weights(parts)
     return found | sync_of(experiment).cost(np.tile(plan > 0, (epochs, 1)), weights)
 
 
@@ -117,7 +124,9 @@ def per_epoch(parts: ModelParts) -> dict[str, float]:
     """
     epochs = parts.experiment.training.epochs if parts.experiment.wire.cache else 1
     plan = equal_plan(parts.experiment, parts.inputs.train)
-    sent = training(parts, plan, epochs)
+    shapes = list(parts.inputs.shapes)
+    gaps = gapped_traffic.expected(parts.experiment, shapes, parts.inputs.train)
+    sent = training(parts, plan, epochs, gaps)
     return {kind: float(by_client.mean()) / epochs for kind, by_client in sent.items()}
 
 
@@ -163,13 +172,15 @@ def trained_bytes(parts: ModelParts, owner: str) -> int:
     return trained * parts.bytes_per_number
 
 
-def testing(parts: ModelParts, held: NDArray[np.int64]) -> Bytes:
+def testing(parts: ModelParts, held: NDArray[np.int64], gaps: Gaps | None = None) -> Bytes:
     """Return the bytes of one test.
 
     Parameters
     ----------
     held : array
         (clients,) test samples that each client holds; all zero where the server holds them.
+    gaps : Gaps, optional
+        As of :func:`training`.
     """
     experiment, clients, facts = parts.experiment, len(held), facts_of(parts.experiment)
     if facts.one_process:
@@ -177,27 +188,33 @@ def testing(parts: ModelParts, held: NDArray[np.int64]) -> Bytes:
     if not facts.split:
         weights = trained_bytes(parts, "client") + trained_bytes(parts, "server")
         return {"test_weights_down": (held > 0) * weights} if held.any() else {}
-    weights = trained_bytes(parts, "client")
-    found = _averaging(parts, clients, experiment.training.evaluate_own)
+    weights = trained_bytes(parts, "client") if gaps is None else gaps.weights(parts)
+    found = _averaging(parts, clients, experiment.training.evaluate_own, gaps)
     if held.any():
         each, passes = per_sample(parts), 1 + experiment.training.evaluate_own
         found["test_weights_down"] = (held > 0) * weights
-        found["test_activations"] = held * each["activations"] * passes
+        sent = held * each["activations"] if gaps is None else gapped_traffic.of_test(parts, gaps)
+        found["test_activations"] = sent * passes
         found["test_predictions"] = held * each["predictions"] * passes
     return found
 
 
-def exporting(parts: ModelParts, clients: int) -> Bytes:
+def exporting(parts: ModelParts, clients: int, gaps: Gaps | None = None) -> Bytes:
     """Return the bytes that bring the last tokenizers together for the model to deploy."""
     facts = facts_of(parts.experiment)
     if facts.one_process or not facts.split:
         return {}
-    return _averaging(parts, clients)
+    return _averaging(parts, clients, gaps=gaps)
 
 
-def _averaging(parts: ModelParts, clients: int, one_by_one: bool = False) -> Bytes:
+def _averaging(
+    parts: ModelParts, clients: int, one_by_one: bool = False, gaps: Gaps | None = None
+) -> Bytes:
     """Return the bytes that fetch the tokenizers' average, or with it those of every client."""
     weights, masked = trained_bytes(parts, "client"), parts.experiment.tokenizer_sync.masked
+    if gaps is not None:
+        few = sync_of(parts.experiment).identical and not one_by_one
+        return {"test_weights_up": gaps.weights(parts) * (gaps.speakers(parts) if few else 1)}
     if sync_of(parts.experiment).identical and (masked or not one_by_one):
         return {"test_weights_up": np.eye(clients, dtype=np.int64)[0] * weights}
     everyone = np.ones(clients, dtype=np.int64)

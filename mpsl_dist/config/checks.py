@@ -118,6 +118,7 @@ def _too_small(experiment: Experiment) -> list[str]:
         0: {
             "seed": experiment.seed,
             "data.loaders": data.loaders,
+            "data.missing.seed": data.missing.seed,
             "model.encoder.trainable_blocks": None if blocks == "all" else blocks,
             "model.trainable_part_blocks": None if part_blocks == "all" else part_blocks,
             "training.server.warmup_steps": training.server.warmup_steps,
@@ -180,8 +181,9 @@ def _out_of_range(experiment: Experiment) -> list[str]:
         "defences.label_epsilon": experiment.defences.label_epsilon,
     }
     share = {"data.max_missing": experiment.data.max_missing}
+    rate = {"data.missing.rate": experiment.data.missing.rate}
     at_most_one = {"federated.fraction": federated.fraction, **share}
-    from_zero, below_one = dict(share), {}
+    from_zero, below_one = share | rate, dict(rate)
     from_zero |= {
         f"defences.{name}": getattr(experiment.defences, name)
         for name in ("token_noise", "nopeek", "gradient_noise")

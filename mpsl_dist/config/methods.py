@@ -79,6 +79,7 @@ _REMOTE = (
 _SPLIT = (
     *_REMOTE,
     "contrastive",
+    "data.missing",
     "defences",
     "model.head_at",
     "tokenizer_sync",
@@ -105,7 +106,10 @@ METHODS: dict[str, MethodFacts] = {
         tolerant=True,
     ),
     "centralized": MethodFacts(
-        "mpsl_dist.methods.centralized:build", tokenizers="server", one_process=True
+        "mpsl_dist.methods.centralized:build",
+        tokenizers="server",
+        reads=("data.missing",),
+        one_process=True,
     ),
 }
 

@@ -20,6 +20,25 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """Parts of samples that are absent, see ``docs/missing.md``."""
+
+    #: The chance that a part is left out, 0 to below 1; 0 leaves the data as they are. What is
+    #: absent at one rate is so at every higher one, and nobody is left with nothing.
+    rate: float = 0.0
+    #: What is drawn for: each ``client`` and modality, which that client then never has, or each
+    #: ``sample`` and modality.
+    per: Literal["client", "sample"] = "client"
+    #: Of the draws; null is the experiment's.
+    seed: int | None = None
+    #: Test samples lack parts too: a client's own as its training samples do, the server's one by
+    #: one.
+    at_test: bool = False
+    #: Zeros stand in for what is absent, and are trained as if they were data.
+    zeros: bool = False
+
+
+@dataclass(frozen=True)
 class Data:
     """What a sample is and where it lies."""
 
@@ -61,6 +80,7 @@ class Data:
     cache: str | None = None
     #: Options of a plugin's dataset.
     options: dict[str, Any] = field(default_factory=dict)
+    missing: Missing = field(default_factory=Missing)
 
 
 @dataclass(frozen=True)

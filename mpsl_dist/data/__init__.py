@@ -9,7 +9,7 @@ from typing import Any
 
 from mpsl_dist.data import catalog
 from mpsl_dist.data.catalog import DatasetFacts
-from mpsl_dist.data.dataset import Batch, Dataset, Splits, TensorDataset
+from mpsl_dist.data.dataset import Batch, Dataset, Splits, TensorDataset, presence
 from mpsl_dist.data.decode.samples import FileDataset
 from mpsl_dist.errors import DataError
 from mpsl_dist.plugins import options as checked_options
@@ -23,6 +23,7 @@ __all__ = [
     "Splits",
     "TensorDataset",
     "load",
+    "presence",
 ]
 
 

@@ -7,7 +7,7 @@ Shape legend: ``b`` batch, ``c`` channels, ``h`` height, ``w`` width, ``t`` fram
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -28,11 +28,15 @@ class Batch:
     unreadable : mapping of int to tuple of str
         What was asked for and could not be read: position in the split -> the file, and why. In
         training another sample stands in for it, at test it is left out.
+    present : mapping of str to Tensor, optional
+        Which samples have a modality, (b,) bool for each, in the order of fusion; inputs of those
+        that do not mean nothing. None where all of them have everything.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     unreadable: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    present: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,7 +44,17 @@ class Batch:
     def rows(self, rows: Sequence[int]) -> Batch:
         """Return these rows of it alone, without an account of what could not be read."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        return Batch({name: x[index] for name, x in self.inputs.items()}, self.labels[index])
+        inputs = {name: x[index] for name, x in self.inputs.items()}
+        return Batch(inputs, self.labels[index], present=rows_of(self.present, index))
+
+
+def rows_of(present: Mapping[str, Tensor] | None, rows: Tensor) -> dict[str, Tensor] | None:
+    """Return these rows of a mask by modality; None where they have everything."""
+    if present is None:
+        return None
+    own = {name: there[rows] for name, there in present.items()}
+    # Of no rows the mask is kept: who makes tokens of them may lack a modality altogether.
+    return own if not len(rows) or not all(bool(x.all()) for x in own.values()) else None
 
 
 class Dataset(Protocol):
@@ -49,7 +63,9 @@ class Dataset(Protocol):
     It may also have ``clients``, a sequence with the owner's name of every sample; then
     ``data.partition.kind=natural`` makes every owner a client; and ``missing``, the files that are
     listed and not there, whose samples are left out; and ``unchanging``, whether a sample is the
-    same whatever seed it is fetched with: without it, samples are taken to change.
+    same whatever seed it is fetched with: without it, samples are taken to change; and ``present``,
+    which samples have a modality, (samples,) bool for each, and ``without(present)``, which returns
+    the split with no more than that: ``data.missing`` needs it.
     """
 
     #: (samples,) int64.
@@ -99,15 +115,43 @@ class Splits:
         return not self.classes
 
 
+def presence(split: Dataset) -> Mapping[str, Tensor] | None:
+    """Return which samples have a modality, (samples,) bool for each, in the order of fusion.
+
+    None where all have everything, or zeros stand in for what they lack.
+    """
+    present = None if getattr(split, "zeros", False) else getattr(split, "present", None)
+    whole = present is None or all(bool(there.all()) for there in present.values())
+    return None if whole else present
+
+
 @dataclass(frozen=True)
 class TensorDataset:
-    """A split that lies in memory; ``inputs`` as in :class:`Batch`."""
+    """A split that lies in memory; ``inputs`` as in :class:`Batch`.
+
+    Attributes
+    ----------
+    present : mapping of str to Tensor, optional
+        Which samples have a modality, (samples,) bool for each; None where all have everything.
+    zeros : bool
+        Whether what is absent is zeros, as if it were data.
+    """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
+    present: Mapping[str, Tensor] | None = None
+    zeros: bool = False
     unchanging: ClassVar[bool] = True
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:
         """Return these samples; nothing here is random."""
         rows = torch.as_tensor(indices, dtype=torch.long)
-        return Batch({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
+        inputs = {name: x[rows] for name, x in self.inputs.items()}
+        present = rows_of(self.present, rows)
+        for name, there in (present or {}).items():
+            inputs[name][~there] = 0
+        return Batch(inputs, self.labels[rows], present=None if self.zeros else present)
+
+    def without(self, present: Mapping[str, Tensor]) -> TensorDataset:
+        """Return the split without the parts that are not ``present``."""
+        return replace(self, present=dict(present))

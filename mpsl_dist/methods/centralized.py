@@ -31,7 +31,13 @@ def pool(batches: Sequence[Batch]) -> Batch:
     """Join mini-batches of the same modalities into one global batch, in their order."""
     names = batches[0].inputs
     inputs = {name: torch.cat([batch.inputs[name] for batch in batches]) for name in names}
-    return Batch(inputs, torch.cat([batch.labels for batch in batches]))
+    labels = torch.cat([batch.labels for batch in batches])
+    if all(batch.present is None for batch in batches):
+        return Batch(inputs, labels)
+    everything = [dict.fromkeys(names, torch.ones(len(b), dtype=torch.bool)) for b in batches]
+    held = [b.present or whole for b, whole in zip(batches, everything, strict=True)]
+    order = next(b.present for b in batches if b.present is not None)
+    return Batch(inputs, labels, present={m: torch.cat([own[m] for own in held]) for m in order})
 
 
 class Centralized:

@@ -102,18 +102,20 @@ def build_clients(
     if experiment.tokenizer_sync.masked:
         masking.require()
     splits, device = holdings.splits, device_of(experiment)
-    shared_text = build_shared_text(experiment, splits)
-    first = build_tokenizers(experiment, splits, shared_text).to(device)
+    held = {n: holdings.modalities(n) for n in numbers}
+    wanted = {name for own in held.values() for name in own or splits.shapes}
+    shared_text = build_shared_text(experiment, splits) if "text" in wanted else None
+    first = build_tokenizers(experiment, splits, shared_text, wanted).to(device)
     fusion, task = fusion_of(experiment, splits), task_of(splits)
     home = experiment.run_directory.absolute()
     clients = []
     for number in numbers:
         guard = guard_of(experiment, number)
-        tokenizers = guard.own_tokenizers(first)
+        tokenizers = guard.own_tokenizers(first.only(held[number]) if held[number] else first)
         stepper = Stepper(tokenizers.parameters(), experiment.training.client)
         own = holdings.of(number)
         owned = (reference(tokenizers), stepper, fusion, task, device, home, wire_of(experiment))
-        clients.append(Client(number, *own, *owned, guard))
+        clients.append(Client(number, *own, *owned, guard, held[number]))
     return clients
 
 

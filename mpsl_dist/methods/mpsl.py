@@ -27,6 +27,7 @@ from mpsl_dist.data.loading import Unread
 from mpsl_dist.data.partition import shares
 from mpsl_dist.errors import BackwardError, NonFiniteError
 from mpsl_dist.methods import hosting, testing
+from mpsl_dist.methods.by_key import Keys
 from mpsl_dist.methods.hosting import BuildClients, Setup
 from mpsl_dist.methods.link import Back, absent_from
 from mpsl_dist.methods.masked import masks_of
@@ -35,6 +36,7 @@ from mpsl_dist.methods.progress import warn
 from mpsl_dist.methods.server_group import ServerGroup, open_server
 from mpsl_dist.methods.split_link import SplitLink, Step
 from mpsl_dist.methods.sync import is_due, sync_of
+from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.answers import ClientsLost, Lost
@@ -76,6 +78,10 @@ class Mpsl:
         held = clients.describe()
         self.sizes = {client: held[client].samples for client in held}
         self.test_sizes = {client: held[client].test_samples for client in held}
+        clients.keys = Keys(
+            {name: x.numel() for name, x in trainable_state(tokenizers).items()},
+            {n: told.modalities for n, told in held.items() if told.modalities},
+        )
         batch_size, epochs = experiment.training.batch_size, experiment.training.epochs
         self.plan = shares(list(self.sizes.values()), batch_size, experiment.client_share)
         self.total_steps = len(self.plan) * epochs

@@ -17,15 +17,18 @@ from torch import Tensor
 
 from mpsl_dist.actors.cut_cache import CutCache
 from mpsl_dist.errors import DivergedError, NonFiniteError, RemoteError
+from mpsl_dist.methods.by_key import Keys
 from mpsl_dist.methods.link import Autograd, Link, Wait
 from mpsl_dist.methods.masked import Masks, masked_sum
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.models import codecs
 from mpsl_dist.models.average import Mean
+from mpsl_dist.models.gapped import Crossing, converted, tensors_of
 from mpsl_dist.runtime.answers import name_clients
 
-#: Smashed activations by client: early fusion one tensor each, late fusion one per modality.
-Smashed = dict[int, list[Tensor]]
+#: Smashed activations by client: early fusion one tensor each, late fusion one per modality; or of
+#: samples that lack parts.
+Smashed = dict[int, Crossing]
 #: Clients whose tokenizers the server holds at once when it averages.
 _AT_ONCE = 64
 
@@ -37,6 +40,8 @@ class SplitLink(Link):
     cache: CutCache | None = None
     #: Of sums that hide what is summed; None where clients send their own tokenizers plainly.
     masks: Masks | None = None
+    #: Which client has which parameters.
+    keys: Keys = Keys()
 
     def begin_training(
         self, steps_per_epoch: int, epochs: int, clients: Sequence[int] | None = None
@@ -48,13 +53,29 @@ class SplitLink(Link):
         self.start("begin_training", dict.fromkeys(told, (steps_per_epoch, epochs)))()
 
     def hand_over(self, clients: Sequence[int], to: Sequence[int]) -> None:
-        """Have the first of these that answers give others its tokenizers and optimizer's state."""
+        """Have the first of these that answers give others its tokenizers and optimizer's state.
+
+        Raises
+        ------
+        RemoteError
+            If nobody who answers has what one of these has, no more and no less.
+        """
+        for alike in self.keys.alike(to):
+            givers = [n for n in clients if self.keys.held(n) == self.keys.held(alike[0])]
+            if not self._hand_over(givers, alike) and self.keys.modalities:
+                raise RemoteError(
+                    f"{name_clients(alike)} cannot go on: no client that is left has the same "
+                    "modalities to hand over"
+                )
+
+    def _hand_over(self, clients: Sequence[int], to: Sequence[int]) -> bool:
         for client in clients:
             parts = self.start("hand_over", {client: ()}, "return", up="sync_up")()
             if parts:
                 told = dict.fromkeys(to, (parts[client],))
                 self.start("take_over", told, "return", down="sync_down")()
-                return
+                return True
+        return False
 
     def begin_epoch(self, epoch: int, counts: Mapping[int, list[int]], first_step: int) -> None:
         """Tell every client how many samples it gives to each step of the epoch."""
@@ -92,7 +113,8 @@ class SplitLink(Link):
 
     def step_on_sum(self, step: int, vector: Tensor, where: str) -> None:
         """Have every client step its optimizer on a sum of gradients at the run's ``step``."""
-        self.start("step_on_sum", self.everyone(step, vector), where, down="sync_down")()
+        told = {n: (step, self.keys.part(n, vector)) for n in self.present}
+        self.start("step_on_sum", told, where, down="sync_down")()
 
     def tokenizer_weights(
         self, clients: Sequence[int], where: str, kind: str, needed: bool = True
@@ -149,7 +171,8 @@ class SplitLink(Link):
         self, weights: Mapping[str, Tensor], where: str, clients: Sequence[int] | None = None
     ) -> None:
         """Replace the trained tokenizer parameters of these clients, by default of everybody."""
-        told = dict.fromkeys(self.present if clients is None else clients, (weights,))
+        asked = self.present if clients is None else clients
+        told = {n: (self.keys.own(n, weights),) for n in asked}
         self.start("set_tokenizer_weights", told, where, down="sync_down")()
 
     def only_finite(
@@ -193,7 +216,7 @@ class SplitLink(Link):
         counts : mapping of int to list of int
             Client -> samples of each of its batches.
         """
-        told = {n: (weights, counts[n]) for n in counts}
+        told = {n: (weights and self.keys.own(n, weights), counts[n]) for n in counts}
         self.start("begin_test", told, self.in_test, down="test_weights_down")()
 
     def read_test(self, batch: int, clients: Sequence[int]) -> dict[int, int]:
@@ -206,7 +229,7 @@ class SplitLink(Link):
         """Have clients tokenize a batch of their test samples, maybe with their own tokenizers."""
         asked = dict.fromkeys(clients, (batch, own))
         sent = self.start("tokenize_test", asked, self.in_test, up="test_activations")()
-        return {n: codecs.decode(sent[n]) for n in sent}
+        return {n: converted(sent[n], codecs.decode) for n in sent}
 
     def score(
         self, batch: int, predictions: Mapping[int, Tensor], own: bool = False
@@ -298,9 +321,9 @@ class Step:
 
     def _tokenize(self, asked: Mapping[int, tuple[Any, ...]]) -> Smashed:
         sent = self._start("tokenize", asked, up="activations", needed=True)()
-        watched = {n: codecs.carriers(sent[n]) for n in sent}
+        watched = {n: codecs.carriers(tensors_of(sent[n])) for n in sent}
         self.link.traffic.watch_gradients("cut_layer_gradients", watched)
-        return {n: codecs.decode(sent[n]) for n in sent}
+        return {n: converted(sent[n], codecs.decode) for n in sent}
 
     def _look_at_gradient(self, client: int, gradient: Tensor) -> None:
         if not bool(torch.isfinite(gradient).all()):

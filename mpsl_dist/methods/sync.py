@@ -23,6 +23,8 @@ from mpsl_dist.methods.split_link import SplitLink, Step
 
 #: Bytes by kind and client.
 Bytes = dict[str, NDArray[np.int64]]
+#: Bytes of a client's trained tokenizers; by client where they are not the same.
+Weights = int | NDArray[np.int64]
 
 
 class Sync(Protocol):
@@ -70,15 +72,15 @@ class Sync(Protocol):
         """
         ...
 
-    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+    def cost(self, takes_part: NDArray[np.bool_], weights: Weights) -> Bytes:
         """Return the bytes of a run, by kind and client.
 
         Parameters
         ----------
         takes_part : array
             (steps, clients) bool: who contributes to which step of the run.
-        weights : int
-            Bytes of one client's trained tokenizers.
+        weights : int or array
+            Bytes of one client's trained tokenizers, (clients,) where they are not the same.
         """
         ...
 
@@ -103,7 +105,7 @@ class Separate:
     ) -> None:
         """Do nothing."""
 
-    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+    def cost(self, takes_part: NDArray[np.bool_], weights: Weights) -> Bytes:
         """Return no bytes."""
         return {}
 
@@ -138,11 +140,11 @@ class SumGradients:
         self, link: SplitLink, answers: Mapping[int, Any], step: int, sizes: Mapping[int, int]
     ) -> None:
         """Have every client step on the sum."""
-        vectors = [vector for vector in answers.values() if vector is not None]
+        vectors = {n: vector for n, vector in answers.items() if vector is not None}
         if vectors:  # none where everybody who took part is lost
-            link.step_on_sum(step, sum(vectors), f"step {step}")
+            link.step_on_sum(step, link.keys.sum(vectors), f"step {step}")
 
-    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+    def cost(self, takes_part: NDArray[np.bool_], weights: Weights) -> Bytes:
         """Return a vector up from whoever took part since the last time, one down to everybody."""
         steps, clients = takes_part.shape
         meetings = _meetings(steps, self.every)
@@ -183,7 +185,7 @@ class SumMasked(SumGradients):
         else:
             warn(f"step {step}: fewer than three clients have gradients; kept for the next sum")
 
-    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+    def cost(self, takes_part: NDArray[np.bool_], weights: Weights) -> Bytes:
         """Return a masked vector and keys for whoever has kept gradients, one down to everybody."""
         steps, clients = takes_part.shape
         found = {"sync_down": np.zeros(clients, dtype=np.int64)}
@@ -212,7 +214,7 @@ class AverageWeights(Separate):
         if mean:  # none where everybody is lost
             link.set_tokenizer_weights(mean, where)
 
-    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+    def cost(self, takes_part: NDArray[np.bool_], weights: Weights) -> Bytes:
         """Return the weights up from and down to everybody."""
         steps, clients = takes_part.shape
         each = np.full(clients, len(_meetings(steps, self.every)) * weights)
@@ -225,7 +227,7 @@ class AverageMasked(AverageWeights):
 
     number_bytes: int = 4
 
-    def cost(self, takes_part: NDArray[np.bool_], weights: int) -> Bytes:
+    def cost(self, takes_part: NDArray[np.bool_], weights: Weights) -> Bytes:
         """Return masked weights and keys up and down, the average down to everybody."""
         steps, clients = takes_part.shape
         times = len(_meetings(steps, self.every))

@@ -74,7 +74,7 @@ def _spread(each: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def fetch_average(method: SplitMethod) -> None:
     """Load the average of the clients' tokenizers into the server's copy."""
-    load_trainable(method.tokenizers, _mean(method))
+    load_trainable(method.tokenizers, _mean(method), some=True)
 
 
 def _everyones(method: SplitMethod) -> dict[int, dict[str, Tensor]]:
@@ -83,12 +83,14 @@ def _everyones(method: SplitMethod) -> dict[int, dict[str, Tensor]]:
 
 
 def _mean(method: SplitMethod) -> dict[str, Tensor]:
-    """Fetch the average; one client speaks for all where they are kept identical."""
+    """Fetch the average; few clients speak for all where they are kept identical."""
     link, mean = method.clients, None
-    while mean is None:  # again where the one that was asked was lost; too few left end the run
+    while mean is None:  # again where one that was asked was lost; too few left end the run
         if method.sync.identical:
-            told = link.tokenizer_weights(link.present[:1], link.in_test, "test_weights_up")
-            mean = next(iter(told.values()), None)
+            asked = link.keys.speakers(link.present)
+            told = link.tokenizer_weights(asked, link.in_test, "test_weights_up")
+            merged = {name: x for n in reversed(asked) for name, x in told.get(n, {}).items()}
+            mean = merged if len(told) == len(asked) else None
         else:
             asked = link.present
             mean = link.mean_tokenizers(asked, method.sizes, link.in_test, "test_weights_up")
@@ -105,13 +107,13 @@ def _at_server(
     if not method.task.scored_apart:
         results = []
         for weights in candidates:
-            load_trainable(method.tokenizers, weights)
+            load_trainable(method.tokenizers, weights, some=True)
             results.append(model.test(method.tests, size))
         return results
     scores = [(0, 0)] * len(candidates)
     for batch in filter(len, method.tests.batches(size)):
         for place, weights in enumerate(candidates):
-            load_trainable(method.tokenizers, weights)
+            load_trainable(method.tokenizers, weights, some=True)
             scores[place] = _add(scores[place], model.score(batch), len(batch))
     return [_accuracy(score) for score in scores]
 

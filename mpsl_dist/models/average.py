@@ -24,21 +24,23 @@ class Mean:
         #: The weights of those that came.
         self.weight = 0.0
         self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
         self._like: dict[str, torch.dtype] = {}
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
-        """Take in a state; all have the same keys and shapes."""
-        self._like = self._like or {key: x.dtype for key, x in state.items()}
+        """Take in a state; of a key that it lacks, the others' mean is taken."""
         for key, x in state.items():
             part = x.double() * (weight / self.total)
             self._sums[key] = self._sums[key].add_(part) if key in self._sums else part
+            self._weights[key] = self._weights.get(key, 0.0) + weight
+            self._like.setdefault(key, x.dtype)
         self.weight += weight
 
     def result(self) -> dict[str, Tensor]:
-        """Return the mean of what came, key by key, in the types of the first state."""
+        """Return the mean of what came, key by key, in the types of who first had it."""
         assert self.weight > 0
-        missed = self.total / self.weight
-        return {key: (x * missed).to(self._like[key]) for key, x in self._sums.items()}
+        missed = {key: self.total / weight for key, weight in self._weights.items()}
+        return {key: (x * missed[key]).to(self._like[key]) for key, x in self._sums.items()}
 
 
 def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -67,8 +69,15 @@ def trainable_state(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_trainable(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_trainable(
+    module: torch.nn.Module, state: Mapping[str, Tensor], some: bool = False
+) -> None:
     """Set a module's trainable parameters to ``state``.
+
+    Parameters
+    ----------
+    some : bool
+        Whether ``state`` may lack some, which then stay as they are.
 
     Raises
     ------
@@ -76,7 +85,8 @@ def load_trainable(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None
         If ``state`` names other parameters than the trainable ones.
     """
     own = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if own.keys() != state.keys():
-        raise ValueError(f"parameters differ: {sorted(own.keys() ^ state.keys())}")
-    for name, parameter in own.items():
-        parameter.copy_(state[name])
+    wrong = state.keys() - own.keys() if some else own.keys() ^ state.keys()
+    if wrong:
+        raise ValueError(f"parameters differ: {sorted(wrong)}")
+    for name, values in state.items():
+        own[name].copy_(values)

@@ -6,13 +6,15 @@ Shape legend: ``b`` batch, ``m`` modalities, ``l`` length in tokens, ``d`` width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mpsl_dist.models.gapped import placed
 
 #: Width, blocks and heads of the paper's encoders (Dosovitskiy et al. 2020).
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -39,23 +41,34 @@ class Encoder(nn.Sequential):
         trained = (i for i, b in enumerate(self) if any(p.requires_grad for p in b.parameters()))
         return next(trained, len(self))
 
-    def forward(self, tokens_bld: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
-        """Return what the blocks from ``begin`` to before ``end``, by default all, make of them."""
+    def forward(
+        self,
+        tokens_bld: Tensor,
+        begin: int = 0,
+        end: int | None = None,
+        present_bl: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the blocks from ``begin`` to before ``end``, by default all, make of them.
+
+        ``present_bl``, bool, says which tokens are there to be attended to; None is all.
+        """
+        # Broadcast over heads and over whatever asks.
+        mask = {} if present_bl is None else {"attn_mask": present_bl[:, None, None, :]}
         kind = tokens_bld.device.type
         # torch has no autocast of shapes alone.
         cast = torch.autocast(kind, torch.bfloat16) if kind != "meta" else nullcontext()
         with cast if self.autocast == "bf16" else nullcontext():
             for block in list(self)[begin:end]:
-                tokens_bld = self._pass(block, tokens_bld)
+                tokens_bld = self._pass(block, tokens_bld, mask)
         return tokens_bld
 
-    def _pass(self, block: nn.Module, tokens_bld: Tensor) -> Tensor:
+    def _pass(self, block: nn.Module, tokens_bld: Tensor, mask: Mapping[str, Tensor]) -> Tensor:
         asked = tokens_bld.requires_grad or any(p.requires_grad for p in block.parameters())
         if not (self.checkpoint_blocks and asked and torch.is_grad_enabled()):
-            return block(tokens_bld)  # of a frozen prefix nothing is kept anyway
+            return block(tokens_bld, **mask)  # of a frozen prefix nothing is kept anyway
         # Not the reentrant form: it runs a backward within the backward, and reads ``.grad``, where
         # a distributed backward leaves nothing.
-        return checkpoint(block, tokens_bld, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(block, tokens_bld, use_reentrant=False, preserve_rng_state=False, **mask)
 
 
 def build_encoder(
@@ -126,6 +139,7 @@ class ServerModel(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.width = width
         self.post_norm = nn.LayerNorm(width) if post_norm else nn.Identity()
         #: FedCLIP's, over the modalities' pooled features; other methods have none.
         self.adapters: nn.Module = nn.Identity()
@@ -135,7 +149,9 @@ class ServerModel(nn.Module):
         self.pooling = pooling
         self.apart = apart
 
-    def forward(self, smashed: Sequence[Tensor], begin: int = 0) -> Tensor:
+    def forward(
+        self, smashed: Sequence[Tensor], begin: int = 0, present_bm: Tensor | None = None
+    ) -> Tensor:
         """Return predictions for the smashed activations of a whole global batch.
 
         Parameters
@@ -145,6 +161,9 @@ class ServerModel(nn.Module):
             encoded by a pass of its own.
         begin : int
             The encoder's first block that they have not been through.
+        present_bm : Tensor, optional
+            (b, m) bool: which sample has which modality. ``smashed`` is then as of
+            :class:`~mpsl_dist.models.gapped.Gapped`, whatever the fusion.
 
         Returns
         -------
@@ -152,10 +171,14 @@ class ServerModel(nn.Module):
             What the head makes of them: (b, k) logits, or (b, 2, d) embeddings in retrieval; or
             what :meth:`features` returns, where clients own the head.
         """
-        return self.head(self.features(smashed, begin))
+        return self.head(self.features(smashed, begin, present_bm))
 
-    def features(self, smashed: Sequence[Tensor], begin: int = 0) -> Tensor:
+    def features(
+        self, smashed: Sequence[Tensor], begin: int = 0, present_bm: Tensor | None = None
+    ) -> Tensor:
         """Return the head's input, (b, d), or (b, m, d) where modalities stay apart."""
+        if present_bm is not None:
+            return self._of_present(smashed, begin, present_bm)
         rest = (begin,) if begin else ()  # any module may stand in for the whole encoder
         encoded = [self.post_norm(self.encoder(tokens_bld, *rest)) for tokens_bld in smashed]
         if self.fusion == "early":
@@ -165,3 +188,41 @@ class ServerModel(nn.Module):
         pooled = [x_bld[:, 0] if self.pooling == "cls" else x_bld.mean(1) for x_bld in encoded]
         features_bmd = torch.stack(list(self.adapters(pooled)), dim=1)
         return features_bmd if self.apart else features_bmd.mean(1)
+
+    def _of_present(self, smashed: Sequence[Tensor], begin: int, present_bm: Tensor) -> Tensor:
+        """Return features (b, d) of samples that lack parts: means over what is there."""
+        assert not self.apart and isinstance(self.adapters, nn.Identity)
+        like = smashed[0] if smashed else next(self.parameters())  # a test batch may be empty
+        present_bm = present_bm.to(like.device)
+        rows = dict(zip(present_bm.any(0).nonzero().flatten().tolist(), smashed, strict=True))
+        encode = self._encode_joint if self.fusion == "early" else self._encode_apart
+        encoded = encode(rows, begin, present_bm)
+        pooled_bmd = like.new_zeros(*present_bm.shape, self.width)
+        for m, x_bld in encoded.items():
+            pooled_bd = x_bld[:, 0] if self.pooling == "cls" else x_bld.mean(1)
+            pooled_bmd[present_bm[:, m], m] = pooled_bd
+        sizes = [1] * len(self.lengths) if self.pooling == "cls" else self.lengths
+        # A mean over all tokens weighs a modality by its tokens.
+        weights_bm = present_bm * pooled_bmd.new_tensor(sizes)
+        shares_bm = weights_bm / weights_bm.sum(1, keepdim=True)
+        return (pooled_bmd * shares_bm.unsqueeze(-1)).sum(1)
+
+    def _encode_joint(
+        self, rows: Mapping[int, Tensor], begin: int, present_bm: Tensor
+    ) -> dict[int, Tensor]:
+        """Return every modality's encoded tokens (b_m, l_m, d), by one pass over all of them."""
+        if not rows:
+            return {}
+        lengths = [self.lengths[m] for m in rows]
+        joint_bld = torch.cat([placed(x, present_bm[:, m]) for m, x in rows.items()], dim=1)
+        mask_bl = torch.cat([present_bm[:, [m]].expand(-1, self.lengths[m]) for m in rows], dim=1)
+        encoded_bld = self.post_norm(self.encoder(joint_bld, begin, present_bl=mask_bl))
+        apart = zip(rows, encoded_bld.split(lengths, dim=1), strict=True)
+        return {m: x_bld[present_bm[:, m]] for m, x_bld in apart}
+
+    def _encode_apart(
+        self, rows: Mapping[int, Tensor], begin: int, present_bm: Tensor
+    ) -> dict[int, Tensor]:
+        """Return the same by a pass for each modality, over those samples alone that have it."""
+        rest = (begin,) if begin else ()
+        return {m: self.post_norm(self.encoder(x_bld, *rest)) for m, x_bld in rows.items()}

@@ -7,7 +7,7 @@ Shape legend: ``b`` batch, ``c`` channels, ``h`` height, ``w`` width, ``t`` fram
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,9 +187,37 @@ class Tokenizers(nn.Module):
         """Tokens per modality, in fusion order."""
         return [int(tokenizer.length) for tokenizer in self.by_modality.values()]
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the tokens of inputs by modality, (b, l_m, d) each, in fusion order."""
-        return [self.pre_norm(t(inputs[name])) for name, t in self.by_modality.items()]
+    def forward(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return the tokens of inputs by modality, (b, l_m, d) each, in fusion order.
+
+        Parameters
+        ----------
+        present : mapping of str to Tensor, optional
+            Which samples have a modality, (b,) bool: there are tokens (b_m, l_m, d) of those alone,
+            and none of a modality that no sample has.
+        """
+        if present is None:
+            return [self.pre_norm(t(inputs[name])) for name, t in self.by_modality.items()]
+        there = [name for name in present if bool(present[name].any())]
+        rows = {name: inputs[name][present[name].to(inputs[name].device)] for name in there}
+        return [self.pre_norm(self.by_modality[name](rows[name])) for name in there]
+
+    def only(self, modalities: Collection[str]) -> Tokenizers:
+        """Return the same with these modalities' tokenizers alone; every part is shared."""
+        kept = {name: t for name, t in self.by_modality.items() if name in modalities}
+        found = Tokenizers(kept, 0, pre_norm=False)
+        found.pre_norm, found.head = self.pre_norm, self.head
+        return found
+
+
+def modality_of(parameter: str) -> str | None:
+    """Return whose tokenizer a parameter of :class:`Tokenizers` is in, by its name; None of what
+    the modalities share.
+    """
+    first, _, rest = parameter.partition(".")
+    return rest.partition(".")[0] if first == "by_modality" else None
 
 
 def fuse(tokens: Sequence[Tensor], fusion: str) -> list[Tensor]:

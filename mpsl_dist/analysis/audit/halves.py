@@ -10,7 +10,7 @@ import numpy as np
 
 from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Experiment
-from mpsl_dist.data import Dataset, Splits, TensorDataset
+from mpsl_dist.data import Dataset, Splits, TensorDataset, presence
 from mpsl_dist.errors import DataError
 
 #: Samples that the attacker has of its own, at most.
@@ -48,6 +48,11 @@ def read(experiment: Experiment, samples: int) -> Halves:
     """
     needs = ("test",) if experiment.data.place == "own" else ("train", "test")
     splits = load_data(experiment, needs)
+    if presence(splits.test) is not None:
+        raise DataError(
+            f"data.name: test samples of {experiment.data.name} lack parts, and audit attacks "
+            "whole ones; set data.missing.zeros=true"
+        )
     total = len(splits.test.labels)
     rng = np.random.default_rng([experiment.seed, total])
     drawn = rng.permutation(total)[: 2 * samples + PUBLIC]

@@ -212,7 +212,11 @@ class Victim:
 
 
 def refuse(experiment: Experiment) -> None:
-    """Refuse methods whose server hears no activations."""
+    """Refuse methods whose server hears no activations, and samples that lack parts."""
+    if experiment.data.missing.rate and not experiment.data.missing.zeros:
+        raise ConfigError(
+            "data.missing.rate: audit attacks whole samples; set 0, or data.missing.zeros=true"
+        )
     if facts_of(experiment).split and not facts_of(experiment).one_process:
         return
     split = [name for name, facts in METHODS.items() if facts.split and not facts.one_process]

@@ -10,7 +10,7 @@ length.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mpsl_dist.data.dataset import Batch, Dataset
+from mpsl_dist.data.dataset import Batch, Dataset, presence, rows_of
 from mpsl_dist.data.decode import audio, media, text
 from mpsl_dist.data.decode.cache import Cache
 from mpsl_dist.errors import DataError
@@ -67,6 +67,15 @@ class Sample(NamedTuple):
         """The files of its picture and its sound: a clip stands for what has no file of its own."""
         sound = None if self.silent else self.video
         return {"image": self.image or self.video, "audio": self.audio or sound}
+
+    def only(self, modalities: Collection[str]) -> Sample:
+        """Return it with these of its parts alone."""
+        left = self
+        if "image" not in modalities:
+            left = left._replace(image=None, video=None, audio=self.sources["audio"])
+        if "audio" not in modalities:
+            left = left._replace(audio=None, silent=True)
+        return left if "text" in modalities else left._replace(text=None)
 
 
 @dataclass(frozen=True)
@@ -130,8 +139,8 @@ class FileDataset:
     mini-batch keeps the size that the server planned, and no client ever sees another client's
     data. At test the sample is left out: what is tested is never another sample than is said.
 
-    A modality that a sample lacks (an empty cell, no fault) is zeros, or an empty text;
-    ``present`` tells which.
+    A modality that a sample lacks (an empty cell, no fault) is absent: ``present`` tells which, and
+    so does the batch, whose inputs are zeros there, or an empty text.
 
     Attributes
     ----------
@@ -157,16 +166,31 @@ class FileDataset:
     #: Files that the annotations name and that were not there when the dataset was loaded; the
     #: samples without them are left out.
     missing: tuple[str, ...] = ()
+    #: Whether zeros and empty texts are trained as if they were data.
+    zeros: bool = False
 
     @property
     def present(self) -> dict[str, Tensor]:
         """Which samples have a modality: (samples,) bool for each."""
+        return self._has(range(len(self.samples)))
+
+    def _has(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        held = [self.samples[row] for row in rows]
         has = {
-            "image": [s.sources["image"] is not None for s in self.samples],
-            "audio": [s.sources["audio"] is not None for s in self.samples],
-            "text": [s.text is not None for s in self.samples],
+            "image": [s.sources["image"] is not None for s in held],
+            "audio": [s.sources["audio"] is not None for s in held],
+            "text": [s.text is not None for s in held],
         }
         return {name: torch.tensor(has[name], dtype=torch.bool) for name in self.view.modalities}
+
+    def without(self, present: Mapping[str, Tensor]) -> FileDataset:
+        """Return the split without the parts that are not ``present``; their files are not read."""
+        lists = {name: there.tolist() for name, there in present.items()}
+        samples = [
+            sample.only({name for name, there in lists.items() if there[row]})
+            for row, sample in enumerate(self.samples)
+        ]
+        return replace(self, samples=samples)
 
     @property
     def unchanging(self) -> bool:
@@ -202,7 +226,14 @@ class FileDataset:
             self._joined(rows, good),
             self.labels[torch.tensor(rows, dtype=torch.long)],
             {index: (self._file(index, error), str(error)) for index, error in failed.items()},
+            self._present(rows),
         )
+
+    def _present(self, rows: Sequence[int]) -> dict[str, Tensor] | None:
+        """Return these samples' mask, as a batch has it."""
+        if self.zeros or (not rows and presence(self) is None):
+            return None
+        return rows_of(self._has(rows), torch.arange(len(rows)))
 
     def _joined(self, rows: Sequence[int], read: Mapping[int, Inputs]) -> Inputs:
         """Return these samples as one tensor a modality; zeros for those that were not read."""

@@ -45,7 +45,7 @@ class Report:
     shapes : mapping of str to tuple of int
         One sample's shape per modality, in the order of fusion.
     lacking : mapping of str to int
-        Samples that have no such modality, which the model gets zeros for.
+        Samples that have no such modality.
     missing : tuple of str
         Files that the annotations name and that are not there.
     damaged : mapping of str to str
@@ -99,8 +99,8 @@ class Report:
             lines.append(f"  {split}: {count:,} samples{of}")
         for name, shape in self.shapes.items():
             lacking = self.lacking.get(name, 0)
-            zeros = f", zeros for {lacking:,} samples that have none" if lacking else ""
-            lines.append(f"  {name}: {' x '.join(map(str, shape))}{zeros}")
+            absent = f", {lacking:,} samples have none" if lacking else ""
+            lines.append(f"  {name}: {' x '.join(map(str, shape))}{absent}")
         lines += self._by_class()
         lines += [f"  note: {remark}" for remark in self.remarks]
         lines += [f"  warning: {warning}" for warning in self.warnings]
