@@ -499,6 +499,19 @@ def test_two_runs_under_one_secret_have_their_own_noise_and_the_same_answers(
     assert torch.equal(*losses)
 
 
+def test_a_key_that_was_added_since_a_run_began_leaves_its_draws_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = experiment(**SECRET_TOKENIZERS)
+    now = guard_of(chosen, 0)
+
+    def older(one: Experiment) -> dict[str, Any]:
+        return {key: value for key, value in to_dict(one).items() if key != "adapters"}
+
+    monkeypatch.setattr("mpsl_dist.actors.defences.to_dict", older)
+    assert guard_of(chosen, 0) == now
+
+
 def test_without_a_draw_no_secret_is_written(tmp_path: Path) -> None:
     in_one_process(toys.experiment(output=str(tmp_path), defences={"nopeek": 1}))
     assert list(tmp_path.iterdir()) == []

@@ -93,6 +93,8 @@ class Victim:
             experiment, server=alone, data=data, training=training, faults=Faults(on_loss="stop")
         )
         self.numbers = range(min(experiment.clients, CLIENTS))
+        #: As its clients know it: what they draw depends on all of it.
+        self._own = experiment
         rows = np.arange(len(halves.audited.labels))
         parts = [rows[n :: len(self.numbers)] for n in self.numbers]
         nothing = [rows[:0]] * experiment.clients
@@ -108,7 +110,7 @@ class Victim:
         self.method = plugins.resolve(facts_of(experiment).build)(setup)
 
     def _open(self, build: BuildClients) -> Wiretap:
-        clients = build(self.experiment, self.numbers, self._holdings, Local)
+        clients = build(self._own, self.numbers, self._holdings, Local)
         self.wiretap = Wiretap(Host(clients))
         return self.wiretap
 
