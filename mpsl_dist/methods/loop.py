@@ -12,7 +12,7 @@ from mpsl_dist.data import Splits
 from mpsl_dist.errors import DiskError, RemoteError, ResumeError
 from mpsl_dist.methods.evidence import look_at_tests
 from mpsl_dist.methods.method import Method
-from mpsl_dist.methods.progress import Progress, warn
+from mpsl_dist.methods.progress import Progress, say, warn
 from mpsl_dist.methods.summary import Position, counts, summarize
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.checkpoint import Manifest
@@ -65,20 +65,15 @@ def train(
             _save(experiment, method, run, at)
     status = "completed" if at.epoch == epochs else "stopped"
     if status == "completed":
-        _save_model(experiment, splits, method, run)
+        model = method.deployable()
+        if model is not None:
+            model.save(run.path / "model", experiment, splits)
+        else:
+            say("no model/: clients keep their own tokenizers, checkpoints have the server's part")
     at.seconds = time.perf_counter() - started
     summary = summarize(experiment, splits, method, at, status)
     run.write_json("summary", summary)
     return summary
-
-
-def _save_model(experiment: Experiment, splits: Splits, method: Method, run: RunDirectory) -> None:
-    if experiment.defences.secret_tokenizers:
-        line = "no model/: clients keep their own tokenizers, checkpoints have the server's part"
-        print(line)
-        _log.info(line)
-        return
-    method.deployable().save(run.path / "model", experiment, splits)
 
 
 def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> Position:

@@ -166,15 +166,18 @@ class Victim:
                 found.setdefault(n, []).append(heard)
         return [_joined(found[n]) for n in sorted(found)]
 
-    def weights_fetched(self) -> tuple[Tokenizers, dict[int, Tokenizers]]:
-        """Evaluate as a run does; return the average, and by client what it answered by itself."""
+    def weights_fetched(self) -> tuple[Tokenizers | None, dict[int, Tokenizers]]:
+        """Fetch a model to deploy as a run does; return its tokenizers, where there is one, and
+        by client what it answered by itself.
+        """
         self.wiretap.take()
-        mean = self.method.deployable().tokenizers
+        model = self.method.deployable()
         own = {}
         for message in self.wiretap.take():
             if message.name == "tokenizer_weights" and (it := self._with(message.answer)):
                 own[message.client] = it
-        return self._with(trainable_state(mean)), own
+        mean = None if model is None else self._with(trainable_state(model.tokenizers))
+        return mean, own
 
     def _with(self, weights: Mapping[str, Tensor] | None) -> Tokenizers | None:
         """Return tokenizers with these weights; None if they are weights of something else."""
