@@ -352,6 +352,9 @@ def _join(own: Replica, others: Replicas, nccl: bool, timeout: float) -> None:
     """Have all replicas meet, and tell where they are."""
     told = [(others.name, rank, others.count, nccl, timeout) for rank in range(others.count)]
     wait = others.start("join", told[1:])
-    own.join(*told[0])
-    for rank, where in enumerate(wait(), 1):
+    try:
+        own.join(*told[0])
+    finally:
+        places = wait()  # where they do not meet, this tells whose fault it was
+    for rank, where in enumerate(places, 1):
         say(f"{world.rank_name(rank, others.count)} on {where}")

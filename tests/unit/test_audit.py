@@ -226,6 +226,7 @@ def test_frozen_tokenizers_that_send_once_are_heard_once(tmp_path: Path) -> None
         {"tokenizer_sync": {"mode": "gradients"}},
         {"tokenizer_sync": {"mode": "weights"}},
         {"model": MODEL | {"fusion": "late", "pre_norm": False}},
+        {"device": "cuda"},
     ],
     ids=str,
 )

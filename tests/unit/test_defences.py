@@ -639,6 +639,7 @@ def test_tests_have_noise_at_the_clients_and_none_at_the_server() -> None:
             {"defences": {"token_noise": 1, "secret": "seed"}, "data": {"place": "own"}},
             "secret: seed is for simulations",
         ),
+        ({"defences": {"token_noise": 1, "secret": ""}}, "secret: empty; take null"),
     ],
 )
 def test_what_a_defence_cannot_keep_is_refused(changes: dict, message: str) -> None:

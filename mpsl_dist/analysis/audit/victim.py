@@ -86,6 +86,8 @@ class Victim:
 
     def __init__(self, experiment: Experiment, halves: Halves) -> None:
         refuse(experiment)
+        # The attacks compute there, with these tokenizers and with others.
+        experiment = replace(experiment, device="cpu")
         alone = replace(experiment.server, replicas=1)
         data = replace(experiment.data, loaders=0, place="simulated", test_at="server")
         training = replace(experiment.training, compile=False)
