@@ -81,9 +81,11 @@ class Guard:
         tokenizers : Tokenizers
             What made them; patches alone are shuffled, a text is nothing without its order.
         marks : sequence of tuple
-            One for each of the b samples.
+            One for each of the b samples, of which there may be none.
         """
         found = list(tokens)
+        if not marks:  # of a test batch nothing may be readable
+            return found
         if self.chosen.shuffle_patches:
             for place, tokenizer in enumerate(tokenizers.by_modality.values()):
                 if isinstance(tokenizer, PatchTokenizer):

@@ -386,6 +386,13 @@ def test_the_order_of_patches_leaves_predictions_as_they_are(pooling: str, fusio
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+def test_a_test_batch_of_which_nothing_can_be_read_is_no_trouble() -> None:
+    tokenizers = build_tokenizers(experiment(), load_data(experiment()))
+    nothing = [torch.zeros(0, 5, 16), torch.zeros(0, 6, 16)]
+    sent = guard(shuffle_patches=True, token_noise=1).tokens(tokenizers, nothing, [])
+    assert [x.shape for x in sent] == [x.shape for x in nothing]
+
+
 # -- gradients -----------------------------------------------------------------------------------
 
 
