@@ -65,15 +65,19 @@ def train(
             _save(experiment, method, run, at)
     status = "completed" if at.epoch == epochs else "stopped"
     if status == "completed":
-        model = method.deployable()
-        if model is not None:
-            model.save(run.path / "model", experiment, splits)
-        else:
-            say("no model/: clients keep their own tokenizers, checkpoints have the server's part")
+        _save_model(experiment, splits, method, run)
     at.seconds = time.perf_counter() - started
     summary = summarize(experiment, splits, method, at, status)
     run.write_json("summary", summary)
     return summary
+
+
+def _save_model(experiment: Experiment, splits: Splits, method: Method, run: RunDirectory) -> None:
+    model = method.deployable()
+    if model is None:
+        say("no model/: clients keep their own tokenizers, checkpoints have the server's part")
+    else:
+        model.save(run.path / "model", experiment, splits)
 
 
 def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> Position:
