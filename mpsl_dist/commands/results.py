@@ -49,7 +49,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     folder = Path(options.run_directory) / "model"
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{options.run_directory}: no model/ there; the run must be completed")
+        raise ConfigError(
+            f"{options.run_directory}: no model/ there; the run is not completed, or its clients "
+            "keep their own tokenizers (defences.secret_tokenizers)"
+        )
     model, experiment, classes = deployable.load(folder, options.overrides)
     place = (experiment.data.place, experiment.data.test_at)
     needs = ("test",) if place == ("own", "server") else ("train", "test")
