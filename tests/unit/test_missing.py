@@ -22,7 +22,7 @@ from mpsl_dist.analysis.audit import halves
 from mpsl_dist.analysis.audit.victim import refuse
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, Faults, to_dict
-from mpsl_dist.config.methods import unread
+from mpsl_dist.config.methods import METHODS, unread
 from mpsl_dist.data import Batch, DataError, gaps, presence
 from mpsl_dist.data.decode.samples import FileDataset, Sample, View
 from mpsl_dist.errors import ConfigError
@@ -425,10 +425,13 @@ def test_zeros_may_stand_in_for_what_is_absent() -> None:
     assert batch.present is None and not batch.inputs["audio"].any() and batch.inputs["image"].any()
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedclip"])
-def test_methods_that_cannot_leave_parts_out_refuse_the_key_and_take_zeros(method: str) -> None:
-    assert "data.missing.rate" in unread(experiment(method=method))
-    chosen = experiment({"name": "toy-gaps", "missing": {}}, method=method)
+def test_a_method_that_cannot_leave_parts_out_refuses_the_key_and_takes_zeros(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    knows_no_gaps = replace(METHODS["psl"], reads=("tokenizer_sync",))
+    monkeypatch.setitem(METHODS, "psl", knows_no_gaps)
+    assert "data.missing.rate" in unread(replace(experiment(), method="psl"))
+    chosen = replace(experiment({"name": "toy-gaps", "missing": {}}), method="psl")
     splits = load_data(chosen)
     assert presence(splits.train) is None and splits.train.fetch([0]).present is None
 
