@@ -123,7 +123,9 @@ def _not_with_gaps(experiment: Experiment, splits: Splits) -> list[str]:
             sync.masked
         ),
         "wire.cache: the server keeps whole samples": experiment.wire.cache,
-        "server.replicas: they share whole samples": experiment.server.replicas > 1,
+        "server.shard: shards compute the same passes, and not all clients' samples need all": (
+            experiment.server.shard
+        ),
         "defences.token_noise: its epsilon is that of whole samples": defences.token_noise,
         "defences.shuffle_patches: its orders are those of whole samples": defences.shuffle_patches,
         "defences.nopeek: its penalty is that of whole samples": defences.nopeek,

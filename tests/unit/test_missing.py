@@ -368,7 +368,7 @@ def test_a_client_that_comes_back_takes_the_others_mean_of_what_it_has() -> None
 REFUSED = {
     "tokenizer_sync.masked": {"tokenizer_sync": {"masked": True}},
     "wire.cache": {"model": {"train_tokenizers": False}, "wire": {"cache": True}},
-    "server.replicas": {"server": {"replicas": 2}},
+    "server.shard": {"server": {"replicas": 2, "shard": True}},
     "defences.token_noise": {"defences": {"token_noise": 0.1}},
     "defences.shuffle_patches": {"defences": {"shuffle_patches": True}},
     "defences.nopeek": {"defences": {"nopeek": 0.1}},

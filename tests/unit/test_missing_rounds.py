@@ -111,6 +111,9 @@ def test_a_client_has_the_tokenizers_and_adapters_of_its_own_modalities_alone(
     monkeypatch.setattr(assembly, "_build_tokenizer", counted)
     (sees,) = build_clients(chosen, [3], holdings.only([3]))
     assert built == ["image"] and sees.describe().modalities == ("image",)
+    # What it saves does not depend on whom it shares a worker with.
+    *_, beside = build_clients(chosen, range(4), holdings)
+    assert [p.shape for p in beside.parameters()] == [p.shape for p in sees.parameters()]
     sees.begin_training([len(sees.data)], 1, 1)
     weights = trainable_state(server)
     own = {name: x for name, x in weights.items() if modality_of(name) in (None, "image")}
