@@ -38,7 +38,6 @@ from mpsl_dist.runtime import environment, process, sharding, world
 from mpsl_dist.runtime.answers import Answers
 from mpsl_dist.runtime.fleet import Fleet
 
-
 #: Modalities of the tokenizers that were built here.
 BUILT: list[str] = []
 
