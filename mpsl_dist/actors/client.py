@@ -82,7 +82,6 @@ one number per trained tokenizer parameter.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,7 +347,9 @@ class Client:
     def hand_over(self) -> dict[str, Any]:
         """Return what a client that comes back continues from, where all clients are the same."""
         weights = trainable_state(self.tokenizers.local_value())
-        return {"tokenizers": weights, "optimizer": self.stepper.copied_state()}
+        moments = self.stepper.copied_state().get("state", {})
+        named = {name: moments.get(at, {}) for at, name in enumerate(weights)}
+        return {"tokenizers": weights, "moments": named}
 
     # -- what a client is told -------------------------------------------------------------
 
@@ -401,9 +402,11 @@ class Client:
         load_trainable(self.tokenizers.local_value(), weights, some=True)
 
     def take_over(self, parts: Mapping[str, Any]) -> None:
-        """Continue from what another client has handed over."""
+        """Continue from what other clients have handed over."""
         self.set_tokenizer_weights(parts["tokenizers"])
-        self.stepper.load(copy.deepcopy(parts["optimizer"]))
+        names = trainable_state(self.tokenizers.local_value())
+        moments = {at: parts["moments"][name] for at, name in enumerate(names)}
+        self.stepper.take_over({at: own for at, own in moments.items() if own})
         self._accumulated = None
 
     def begin_test(self, weights: Mapping[str, Tensor] | None, counts: Sequence[int]) -> None:

@@ -38,13 +38,6 @@ class Keys:
         """Return the client's modalities; empty where it has all."""
         return tuple(self.modalities.get(client, ()))
 
-    def alike(self, clients: Sequence[int]) -> list[list[int]]:
-        """Return these clients in groups that have the same modalities."""
-        groups: dict[tuple[str, ...], list[int]] = {}
-        for client in clients:
-            groups.setdefault(self.held(client), []).append(client)
-        return list(groups.values())
-
     def own(self, client: int, weights: Mapping[str, T]) -> Mapping[str, T]:
         """Return those of these values by parameter that the client has."""
         return of_modalities(weights, self.held(client))

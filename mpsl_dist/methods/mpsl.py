@@ -100,6 +100,8 @@ class Mpsl:
         steps, epochs = len(self.plan), self.experiment.training.epochs
         self.clients.begin_training(steps, epochs, back.fresh)
         if self.sync.identical:
+            if self.clients.keys.modalities:  # others may lack what they have
+                self.clients.restore_kept(back.fresh)
             self._begin_like_others(back.clients)
         else:
             own = self.clients.restore_kept(back.fresh)

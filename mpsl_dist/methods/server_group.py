@@ -165,8 +165,9 @@ class ServerGroup:
     ) -> list[Tensor | None]:
         """Have every replica go backward; return the gradients of all that came in, in order.
 
-        ``tensors`` says how many came of each client. Of a step that was given up, while the replicas have begun something else, there are none.
-        An error would be heard by nobody, and its callers would wait for it at the run's end.
+        ``tensors`` says how many came of each client. Of a step that was given up, while the
+        replicas have begun something else, there are no gradients. An error would be heard by
+        nobody, and its callers would wait for it at the run's end.
         """
         by_client = {n: g.clone() for n, g in zip(tensors, gradients, strict=True)}
         told = [({n: by_client[n] for n in share if n in by_client},) for share in dealt]

@@ -54,7 +54,6 @@ def _with_gaps() -> dict[str, dict]:
     late = _case("late", "image+audio", "float64")
     late["data"] |= {"missing": {"rate": 0.5, "seed": 3, "per": "sample"}}
     synced = {"clients_per_worker": 2, "tokenizer_sync": {"mode": "gradients", "every": 2}}
-    synced |= {"faults": {"rejoin": "never"}}
     found = {
         "gaps by client": by_client,
         "gaps by sample, synced": late | synced,

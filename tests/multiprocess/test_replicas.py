@@ -44,7 +44,6 @@ def cases() -> dict[str, dict]:
     for fusion in ("early", "late"):
         found[f"gaps, {fusion}"] = found[f"2 replicas, {fusion}, {MODES[fusion]}"] | {
             "data": gaps,
-            "faults": {"rejoin": "never"},
         }
     return found
 

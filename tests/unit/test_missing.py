@@ -43,7 +43,6 @@ MISSING = {"rate": 0.5, "seed": 3}
 def experiment(data: dict | None = None, **changes) -> Experiment:
     training = to_dict(toys.experiment())["training"] | {"precision": "float64"}
     chosen = {"name": "toy-image+audio", "missing": MISSING} | (data or {})
-    changes = {"faults": {"rejoin": "never"}} | changes
     return toys.experiment(**{"training": training} | changes, data=chosen)
 
 
@@ -365,6 +364,26 @@ def test_a_client_that_comes_back_takes_the_others_mean_of_what_it_has() -> None
         assert torch.equal(own[name], other.get(name, x)), name
 
 
+@pytest.mark.parametrize("left", [[0, 2, 3], [3]])
+def test_where_all_step_on_the_same_sums_who_comes_back_gets_each_part_of_one_that_has_it(
+    left: list[int], tmp_path: Path
+) -> None:
+    """Weights and moments: as if it had not been away. What nobody has left it has kept itself."""
+    chosen = experiment(output=str(tmp_path), tokenizer_sync={"mode": "gradients"})
+    whole, method = in_one_process(chosen), in_one_process(chosen)
+    losses = steps_of(whole, 4)
+    assert steps_of(method, 2) == losses[:2]
+    gone = [n for n in range(4) if n not in left]
+    if len(left) == 1:  # who sees, alone
+        method.clients.keep(str(tmp_path), "step 2")
+    method.clients.lost |= set(gone)
+    method.clients.fleet.back = gone
+    method.clients.faults = Faults(rejoin="now")
+    method.welcome(method.clients.readmit("step 2"))
+    method.begin_epoch(0, 2)
+    assert [method.step(step, step) for step in (2, 3)] == losses[2:]
+
+
 REFUSED = {
     "tokenizer_sync.masked": {"tokenizer_sync": {"masked": True}},
     "wire.cache": {"model": {"train_tokenizers": False}, "wire": {"cache": True}},
@@ -372,7 +391,6 @@ REFUSED = {
     "defences.token_noise": {"defences": {"token_noise": 0.1}},
     "defences.shuffle_patches": {"defences": {"shuffle_patches": True}},
     "defences.nopeek": {"defences": {"nopeek": 0.1}},
-    "faults.rejoin": {"tokenizer_sync": {"mode": "gradients"}, "faults": {"rejoin": "epoch"}},
     "training.evaluate_own": {"training": {"evaluate_own": True}},
     "data.name": {"data": {"name": "toy-pairs"}},
     "data.missing.at_test": {"data": {"test_at": "clients"}},
@@ -381,7 +399,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_cannot_be_had_with_gaps_is_refused_by_name(key: str) -> None:
-    options = {"faults": {"rejoin": "never", "min_clients": 3}} | REFUSED[key]
+    options = {"faults": {"min_clients": 3}} | REFUSED[key]
     data = options.pop("data", {})
     for missing, refused in ((MISSING, True), ({}, False)):
         chosen = experiment({"missing": missing} | data, **options)
