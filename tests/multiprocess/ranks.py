@@ -49,7 +49,6 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
     told: dict[str, Any] = {"losses": [], "cut_gradients": [], "forwards": 0, "backwards": 0}
     ranks = range(experiment.server.replicas, experiment.server.replicas + experiment.workers)
     told["built"] = list(world.ask(tell_built, dict.fromkeys(ranks, ()), 60).values())
-    told["traffic"] = method.traffic
     if isinstance(method.server, ServerGroup):
         give_steps_up(method)
     else:
@@ -63,7 +62,7 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
     told["clients"] = method.clients.tokenizer_weights(
         list(method.sizes), "test", "test_weights_up"
     )
-    told["replicas"] = []
+    told["replicas"], told["bytes"] = [], method.traffic.by_kind()
     if experiment.server.shard:
         told |= tell_shards(method, Path(experiment.output) / experiment.name)
     else:

@@ -200,7 +200,7 @@ def test_a_client_that_never_hears_builds_no_tokenizer_of_sounds_and_sends_no_to
         for n, state in told["clients"].items()
     }
     assert held == {0: {"audio"}, 1: {"image", "audio"}, 2: {"audio"}, 3: {"image"}}
-    splits, sent = load_data(experiment), told["traffic"].by_kind()
+    splits, sent = load_data(experiment), told["bytes"]
     first = assembly.build_tokenizers(experiment, splits).by_modality
     token = experiment.model.encoder.width * torch.float64.itemsize
     # Of each sample its tokens, and two bytes of a mask; no gradient comes back for a mask.
