@@ -13,9 +13,11 @@ import torch
 import toys
 from local_fleet import in_one_process, steps_of
 
+from mpsl_dist.__main__ import main
 from mpsl_dist.actors import assembly
-from mpsl_dist.actors.client import Client
+from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.holdings import Holdings, load_data
+from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.actors.part_checks import refusals_with_data
 from mpsl_dist.analysis import flops, gapped_traffic, traffic_model
 from mpsl_dist.analysis.audit import halves
@@ -23,7 +25,7 @@ from mpsl_dist.analysis.audit.victim import refuse
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, Faults, to_dict
 from mpsl_dist.config.methods import METHODS, unread
-from mpsl_dist.data import Batch, DataError, gaps, presence
+from mpsl_dist.data import DataError, gaps, presence
 from mpsl_dist.data.decode.samples import FileDataset, Sample, View
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.methods import centralized
@@ -32,7 +34,7 @@ from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.psl import Psl
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.gapped import tensors_of
-from mpsl_dist.models.server_model import ServerModel, build_encoder
+from mpsl_dist.models.server_model import build_encoder
 from mpsl_dist.records.traffic import nbytes
 
 STEPS = 4
@@ -179,24 +181,6 @@ def test_counted_bytes_are_the_computed_ones(case: str) -> None:
     assert method.traffic.by_kind() == computed
 
 
-def test_with_everything_present_no_mask_is_built_or_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a mask")
-
-    default = in_one_process(experiment({"missing": {}}))
-    losses = steps_of(default, STEPS)
-    monkeypatch.setattr("mpsl_dist.actors.client.Gapped", refuse)
-    monkeypatch.setattr(ServerModel, "_of_present", refuse)
-    # Draws are made, and nothing falls.
-    drawn = in_one_process(experiment({"missing": {"rate": 1e-9, "at_test": True}}))
-    assert steps_of(drawn, STEPS) == losses and drawn.evaluate() == default.evaluate()
-    assert drawn.traffic.by_kind() == default.traffic.by_kind()
-    gapped = in_one_process(experiment())
-    gapped.begin_epoch(0)
-    with pytest.raises(AssertionError, match="a mask"):
-        gapped.clients.references[3].tokenize(0)
-
-
 def test_a_client_builds_the_tokenizers_of_its_own_modalities_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -233,32 +217,6 @@ def test_a_client_sends_what_it_has_and_a_mask() -> None:
     assert nbytes(sent) == tokens_bld.nbytes + 2 * len(tokens_bld)
     whole = method.clients.references[1].tokenize(0)
     assert isinstance(whole, list) and len(whole) == 1
-
-
-@pytest.mark.parametrize("fusion", ["early", "late"])
-@pytest.mark.parametrize("per", ["client", "sample"])
-def test_what_is_absent_changes_nothing_whatever_it_is(
-    per: str, fusion: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = experiment({"missing": MISSING | {"per": per}}, model={"fusion": fusion})
-    clean = in_one_process(chosen)
-    losses = steps_of(clean, 2)
-    inputs_of_batch = Client._inputs
-
-    def spoiled(self: Client, tokenizers: object, batch: Batch) -> dict[str, torch.Tensor]:
-        inputs = {name: x.clone() for name, x in inputs_of_batch(self, tokenizers, batch).items()}
-        for name in inputs.keys() & (batch.present or {}).keys():
-            inputs[name][~batch.present[name]] = torch.nan
-        return inputs
-
-    monkeypatch.setattr(Client, "_inputs", spoiled)
-    other = in_one_process(chosen)
-    assert steps_of(other, 2) == losses
-    for number, client in clean.clients.references.items():
-        own = other.clients.references[number].tokenizer_weights()
-        assert all(torch.equal(x, own[name]) for name, x in client.tokenizer_weights().items())
-    state = other.server.model.state_dict()
-    assert all(torch.equal(x, state[k]) for k, x in clean.server.model.state_dict().items())
 
 
 @pytest.mark.parametrize("length", [11, 700])
@@ -325,6 +283,23 @@ def test_tests_lack_parts_where_asked_for() -> None:
     torch.testing.assert_close(model._predict(batch), expected, rtol=0, atol=1e-12)
     right = int((expected.argmax(1) == batch.labels).sum())
     assert method.evaluate() == {"accuracy": right / 30}
+
+
+def test_a_finished_model_is_evaluated_on_what_its_run_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = experiment({"missing": MISSING | {"at_test": True}})
+    method = in_one_process(chosen)
+    method.deployable().save(tmp_path / "model", chosen, method.splits)
+
+    def parts(model: Deployable, held: TestData, size: int) -> dict[str, float]:
+        batches = held.batches(size)
+        return {"parts": sum(int(x_b.sum()) for batch in batches for x_b in batch.present.values())}
+
+    monkeypatch.setattr(Deployable, "test", parts)
+    assert main(["evaluate", str(tmp_path)]) == 0
+    expected = parts(method.deployable(), method.tests, 30)["parts"]
+    assert f"parts {expected:.4f}" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
-"""FedAvg and FedCLIP where samples lack parts: a client has its own modalities alone."""
+"""Samples that lack parts: FedAvg and FedCLIP, and what holds for every method."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
 import toys
-from local_fleet import rounds_in_one_process
+from local_fleet import in_one_process, rounds_in_one_process, steps_of
 from test_missing import AT_CLIENTS, MISSING, experiment
 
 from mpsl_dist.actors import assembly
@@ -18,8 +19,13 @@ from mpsl_dist.analysis import flops, gapped_traffic, traffic_model
 from mpsl_dist.analysis.cost import cost_of
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment
+from mpsl_dist.config.methods import METHODS
 from mpsl_dist.data import TensorDataset
+from mpsl_dist.methods import centralized
 from mpsl_dist.methods.fedavg import FedAvg, build_clients
+from mpsl_dist.methods.hosting import Setup
+from mpsl_dist.methods.mpsl import Mpsl
+from mpsl_dist.methods.psl import Psl
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tokenizers import modality_of
@@ -124,13 +130,32 @@ def test_a_client_has_the_tokenizers_and_adapters_of_its_own_modalities_alone(
         sees.train_round(1, weights)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedclip"])
+def open_method(chosen: Experiment) -> Any:
+    """Any of the five, all of it in this process."""
+    if chosen.method == "centralized":
+        return centralized.build(Setup(chosen, Holdings.load(chosen), 1))
+    if chosen.method in ("mpsl", "psl"):
+        return in_one_process(chosen, {"mpsl": Mpsl, "psl": Psl}[chosen.method])
+    return rounds_in_one_process(chosen)
+
+
+def numbers_of(method: Any) -> tuple[list[float | None], dict[str, torch.Tensor]]:
+    """Losses of some steps or rounds, then every number of the model."""
+    return steps_of(method, ROUNDS), trainable_state(method.deployable())
+
+
+def assert_same_numbers(one: tuple, other: tuple) -> None:
+    assert one[0] == other[0] and one[1].keys() == other[1].keys()
+    assert all(torch.equal(x, other[1][name]) for name, x in one[1].items())
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+@pytest.mark.parametrize("method", METHODS)
 def test_what_is_absent_changes_nothing_whatever_it_is(
-    method: str, monkeypatch: pytest.MonkeyPatch
+    method: str, fusion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = chosen_of(SAMPLE, method)
-    clean = rounds_in_one_process(chosen)
-    losses, fetch = rounds_of(clean), TensorDataset.fetch
+    chosen = chosen_of(SAMPLE | {"model": {"fusion": fusion}}, method)
+    clean, fetch = numbers_of(open_method(chosen)), TensorDataset.fetch
 
     def spoiled(self: TensorDataset, *words: object) -> object:
         batch = fetch(self, *words)
@@ -139,13 +164,10 @@ def test_what_is_absent_changes_nothing_whatever_it_is(
         return batch
 
     monkeypatch.setattr(TensorDataset, "fetch", spoiled)
-    other = rounds_in_one_process(chosen)
-    assert rounds_of(other) == losses
-    state = trainable_state(other.model)
-    assert all(torch.equal(x, state[name]) for name, x in trainable_state(clean.model).items())
+    assert_same_numbers(numbers_of(open_method(chosen)), clean)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedclip"])
+@pytest.mark.parametrize("method", METHODS)
 def test_with_everything_present_nothing_changes(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,14 +175,17 @@ def test_with_everything_present_nothing_changes(
         raise AssertionError("a mask")
 
     monkeypatch.setattr(ServerModel, "_of_present", refuse)
-    default = rounds_in_one_process(chosen_of({"data": {"missing": {}}}, method))
+    monkeypatch.setattr("mpsl_dist.actors.client.Gapped", refuse)
+    default = open_method(chosen_of({"data": {"missing": {}}}, method))
     # Draws are made, and nothing falls.
     rare = {"data": {"missing": {"rate": 1e-9, "at_test": True}}}
-    drawn = rounds_in_one_process(chosen_of(rare, method))
-    assert rounds_of(drawn) == rounds_of(default) and drawn.evaluate() == default.evaluate()
+    drawn = open_method(chosen_of(rare, method))
+    assert_same_numbers(numbers_of(drawn), numbers_of(default))
+    assert drawn.evaluate() == default.evaluate()
     assert drawn.traffic.by_kind() == default.traffic.by_kind()
-    state = trainable_state(drawn.model)
-    assert all(torch.equal(x, state[name]) for name, x in trainable_state(default.model).items())
+    gapped = open_method(chosen_of(SAMPLE, method))
+    with pytest.raises(Exception, match="a mask"):
+        numbers_of(gapped)
 
 
 def test_of_a_modality_one_local_step_is_one_on_the_samples_of_those_who_have_it() -> None:
