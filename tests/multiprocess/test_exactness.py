@@ -53,7 +53,7 @@ def _with_gaps() -> dict[str, dict]:
     by_client["data"] |= {"missing": {"rate": 0.5, "seed": 3}}
     late = _case("late", "image+audio", "float64")
     late["data"] |= {"missing": {"rate": 0.5, "seed": 3, "per": "sample"}}
-    synced = {"clients_per_worker": 2, "tokenizer_sync": {"mode": "gradients", "every": 2}}
+    synced = {"clients_per_worker": 2, "tokenizer_sync": {"mode": "gradients", "every": 1}}
     found = {
         "gaps by client": by_client,
         "gaps by sample, synced": late | synced,
