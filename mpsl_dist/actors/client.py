@@ -123,11 +123,14 @@ class Description:
         How many it has, to train on and to test with.
     modalities : tuple of str
         Those that any of them has; empty where they are all that the data have.
+    trained : tuple of str
+        Those of them that it trains on; empty likewise.
     """
 
     samples: int
     test_samples: int
     modalities: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
 
 
 class Client:
@@ -154,8 +157,8 @@ class Client:
         Codes what crosses the cut.
     guard : Guard
         Its defences, which change what leaves it.
-    modalities : tuple of str
-        Those that it has tokenizers of; empty where these are all.
+    modalities, trained : tuple of str
+        Those that it has tokenizers of, and any that it trains on; empty where these are all.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class Client:
         wire: Wire = Wire(),  # noqa: B008 (frozen)
         guard: Guard = Guard(),  # noqa: B008 (frozen)
         modalities: tuple[str, ...] = (),
+        trained: tuple[str, ...] = (),
     ) -> None:
         self.number = number
         self.data = data
@@ -185,6 +189,7 @@ class Client:
         self.wire = wire
         self.guard = guard
         self.modalities = modalities
+        self.trained = trained
         self._accumulated: Tensor | None = None
         self._masked: masking.MaskedSum | None = None
         self._visiting: Tokenizers | None = None
@@ -193,7 +198,7 @@ class Client:
 
     def describe(self) -> Description:
         """Return how many samples it holds, and which modalities."""
-        return Description(len(self.data), len(self.test_data), self.modalities)
+        return Description(len(self.data), len(self.test_data), self.modalities, self.trained)
 
     def tokenize(self, step: int, rows: Sequence[int] | None = None) -> list[Sent] | Gapped:
         """Tokenize the mini-batch of this step of the epoch, from 0 (Eq. 1).

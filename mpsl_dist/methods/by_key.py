@@ -29,10 +29,13 @@ class Keys:
         tokenizers' alone.
     modalities : mapping of int to sequence of str
         Client -> those that it has; clients that have all are left out.
+    trained : mapping of int to sequence of str
+        Client -> those that it trains on; clients that train on all are left out.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     modalities: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    trained: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
     def held(self, client: int) -> tuple[str, ...]:
         """Return the client's modalities; empty where it has all."""
@@ -41,6 +44,10 @@ class Keys:
     def own(self, client: int, weights: Mapping[str, T]) -> Mapping[str, T]:
         """Return those of these values by parameter that the client has."""
         return of_modalities(weights, self.held(client))
+
+    def taught(self, client: int, weights: Mapping[str, T]) -> Mapping[str, T]:
+        """Return those of a client's values that count in an average: of what it trains on."""
+        return of_modalities(weights, self.trained.get(client, ()))
 
     def sum(self, vectors: Mapping[int, Tensor]) -> Tensor:
         """Return the sum (n,) of clients' gradient vectors, by key; there is at least one."""

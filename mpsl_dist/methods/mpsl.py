@@ -81,6 +81,7 @@ class Mpsl:
         clients.keys = Keys(
             {name: x.numel() for name, x in trainable_state(tokenizers).items()},
             {n: told.modalities for n, told in held.items() if told.modalities},
+            {n: told.trained for n, told in held.items() if told.trained},
         )
         batch_size, epochs = experiment.training.batch_size, experiment.training.epochs
         self.plan = shares(list(self.sizes.values()), batch_size, experiment.client_share)

@@ -149,7 +149,7 @@ class SplitLink(Link):
             asked = [n for n in clients[start : start + _AT_ONCE] if n not in self.lost]
             needed = not mean.weight and start + _AT_ONCE >= len(clients)
             for n, weights in self.tokenizer_weights(asked, where, kind, needed).items():
-                mean.add(weights, samples[n])
+                mean.add(self.keys.taught(n, weights), samples[n])
         return mean.result() if mean.weight else None
 
     def _masked_mean(

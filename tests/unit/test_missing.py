@@ -339,6 +339,33 @@ def test_a_client_that_comes_back_takes_the_others_mean_of_what_it_has() -> None
         assert torch.equal(own[name], other.get(name, x)), name
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_what_a_client_is_but_tested_on_does_not_count_in_the_average(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modalities = Holdings.modalities
+
+    def seen(self: Holdings, number: int, tests: bool = True) -> tuple[str, ...]:
+        return modalities(self, number) if tests or number != 1 else ("image",)
+
+    monkeypatch.setattr(Holdings, "modalities", seen)
+    training = to_dict(experiment())["training"] | {"evaluate_own": own}
+    method = in_one_process(experiment(AT_CLIENTS, training=training))
+    steps_of(method, 1)
+    told: dict[str, torch.Tensor] = {}
+    begin = method.clients.begin_test
+    monkeypatch.setattr(
+        method.clients, "begin_test", lambda mean, counts: (told.update(mean), begin(mean, counts))
+    )
+    method.evaluate()
+    weights = {n: method.clients.references[n].tokenizer_weights() for n in (0, 1, 2)}
+    total = method.sizes[0] + method.sizes[2]
+    for name in weights[0]:
+        if "audio" in name:
+            mean = sum(weights[n][name] * method.sizes[n] for n in (0, 2)) / total
+            torch.testing.assert_close(told[name], mean, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("left", [[0, 2, 3], [3]])
 def test_where_all_step_on_the_same_sums_who_comes_back_gets_each_part_of_one_that_has_it(
     left: list[int], tmp_path: Path
