@@ -225,11 +225,13 @@ class Holdings:
             for mask, rows in zip(self._masks, parts, strict=True)
         )
 
-    def modalities(self, number: int) -> tuple[str, ...]:
-        """Return those that any of a client's samples has; empty where these are all."""
+    def modalities(self, number: int, tests: bool = True) -> tuple[str, ...]:
+        """Return those that any of a client's samples has, or without its ``tests`` any that it
+        trains on; empty where these are all.
+        """
         names, parts = list(self.splits.shapes), (self.dealt.parts, self.tests)
         has = np.zeros(len(names), dtype=bool)
-        for mask_nm, part in zip(self.present(number), parts, strict=True):
+        for mask_nm, part in list(zip(self.present(number), parts, strict=True))[: 1 + tests]:
             has |= bool(len(part[number - self.first])) if mask_nm is None else mask_nm.any(0)
         return () if has.all() else tuple(np.array(names)[has].tolist())
 

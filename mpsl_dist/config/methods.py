@@ -69,6 +69,7 @@ _FAULTS = tuple(
 )
 _REMOTE = (
     "clients_per_worker",
+    "data.missing",
     "data.test_at",
     "runtime.channels",
     "runtime.interface",
@@ -79,7 +80,6 @@ _REMOTE = (
 _SPLIT = (
     *_REMOTE,
     "contrastive",
-    "data.missing",
     "defences",
     "model.head_at",
     "tokenizer_sync",
