@@ -144,6 +144,7 @@ def _check_everything(
         lambda: processes.place_in_world(experiment, options.words),
         lambda: processes.checked_at_server(experiment),
         lambda: directory.check(resolved, options.resume, options.overwrite),
+        lambda: processes.trackers_of(experiment),
     ):
         try:
             results.append(check())
@@ -151,7 +152,7 @@ def _check_everything(
             refusals.append(str(error))
     if refusals:
         raise ConfigError("\n".join(refusals))
-    launched, data, _ = results
+    launched, data, *_ = results
     return launched, data
 
 

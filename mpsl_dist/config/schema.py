@@ -321,6 +321,16 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """Who else is told of a run's metrics on the server, see ``docs/watching.md``."""
+
+    #: Write TensorBoard's event files to ``tensorboard/`` in the run directory.
+    tensorboard: bool = False
+    #: ``package.module:function``, called with every line of ``metrics.jsonl`` as a dict.
+    hook: str | None = None
+
+
+@dataclass(frozen=True)
 class Faults:
     """What becomes of a run whose clients are lost: killed, failed, stopped or too slow."""
 
@@ -410,6 +420,7 @@ class Experiment:
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
     faults: Faults = field(default_factory=Faults)
     server: Server = field(default_factory=Server)
     runtime: Runtime = field(default_factory=Runtime)
