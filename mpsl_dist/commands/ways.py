@@ -45,8 +45,8 @@ def _configs(options: argparse.Namespace) -> int:
     else:
         names = shipped.names()
         width = max(map(len, names), default=0)
-        for name in names:
-            print(f"{name:<{width}}  {shipped.line_of(shipped.find(name))}")
+        lines = [f"{name:<{width}}  {shipped.line_of(shipped.find(name))}" for name in names]
+        print("\n".join(lines))
     return 0
 
 
