@@ -179,7 +179,7 @@ def page() -> str:
         "command line wins over the file, and every mistake in either is listed at once.",
     ]
     for section in read():
-        title = f"`{'`, `'.join(section.paths)}`" if section.title else "Of no section"
+        title = f"`{'`, `'.join(section.paths)}`" if section.title else "At the top"
         lines += ["", f"## {title}", "", _linked(section.meaning.replace("\n", " ")), ""]
         lines += ["| Key | Default | Takes | Meaning |", "|---|---|---|---|"]
         lines += [_row(key) for key in section.keys]

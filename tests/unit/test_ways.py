@@ -42,14 +42,11 @@ def test_every_shipped_experiment_loads_by_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in shipped.names() if is_sweep(name)])
-def test_every_shipped_sweep_is_read_and_a_copy_of_it_anywhere(name: str, tmp_path: Path) -> None:
-    original = shipped.find(name)
-    runs, _ = sweep.read(original, ["data.root=/data"])
-    copy = shipped.copy(name, tmp_path / "my.yaml")
+def test_a_copy_of_a_sweep_finds_its_experiment_from_anywhere(name: str, tmp_path: Path) -> None:
+    original, copy = shipped.find(name), shipped.copy(name, tmp_path / "my.yaml")
     mine, theirs = read_yaml(copy), read_yaml(original)
     base = shipped.find(mine.pop("config"))
     assert base.samefile(original.parent / theirs.pop("config")) and mine == theirs
-    assert {run.config.resolve() for run in runs} == {base.resolve()}
 
 
 def test_a_sweep_may_name_a_shipped_experiment(tmp_path: Path) -> None:
