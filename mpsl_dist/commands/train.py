@@ -33,7 +33,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
     """Add the words of a command that reads an experiment."""
-    parser.add_argument("config", help="an experiment, configs/*.yaml")
+    parser.add_argument("config", help="an experiment's file, or a shipped one's name")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
 
 
