@@ -107,7 +107,7 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[list[PlannedRun], int | 
     Parameters
     ----------
     path : Path
-        A YAML file.
+        A YAML file, or the name of a shipped one.
     overrides : sequence of str
         ``key.path=value``; they win over what the runs share, the grid and the rows over them.
 
@@ -123,6 +123,7 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[list[PlannedRun], int | 
     ConfigError
         With every problem of every run at once.
     """
+    path = shipped.path_of(path)
     values = read_yaml(path, ConfigError)
     if "grid" not in values:
         return [PlannedRun(path, tuple(overrides), config.load(path, overrides))], None

@@ -271,9 +271,10 @@ def _traffic(standing: Standing) -> str:
 
 def _clients(standing: Standing) -> str:
     tally, clients = standing.tally, standing.config.get("clients", 0)
-    text = f"{clients - tally.lost} of {clients} alive"
-    if tally.lost or tally.returned or tally.repeated:
-        text += f", {tally.lost} lost, {tally.returned} returned, {tally.repeated} steps repeated"
+    lost = standing.summary.get("clients_lost", tally.lost) if standing.ended else tally.lost
+    text = f"{clients - lost} of {clients} alive"
+    if lost or tally.returned or tally.repeated:
+        text += f", {lost} lost, {tally.returned} returned, {tally.repeated} steps repeated"
     return text
 
 
@@ -322,7 +323,7 @@ def panel(standing: Standing, width: int) -> Panel:
     body = Group(Text(_status(standing)), table)
     style = colour.get(standing.status, "yellow")
     title = Text(str(standing.folder))
-    return Panel(body, title=title, title_align="left", border_style=style, width=min(width, 120))
+    return Panel(body, title=title, title_align="left", border_style=style, width=120)
 
 
 def curve(values: Sequence[float], width: int) -> str:

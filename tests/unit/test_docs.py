@@ -6,6 +6,7 @@ import argparse
 import configparser
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,3 +156,11 @@ def test_pages_of_the_site_link_to_pages_of_the_site() -> None:
     """A link out of docs/ leads nowhere on the site."""
     for page in (ROOT / "docs").glob("*.md"):
         assert "](../" not in page.read_text("utf-8"), page.name
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "configuration" / "index.html").is_file()

@@ -69,8 +69,14 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in found.Scalars(tag)} for tag in tags}
 
 
-def test_trackers_are_told_what_metrics_jsonl_holds_and_how_the_run_ended(tmp_path: Path) -> None:
+def test_trackers_are_told_what_metrics_jsonl_holds_and_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    closed, close = [], SummaryWriter.close
+    monkeypatch.setattr(SummaryWriter, "close", lambda self: closed.append(close(self)))
     chosen = tracked(tmp_path, tensorboard=True, hook="test_watching:hook")
     summary = train(chosen)
     run = RunDirectory(chosen.run_directory)
@@ -79,6 +85,7 @@ def test_trackers_are_told_what_metrics_jsonl_holds_and_how_the_run_ended(tmp_pa
     assert during == [{"run": str(run.path), **line} for line in lines]
     assert end == {"run": str(run.path), "split": "end", **run.summary()}
     assert summary["test"] == lines[-1]["metric"] and summary["test"]  # the hook spoils its own
+    assert len(closed) == 1  # the process may end without Python's end
     seen = scalars(run.path / "tensorboard")
     steps = {line["step"]: line for line in lines if line["split"] == "train"}
     assert seen["train/loss"] == pytest.approx({k: line["loss"] for k, line in steps.items()})
@@ -130,8 +137,11 @@ def test_a_tracker_that_cannot_be_had_is_refused_before_the_run(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     chosen = toys.experiment(method="centralized", output=str(tmp_path / "runs"), tracking=tracking)
     (tmp_path / "toy.yaml").write_text(json.dumps(to_dict(chosen)))
+    (tmp_path / "runs" / "toy").mkdir(parents=True)
+    (tmp_path / "runs" / "toy" / "notes").write_text("precious")
     assert main(["train", str(tmp_path / "toy.yaml")]) == 2
-    assert reason in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    said = capsys.readouterr().err
+    assert reason in said and "toy exists and is no run directory" in said  # all at once
 
 
 def line(step: int, split: str = "train", **values: Any) -> dict[str, Any]:
@@ -228,8 +238,9 @@ def test_a_resumed_run_is_counted_anew(run: RunDirectory) -> None:
         run.append_metrics(**line(step))
     assert watcher.look().tally.step == 3
     run.forget_after(1)
-    run.append_metrics(**line(2, loss=5.0))
-    assert watcher.look().tally.losses == [1.0, 5.0]
+    for step in (2, 3):  # as long as before
+        run.append_metrics(**line(step, loss=5.0))
+    assert watcher.look().tally.losses == [1.0, 5.0, 5.0]
 
 
 def test_a_run_that_somebody_has_runs_whatever_summary_lies_there(run, holder, monkeypatch) -> None:
@@ -263,7 +274,9 @@ def test_without_a_terminal_one_plain_summary_is_printed(
 ) -> None:
     run.append_metrics(**line(1))
     if summary:
-        run.write_json("summary", {"status": summary, "reason": "worker2 is lost"})
+        lost = 0 if summary == "completed" else 4
+        known = {"status": summary, "reason": "worker2 is lost", "clients_lost": lost}
+        run.write_json("summary", known)
     for once in ([], ["--once"]):
         assert main(["watch", str(run.path), *once]) == status
         lines = capsys.readouterr().out.splitlines()
@@ -271,6 +284,8 @@ def test_without_a_terminal_one_plain_summary_is_printed(
         said = {"failed": "failed: worker2 is lost", None: "running"}.get(summary, summary)
         assert lines[1] == f"status     {said}"
         assert lines[3] == "step       1 of 8, epoch 1 of 2"
+        alive = "0 of 4 alive, 4 lost" if summary == "failed" else "4 of 4 alive"
+        assert f"clients    {alive}" in "\n".join(lines)
 
 
 def test_what_is_no_run_is_refused_and_what_is_not_there_yet_waits(tmp_path: Path, capsys) -> None:

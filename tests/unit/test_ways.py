@@ -49,6 +49,10 @@ def test_a_copy_of_a_sweep_finds_its_experiment_from_anywhere(name: str, tmp_pat
     assert base.samefile(original.parent / theirs.pop("config")) and mine == theirs
 
 
+def test_a_shipped_sweep_is_read_by_its_name() -> None:
+    assert sweep.read(Path("sweeps/noniid"), []) == sweep.read(shipped.find("noniid"), [])
+
+
 def test_a_sweep_may_name_a_shipped_experiment(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("{config: quickstart, grid: {seed: [1, 2]}}")
     runs, _ = sweep.read(tmp_path / "my.yaml", [])
@@ -71,7 +75,7 @@ def test_a_shipped_experiment_is_shown_and_copied_but_never_over_a_file(tmp_path
 
 def test_a_file_of_ones_own_comes_before_a_shipped_name(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "scale").mkdir()  # a folder is no experiment
+    Path("vit-s").mkdir()  # a folder is no experiment
     Path("quickstart").write_text("{name: mine}")
     assert config.load("quickstart").name == "mine"
     assert config.load("vit-s").name == "scale-vit-s"
