@@ -13,6 +13,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from mpsl_dist.data.decode.view import View
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -49,7 +51,8 @@ class Dataset(Protocol):
     It may also have ``clients``, a sequence with the owner's name of every sample; then
     ``data.partition.kind=natural`` makes every owner a client; and ``missing``, the files that are
     listed and not there, whose samples are left out; and ``unchanging``, whether a sample is the
-    same whatever seed it is fetched with: without it, samples are taken to change.
+    same whatever seed it is fetched with: without it, samples are taken to change; and ``view``, how
+    files become its samples, which whoever uses a trained model needs.
     """
 
     #: (samples,) int64.
@@ -98,13 +101,19 @@ class Splits:
         """Whether samples are (picture, caption) pairs without classes."""
         return not self.classes
 
+    @property
+    def view(self) -> View | None:
+        """How files become samples; None where neither split tells."""
+        return getattr(self.test, "view", None) or getattr(self.train, "view", None)
+
 
 @dataclass(frozen=True)
 class TensorDataset:
-    """A split that lies in memory; ``inputs`` as in :class:`Batch`."""
+    """A split that lies in memory; ``inputs`` as in :class:`Batch`, and how files become such."""
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
+    view: View | None = None
     unchanging: ClassVar[bool] = True
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:

@@ -153,6 +153,35 @@ def read_waveform(path: str | Path, fraction: float = 0.5, samples: int | None =
     return waveform if samples is None else cut(waveform, fraction, samples, total)
 
 
+def read_recording(path: str | Path) -> tuple[Tensor, int]:
+    """Read sound as one channel (s,) float32 at its own rate, and return that too."""
+    with _naming(path), _open(path) as container:
+        if not container.streams.audio:
+            raise DataError(f"{path}: no sound track")
+        stream = container.streams.audio[0]
+        rate, pieces, had = stream.codec_context.sample_rate, [], 0
+        if not _RATES[0] <= rate <= _RATES[1] or (rate % 1_000 and rate % 11_025):
+            # An odd rate would make a resampling filter of gigabytes.
+            raise DataError(f"{path}: {rate} samples per second cannot be right")
+        for frame in _decode(container, stream):
+            pieces.append(_mono(frame))
+            had += len(pieces[-1])
+            if had >= MAX_SECONDS * rate:
+                break
+        waveform = torch.from_numpy(np.concatenate([*pieces, np.empty(0, np.float32)]))
+        if not len(waveform) or not waveform.abs().max() <= _LOUDEST:
+            raise DataError(f"{path}: no sound could be decoded, or louder than any is")
+    return waveform, rate
+
+
+def resample(waveform: Tensor, rate: int) -> Tensor:
+    """Return a waveform (s,) of so many samples a second as :func:`read_waveform` resamples it."""
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=audio.RATE)
+    pieces = _resample(resampler, [waveform.float().numpy()], rate) if len(waveform) else []
+    pieces += [piece.to_ndarray()[0] for piece in resampler.resample(None)] if pieces else []
+    return torch.from_numpy(np.concatenate([*pieces, np.empty(0, np.float32)]))
+
+
 def cut(waveform: Tensor, fraction: float, samples: int, total: int | None) -> Tensor:
     """Return the window of :func:`read_waveform`, of a waveform (s,) that begins with its clip.
 
