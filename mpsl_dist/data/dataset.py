@@ -51,8 +51,8 @@ class Dataset(Protocol):
     It may also have ``clients``, a sequence with the owner's name of every sample; then
     ``data.partition.kind=natural`` makes every owner a client; and ``missing``, the files that are
     listed and not there, whose samples are left out; and ``unchanging``, whether a sample is the
-    same whatever seed it is fetched with: without it, samples are taken to change; and ``view``, how
-    files become its samples, which whoever uses a trained model needs.
+    same whatever seed it is fetched with: without it, samples are taken to change; and ``view``,
+    how files become its samples, which whoever uses a trained model needs.
     """
 
     #: (samples,) int64.

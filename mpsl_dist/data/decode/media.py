@@ -54,12 +54,16 @@ def read_image(path: str | Path) -> Tensor:
     with _naming(path), Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{path}: {image.width}x{image.height} pixels are too many")
-        upright = _in_eight_bits(ImageOps.exif_transpose(image))
-        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-            over = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        pixels = np.array(upright.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return pixels_of(image)
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """Return what :func:`read_image` does, of a picture that is open."""
+    upright = _in_eight_bits(ImageOps.exif_transpose(image))
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        over = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:

@@ -251,7 +251,7 @@ def _image(
 
 
 def picture(pixels: Tensor, view: View) -> Tensor:
-    """Return what the pixels (3, h, w) uint8 of a picture become at test, as :func:`read` has it."""
+    """Return what the pixels (3, h, w) uint8 of a picture become at test."""
     return _scaled(_fitted(pixels, view, None), view, None)
 
 
@@ -334,7 +334,7 @@ def sound(waveform: Tensor, view: View, rate: int = audio.RATE) -> Tensor:
 
 
 def _padded_at_16k(waveform: Tensor, rate: int, samples: int) -> Tensor:
-    """Return at least so many samples; the resampler sees the silence that a short sound ends in."""
+    """Return at least so many samples, resampled with the silence that a short sound ends in."""
     needed = max(len(waveform), samples * rate // audio.RATE + 64)
     return audio.resample(audio.fit(waveform, needed), rate)
 

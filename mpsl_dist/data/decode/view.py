@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mpsl_dist.data.decode import audio, text
@@ -85,6 +85,10 @@ class View:
         if not all(isinstance(side, int) for shape in shapes.values() for side in shape):
             raise ValueError("view: a size is no whole number")
         return view
+
+    def of_modalities(self, *names: str) -> View:
+        """Return the same view of these modalities alone."""
+        return replace(self, modalities=names)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
