@@ -50,7 +50,7 @@ def _perform(options: argparse.Namespace) -> int:
     try:
         return options.run(options)
     except UserError as error:
-        return user_error(str(error), told=isinstance(error, RefusedError))
+        return user_error(error, told=isinstance(error, RefusedError))
 
 
 def _parser() -> argparse.ArgumentParser:
