@@ -102,7 +102,20 @@ def load(
             count = total // 10 + (digit < total % 10)
             rows.append(_pair(own, utterances, count, digit, generator))
     split = [torch.cat(rows) for rows in (train, test)]
-    view = View(
+    view = view_of(audio_frames, sounds)
+    datasets = [
+        TensorDataset(
+            {"image": images[rows[:, 0]], "audio": spectrograms[rows[:, 1]]}, rows[:, 2], view
+        )
+        for rows in split
+    ]
+    shapes = {"image": (1, 28, 28), "audio": (audio_frames, audio.BINS[sounds])}
+    return Splits(datasets[0], datasets[1], shapes, CLASSES)
+
+
+def view_of(audio_frames: int, sounds: audio.Sounds) -> View:
+    """Return how a picture and a recording become what :func:`load` makes of its own."""
+    return View(
         ("image", "audio"),
         image_size=28,
         audio_frames=audio_frames,
@@ -113,14 +126,6 @@ def load(
         loudness=(AUDIO_MEAN, AUDIO_STD),
         resampler="torchaudio",
     )
-    datasets = [
-        TensorDataset(
-            {"image": images[rows[:, 0]], "audio": spectrograms[rows[:, 1]]}, rows[:, 2], view
-        )
-        for rows in split
-    ]
-    shapes = {"image": (1, 28, 28), "audio": (audio_frames, audio.BINS[sounds])}
-    return Splits(datasets[0], datasets[1], shapes, CLASSES)
 
 
 def _pair(
