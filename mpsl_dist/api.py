@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at a run.
 _LOOK = 0.1
+#: How the command says that a signal has stopped it.
+_STOPPED = "stopped on request"
 #: Lines of the output that are shown of a run that ended without a word.
 _LAST = 10
 
@@ -187,7 +189,9 @@ class Run:
             return "running"
         if ended == 0:
             return "completed"
-        return "stopped" if self._asked or not (ended < 0 or self._errors()) else "failed"
+        if caller.told(self._home) or self._errors():
+            return "failed"
+        return "stopped" if self._asked or _STOPPED in self.output else "failed"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
