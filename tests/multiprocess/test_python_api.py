@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, until
-from PIL import Image
 
 import mpsl_dist
 from mpsl_dist.__main__ import main
@@ -92,7 +91,7 @@ def test_the_loaded_model_has_the_accuracy_that_the_run_tested(notebook: SimpleN
 
 def test_the_commands_of_the_page_run(notebook: SimpleNamespace, monkeypatch, capsys) -> None:
     monkeypatch.chdir(notebook.folder)
-    Image.fromarray(notebook.pixels).save("digit.png")
+    notebook.picture.save("digit.png")
     Path("questions.csv").write_text("image,text\ndigit.png,is it even?\n")
     lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("    python")]
     assert len(lines) == 4

@@ -357,6 +357,34 @@ def test_a_table_of_json_lines_of_good_rows_is_a_success(
     assert "none of the columns image, audio, video, text; there: 'pho" in capsys.readouterr().err
 
 
+def test_a_retrieval_model_ranks_texts_for_pictures_and_scores_the_pairs_of_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["an owl", "a red barn", "two boats", "rain"]
+    rows = []
+    for number, text in enumerate(texts):
+        media_files.write_picture(tmp_path / f"{number}.png", 60 * number + 30)
+        rows.append([f"{number}.png", text, "test" if number % 2 else "train"])
+    model, _ = manifest_model(tmp_path, rows, ["image", "text", "split"])
+    pictures = [str(tmp_path / f"{number}.png") for number in range(2)]
+    similar_nm = model.similarity(image=pictures, text=texts)
+    assert similar_nm.shape == (2, 4)
+    capsys.readouterr()
+    words = [word for text in texts for word in ("--text", text)]
+    given = [word for picture in pictures for word in ("--image", picture)]
+    assert main(["predict", str(tmp_path), *given, *words]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    for place, picture in enumerate(pictures):
+        order = similar_nm[place].argsort(descending=True).tolist()
+        assert [text for _, name, text in lines if name == picture] == [texts[n] for n in order]
+    assert main(["predict", str(tmp_path), "--csv", str(tmp_path / "manifest.csv")]) == 0
+    found = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    own = [float(row["similarity"]) for row in found]
+    assert own[:2] == pytest.approx(similar_nm.diagonal().tolist(), abs=1e-5)
+    assert main(["predict", str(tmp_path), *given[:2]]) == 2
+    assert "error: text: not given, and the model takes image and text" in capsys.readouterr().err
+
+
 @pytest.fixture
 def hub(run: SimpleNamespace, tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "hub"
