@@ -150,9 +150,11 @@ def _check_everything(
         try:
             results.append(check())
         except UserError as error:
-            refusals.append(str(error))
+            refusals.append(error)
+    if len(refusals) == 1:
+        raise refusals[0]
     if refusals:
-        raise ConfigError("\n".join(refusals))
+        raise ConfigError("\n".join(map(str, refusals)))
     launched, data, _ = results
     return launched, data
 
