@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ class Deployable(nn.Module):
             "experiment": to_dict(replace(experiment, data=told)),
             "shapes": {name: list(shape) for name, shape in splits.shapes.items()},
             "classes": list(splits.classes),
+            "view": asdict(splits.view) if splits.view else None,
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
