@@ -55,9 +55,9 @@ def evaluate(method: SplitMethod) -> dict[str, float]:
     sizes = [method.sizes[n] for n in weights]
     mean = average(list(weights.values()), sizes) if one_by_one else _mean(method)
     if method.experiment.data.test_at == "clients":
-        scores, *alone = _at_clients(method, mean, own)
+        scores, *alone = at_clients(method, mean, own)
         each = [_accuracy(score) for scores_own in alone for score in scores_own.values()]
-        return {"accuracy": _overall(scores.values())} | _spread(each)
+        return {"accuracy": overall(scores.values())} | _spread(each)
     results, *alone = _at_server(method, [mean, *(weights.values() if own else ())])
     return results | _spread(alone)
 
@@ -118,7 +118,7 @@ def _at_server(
     return [_accuracy(score) for score in scores]
 
 
-def read_at_clients(method: SplitMethod) -> Iterator[int]:
+def readat_clients(method: SplitMethod) -> Iterator[int]:
     """Have the clients read their test samples, and yield how many can be read, batch by batch."""
     counts = _counts(method)
     method.clients.begin_test(None, counts)
@@ -126,11 +126,12 @@ def read_at_clients(method: SplitMethod) -> Iterator[int]:
         yield sum(method.clients.read_test(batch, asked).values())
 
 
-def _at_clients(
-    method: SplitMethod, mean: Mapping[str, Tensor], own: bool
+def at_clients(
+    method: SplitMethod, mean: Mapping[str, Tensor] | None, own: bool
 ) -> list[dict[int, Score]]:
     """Return the scores by client with the average and, if asked for, then with everyone's own.
 
+    Without an average (None) the first are those with everyone's own.
     A batch is read once for both. Only clients of which a sample could be read are in it.
     """
     counts = _counts(method)
@@ -166,7 +167,8 @@ def _add(score: Score, right: int, samples: int) -> Score:
     return score[0] + right, score[1] + samples
 
 
-def _overall(scores: Iterable[Score]) -> float:
+def overall(scores: Iterable[Score]) -> float:
+    """Return the accuracy over all samples of some scores."""
     rights, samples = zip(*scores, strict=True)
     return sum(rights) / sum(samples)
 

@@ -213,11 +213,11 @@ class Tokenizers(nn.Module):
 
 
 def modality_of(parameter: str) -> str | None:
-    """Return whose tokenizer a parameter of :class:`Tokenizers` is in, by its name; None of what
-    the modalities share.
+    """Return whose tokenizer, or head, a parameter of :class:`Tokenizers` is in, by its name; None
+    of what the modalities share.
     """
-    first, _, rest = parameter.partition(".")
-    return rest.partition(".")[0] if first == "by_modality" else None
+    before, found, rest = parameter.partition("by_modality.")
+    return rest.partition(".")[0] if found and before in ("", "head.") else None
 
 
 def fuse(tokens: Sequence[Tensor], fusion: str) -> list[Tensor]:
