@@ -144,7 +144,7 @@ class UnimodalDeployable(Deployable):
         """Return the logits (b, classes) of each modality that there are inputs of, and of all of
         them, if all are there, ``fused``.
         """
-        halves, heads = self.server_model.by_modality, self.tokenizers.head.by_modality
+        halves, heads = self.server_model.encoders, self.tokenizers.head.by_modality
         lower = self.tokenizers.by_modality
         features = {m: halves[m](lower[m](x)) for m, x in inputs.items() if m in halves}
         found = {m: heads[m](feature_bd) for m, feature_bd in features.items()}
@@ -163,7 +163,7 @@ class UnimodalDeployable(Deployable):
                 right[name] = right.get(name, 0) + self.task.score(logits_bk, batch.labels)
             samples += len(batch)
         each = {f"accuracy_{name}": number / samples for name, number in right.items()}
-        alone = [each[f"accuracy_{name}"] for name in self.server_model.by_modality]
+        alone = [each[f"accuracy_{name}"] for name in self.server_model.encoders]
         return {"accuracy": sum(alone) / len(alone)} | each
 
 

@@ -44,7 +44,7 @@ class ModalityServer(Server):
     ) -> None:
         super().__init__(model, stepper, device)
         self.options = options
-        self.modalities = list(model.by_modality)
+        self.modalities = list(model.encoders)
         self.switch = TransferSwitch(options.switch)
 
     def user_of(self, client: int) -> int:
@@ -62,7 +62,7 @@ class ModalityServer(Server):
             As of :meth:`Server.forward`; here everything comes from the cut.
         """
         found: dict[int, Tensor] = {}
-        for place, half in enumerate(self.model.by_modality.values()):
+        for place, half in enumerate(self.model.encoders.values()):
             own = {n: x for n, x in smashed.items() if n % len(self.modalities) == place}
             for (tensor,) in own.values():
                 if tensor.requires_grad:

@@ -118,7 +118,7 @@ def _at_server(
     return [_accuracy(score) for score in scores]
 
 
-def readat_clients(method: SplitMethod) -> Iterator[int]:
+def read_at_clients(method: SplitMethod) -> Iterator[int]:
     """Have the clients read their test samples, and yield how many can be read, batch by batch."""
     counts = _counts(method)
     method.clients.begin_test(None, counts)

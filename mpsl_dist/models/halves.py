@@ -1,8 +1,8 @@
 """The two halves of every modality's own encoder (M²FedSA), and what stands around them.
 
 A client has the lower half of one encoder, an adapter at its end, and a classifier; the server has
-all upper halves, an adapter in each, and the fusion. An encoder is a
-:class:`~mpsl_dist.models.pretrained.Part`, pretrained or our own ViT.
+all upper halves, an adapter in each, and the fusion. An encoder is pretrained, or our own ViT: a
+:class:`~mpsl_dist.models.pretrained.Part` in either case.
 
 Shape legend: ``b`` batch, ``l`` length in rows, ``w`` width of a row, ``d`` width of a feature,
 ``m`` modalities, ``k`` classes, ``h`` heads, ``q`` width of a head.
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpsl_dist.models.adapters import BottleneckAdapter
-from mpsl_dist.models.pretrained import Part
 
 
 class Adapted(nn.Module):
@@ -142,29 +141,16 @@ class UpperModel(nn.Module):
 
     Parameters
     ----------
-    by_modality : mapping of str to UpperHalf
-        In the order of fusion.
+    encoders : mapping of str to UpperHalf
+        By modality, in the order of fusion.
     fusion : Fusion
     """
 
-    def __init__(self, by_modality: Mapping[str, UpperHalf], fusion: Fusion) -> None:
+    def __init__(self, encoders: Mapping[str, UpperHalf], fusion: Fusion) -> None:
         super().__init__()
-        self.by_modality = nn.ModuleDict(by_modality)
+        self.encoders = nn.ModuleDict(encoders)
         self.fusion = fusion
 
     def adapters(self) -> list[BottleneckAdapter]:
         """Return the modalities' task adapters."""
-        return [half.body.adapter for half in self.by_modality.values()]
-
-
-def lower(part: Part, cut: int, adapter: BottleneckAdapter, form: str) -> Adapted:
-    """Return a client's half: the embedding, the first ``cut`` blocks, and the adapter."""
-    return Adapted(part.low(cut), adapter, form)
-
-
-def upper(
-    part: Part, cut: int, adapter: BottleneckAdapter, form: str, pooling: str, project: nn.Module
-) -> UpperHalf:
-    """Return the server's half: the blocks after the first ``cut``, the adapter, the end."""
-    *blocks, end = part.high(cut)
-    return UpperHalf(Adapted(nn.Sequential(*blocks), adapter, form), end, pooling, project)
+        return [half.body.adapter for half in self.encoders.values()]
