@@ -24,6 +24,7 @@ from local_fleet import in_one_process
 from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.masking import Masked
+from mpsl_dist.actors.modality_server import ModalityServer
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.config.schema import Server as ServerKeys
@@ -43,7 +44,7 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
     told: dict[str, Any] = {"losses": [], "cut_gradients": [], "forwards": 0, "backwards": 0}
     if isinstance(method.server, ServerGroup):
         give_steps_up(method)
-    else:
+    elif not isinstance(method.server, ModalityServer):
         _count_passes(method.server.model.encoder, told)
     _keep_cut_gradients(method, told["cut_gradients"])
     for step in range(steps):

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toys
-from local_fleet import WatchedFleet, steps_of
+from local_fleet import steps_of, users_in_one_process
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,12 +23,11 @@ from mpsl_dist.actors.part_checks import refusals_with_data
 from mpsl_dist.actors.transfer_switch import TransferSwitch
 from mpsl_dist.analysis import cost, flops, traffic_model
 from mpsl_dist.analysis.cost_inputs import inputs_of
-from mpsl_dist.config import Experiment, to_dict
+from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.m2fedsa import Switch
 from mpsl_dist.data.partition import epoch_order, partition, shares
 from mpsl_dist.errors import ConfigError
-from mpsl_dist.methods import loop, m2fedsa
-from mpsl_dist.methods.hosting import Setup
+from mpsl_dist.methods import loop
 from mpsl_dist.methods.m2fedsa import M2FedSA
 from mpsl_dist.models.average import average
 from mpsl_dist.models.halves import Fusion
@@ -54,21 +54,6 @@ def experiment(users: int = 2, **changes: Any) -> Experiment:
         data=data,
         training=to_dict(toys.experiment())["training"] | training,
         **changes,
-    )
-
-
-def connect(chosen: Experiment) -> M2FedSA:
-    """The method with all clients of all users in this process, on one thread."""
-    torch.set_num_threads(1)
-    holdings = Holdings.load(chosen)
-    numbers = range(chosen.clients)
-    return m2fedsa.build(
-        Setup(
-            chosen,
-            holdings,
-            1,
-            transport=lambda build: WatchedFleet(Host(build(chosen, numbers, holdings))),
-        )
     )
 
 
@@ -219,7 +204,7 @@ def watch(method: M2FedSA) -> dict[str, list[dict[int, Tensor]]]:
 )
 def test_training_equals_one_process_with_one_graph(users: int, changes: dict) -> None:
     chosen = experiment(users, **changes)
-    method, plain = connect(chosen), Plain(chosen)
+    method, plain = users_in_one_process(chosen), Plain(chosen)
     told = watch(method)
     for step in range(EPOCH + 2):
         plain.on = step >= EPOCH and chosen.m2fedsa.switch.rule == "round"
@@ -239,7 +224,7 @@ def test_training_equals_one_process_with_one_graph(users: int, changes: dict) -
 
 def test_the_task_adapters_gradient_is_the_users_sum_weighted_by_their_samples() -> None:
     chosen = experiment(3, m2fedsa={"within": "never", "across": False})
-    method, plain, met = connect(chosen), Plain(chosen), {}
+    method, plain, met = users_in_one_process(chosen), Plain(chosen), {}
     kept = method.server.step
     method.server.step = lambda number, gradients: (met.update(gradients), kept(number, gradients))
     steps_of(method, 1)
@@ -259,7 +244,7 @@ def test_the_task_adapters_gradient_is_the_users_sum_weighted_by_their_samples()
 
 def test_users_one_after_another_train_the_server_in_turn() -> None:
     chosen = experiment(2, m2fedsa={"order": "sequential"})
-    method, plain = connect(chosen), Plain(chosen)
+    method, plain = users_in_one_process(chosen), Plain(chosen)
     losses = steps_of(method, 2)
     for step in range(2):
         told = []
@@ -340,7 +325,7 @@ def one_round(method: M2FedSA) -> tuple[dict, dict, list[dict]]:
 
 @pytest.mark.parametrize("within", ["samples", "uniform"])
 def test_a_round_ends_with_the_average_of_each_modalitys_clients(within: str) -> None:
-    method = connect(experiment(3, m2fedsa={"within": within}))
+    method = users_in_one_process(experiment(3, m2fedsa={"within": within}))
     uploaded, after, before = one_round(method)
     for place, name in enumerate(NAMES):
         clients = range(place, 6, 2)
@@ -367,10 +352,10 @@ def test_a_round_ends_with_the_average_of_each_modalitys_clients(within: str) ->
 
 
 def test_the_average_of_one_user_is_its_own_and_never_leaves_all_as_they_are() -> None:
-    uploaded, after, _ = one_round(connect(experiment(1)))
+    uploaded, after, _ = one_round(users_in_one_process(experiment(1)))
     for n in uploaded:
         assert_close(after[n], uploaded[n], 1e-15)
-    method = connect(experiment(2, m2fedsa={"within": "never", "across": False}))
+    method = users_in_one_process(experiment(2, m2fedsa={"within": "never", "across": False}))
     uploaded, after, before = one_round(method)
     assert not uploaded
     assert not torch.equal(*[after[n]["head.by_modality.image.weight"] for n in (0, 2)])
@@ -452,7 +437,7 @@ def test_the_switch_turns_at_the_first_round_whose_last_differences_are_alike() 
 
 
 def test_the_fusion_is_trained_until_the_switch_and_frozen_to_the_bit_after_it() -> None:
-    method = connect(experiment(2, m2fedsa={"switch": {"rule": "round", "round": 1}}))
+    method = users_in_one_process(experiment(2, m2fedsa={"switch": {"rule": "round", "round": 1}}))
     fusion = method.server.model.fusion
     seen = [{k: p.detach().clone() for k, p in fusion.named_parameters()}]
     for epoch in range(2):
@@ -467,7 +452,7 @@ def test_the_fusion_is_trained_until_the_switch_and_frozen_to_the_bit_after_it()
 def run(chosen: Experiment, resume: bool = False) -> Path:
     directory = RunDirectory(chosen.run_directory)
     directory.open(to_dict(chosen), resume, False)
-    method = connect(chosen)
+    method = users_in_one_process(chosen)
     loop.train(chosen, method.splits, method, directory, StopRequest())
     return chosen.run_directory
 
@@ -485,7 +470,7 @@ def test_a_run_that_goes_on_across_the_switch_is_the_same_to_the_bit_and_can_be_
     model = [folder / "model" / "model.safetensors" for folder in (parts, whole)]
     assert model[0].read_bytes() == model[1].read_bytes()
     other = run(of(4, "never", data={"test_at": "clients"}))
-    assert connect(of(4, "whole")).server.switch.on is False
+    assert users_in_one_process(of(4, "whole")).server.switch.on is False
     capsys.readouterr()
     assert main(["evaluate", str(whole)]) == 0
     said = capsys.readouterr().out
@@ -526,7 +511,7 @@ def test_who_attends_to_itself_alone_passes_its_value_on(attention: str, modalit
 
 @pytest.mark.parametrize("through", [False, True])
 def test_the_fusions_loss_trains_the_task_adapters_only_if_asked_to(through: bool) -> None:
-    method = connect(experiment(1, m2fedsa={"fusion_trains_task_adapters": through}))
+    method = users_in_one_process(experiment(1, m2fedsa={"fusion_trains_task_adapters": through}))
     fuse, asked = method.server.fuse, []
 
     def fusing(features: Mapping[int, Tensor]) -> Any:
@@ -541,7 +526,7 @@ def test_the_fusions_loss_trains_the_task_adapters_only_if_asked_to(through: boo
 
 
 def test_a_texts_adapter_moves_and_frozen_halves_do_not() -> None:
-    method = connect(experiment(2, data={"name": "toy-image+text"}))
+    method = users_in_one_process(experiment(2, data={"name": "toy-image+text"}))
     first = build_lower(method.experiment, method.splits).state_dict()
     steps_of(method, 2)
     for n, client in clients_of(method).items():
@@ -573,7 +558,7 @@ def test_counted_bytes_are_the_formulas_and_the_computed_ones(test_at: str, chan
         data={"name": "toy-image+audio", "test_at": test_at},
         training={"epochs": 2},
     )
-    method = connect(chosen)
+    method = users_in_one_process(chosen)
     steps_of(method, 2 * EPOCH)
     method.evaluate()
     counted, d, k, number = method.traffic.by_kind(), 16, 3, 8
@@ -596,15 +581,13 @@ def test_counted_bytes_are_the_formulas_and_the_computed_ones(test_at: str, chan
             assert counted.get(kind, [0] * 4)[n] == numbers * number, (kind, n)
     parts = flops.build(chosen, inputs_of(chosen))
     held = Holdings.load(chosen).tests
-    import numpy as np
-
     sizes = np.array([len(part) for part in held])
     sent = traffic_model.training(parts, method.plan, 2) | traffic_model.testing(parts, sizes)
     assert counted == {kind: x.tolist() for kind, x in sent.items() if x.any()}
 
 
 def test_no_input_no_label_and_no_logits_of_a_client_cross() -> None:
-    method, crossed, serve = connect(experiment(2)), [], Host.serve
+    method, crossed, serve = users_in_one_process(experiment(2)), [], Host.serve
     host = method.clients.fleet.host
 
     def serving(message: str, arguments: Any, *rest: Any) -> Any:
@@ -648,7 +631,7 @@ def leaves(value: Any) -> list[Tensor]:
 
 
 def test_a_user_whose_client_is_lost_sits_the_step_out() -> None:
-    method = connect(experiment(3))
+    method = users_in_one_process(experiment(3))
     method.begin_epoch(0)
     method.step(0, 0)
 
@@ -703,8 +686,6 @@ def test_what_it_never_reads_or_cannot_do_is_refused() -> None:
             if "clients" in change
             else values | {"m2fedsa": values["m2fedsa"] | change}
         )
-        from mpsl_dist.config import from_dict
-
         found = refusals_with_data(from_dict(values), load_data(experiment()))
         assert len(found) == 1 and found[0].startswith(said), found
 
