@@ -10,6 +10,7 @@ trained no more.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 
 from torch import Tensor
@@ -29,6 +30,8 @@ from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.objective import require_finite
 from mpsl_dist.methods.split_link import SplitLink
 from mpsl_dist.records.traffic import Traffic
+
+_log = logging.getLogger("mpsl_dist")
 
 
 class M2FedSA(Mpsl):
@@ -114,7 +117,13 @@ class M2FedSA(Mpsl):
         raise error
 
     def _end_round(self, where: str) -> None:
+        began = self.server.switch.on
         self.server.end_round()
+        switch = self.server.switch
+        losses = ", ".join(f"{loss:.4f}" for loss in switch.history[-1:])
+        _log.info("%s: the fusion's loss %s, transfer %s", where, losses, switch.on)
+        if switch.on and not began:
+            print(f"{where}: from now on the fusion teaches the clients, and is trained no more")
         if self.experiment.m2fedsa.within == "never":
             return
         mean = self.clients.mean_tokenizers(self.clients.present, self.weights, where, "sync_up")
