@@ -29,8 +29,10 @@ from mpsl_dist.data.partition import epoch_order, partition, shares
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.methods import loop
 from mpsl_dist.methods.m2fedsa import M2FedSA
+from mpsl_dist.models.adapters import BottleneckAdapter
 from mpsl_dist.models.average import average
-from mpsl_dist.models.halves import Fusion
+from mpsl_dist.models.halves import Adapted, Fusion, UpperHalf
+from mpsl_dist.models.pretrained import PARTS
 from mpsl_dist.models.transfer import Transfer, divergence, features_apart
 from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime.process import StopRequest
@@ -298,6 +300,29 @@ def test_an_adapter_begins_as_if_it_were_not_there_but_for_the_released_form(for
         adapted = upper.encoders[name](lower.by_modality[name](x))
         bare = body.blocks(lower.by_modality[name].blocks(x))[:, 0]
         assert torch.equal(adapted, bare) == (form != "plain"), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "cuts"), [("minilm", (0, 4, 6)), ("efficientnet-lite0", (0, 3, 7))]
+)
+def test_pretrained_parts_are_cut_anywhere_and_empty_places_stay_empty(
+    name: str, cuts: tuple[int, ...]
+) -> None:
+    part, found = PARTS[name].build(), []
+    texts = torch.tensor([[101, 7592, 102, 0, 0], [101, 2088, 2003, 2307, 102]])
+    x = texts if name == "minilm" else random(2, 3, 8, 8).float()
+    for cut in cuts:
+        low, (*blocks, end) = part.low(cut), part.high(cut)
+        width = low(x).shape[1 if x.dim() == 4 else -1]
+        lower = Adapted(low, BottleneckAdapter(width, 4, added=True), "residual")
+        body = Adapted(nn.Sequential(*blocks), BottleneckAdapter(part.width, 4, True), "residual")
+        found.append(UpperHalf(body, end, "mean", nn.Identity())(lower(x)))
+        nn.init.normal_(lower.adapter.up.bias)
+        moved = lower(x) != low(x)
+        assert moved.any() and (name != "minilm" or not moved[0, 3:].any())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 
 
 # -- 5: averages -----------------------------------------------------------------------------------
