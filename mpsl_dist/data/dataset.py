@@ -49,6 +49,10 @@ class Batch:
         inputs = {name: x[index] for name, x in self.inputs.items()}
         return Batch(inputs, self.labels[index], present=rows_of(self.present, index))
 
+    def only(self, modalities: Sequence[str]) -> Batch:
+        """Return the same samples with no other modalities than these."""
+        return replace(self, inputs={name: self.inputs[name] for name in modalities})
+
 
 def rows_of(present: Mapping[str, Tensor] | None, rows: Tensor) -> dict[str, Tensor] | None:
     """Return these rows of a mask by modality; None where they have everything."""

@@ -224,9 +224,18 @@ def refuse(experiment: Experiment) -> None:
         raise ConfigError(
             "data.missing.rate: audit attacks whole samples; set 0, or data.missing.zeros=true"
         )
+    if facts_of(experiment).unimodal:
+        raise ConfigError(
+            f"method: audit's attacks know one encoder of all modalities, {experiment.method} has "
+            "one for each; what its clients send stands in actors/unimodal_client.py"
+        )
     if facts_of(experiment).split and not facts_of(experiment).one_process:
         return
-    split = [name for name, facts in METHODS.items() if facts.split and not facts.one_process]
+    split = [
+        name
+        for name, facts in METHODS.items()
+        if facts.split and not facts.one_process and not facts.unimodal
+    ]
     what = "has no clients" if facts_of(experiment).one_process else "sends weights alone"
     raise ConfigError(
         f"method: {experiment.method} {what}: audit attacks what crosses the cut of "
