@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,11 @@ class Deployable(nn.Module):
         smashed = fuse(self.tokenizers(inputs), self.server_model.fusion)
         return self.tokenizers.head(self.server_model(self.wire.through(smashed)))
 
+    def only(self, modalities: Collection[str]) -> Deployable:
+        """Return the same with these modalities' tokenizers alone; every part is shared."""
+        own = self.tokenizers.only(modalities)
+        return Deployable(own, self.server_model, self.task, self.wire)
+
     def to_own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs on the model's device, and in its precision."""
         like = next(self.parameters())
@@ -124,16 +129,25 @@ class Deployable(nn.Module):
             raise DiskError.of(folder, met) from error
 
 
-def build(experiment: Experiment, splits: Splits) -> Deployable:
+def build(
+    experiment: Experiment, splits: Splits, modalities: Collection[str] | None = None
+) -> Deployable:
     """Build the whole model here, with the initial weights that its owners would begin with.
+
+    Parameters
+    ----------
+    modalities : collection of str, optional
+        Those that tokenizers are wanted of, by default all of the data's.
 
     Raises
     ------
     UserError
         As the builders of :mod:`mpsl_dist.actors.assembly`.
     """
-    tokenizers = build_tokenizers(experiment, splits)
-    model = build_server_model(experiment, splits, tokenizers.lengths)
+    tokenizers = build_tokenizers(experiment, splits, modalities=modalities)
+    built = dict(zip(tokenizers.by_modality, tokenizers.lengths, strict=True))
+    # Nothing is asked of the length of a modality that no sample has here.
+    model = build_server_model(experiment, splits, [built.get(name, 0) for name in splits.shapes])
     whole = Deployable(tokenizers, model, task_of(splits), wire_of(experiment))
     return whole.to(device_of(experiment))
 

@@ -177,8 +177,9 @@ class Holdings:
     def only(self, numbers: Sequence[int]) -> Holdings:
         """Return the same without the samples of other clients than these, for a worker of many.
 
-        Splits that lie in memory are cut to what these clients hold; what lies in files is not
-        read before it is asked for.
+        Splits that lie in memory are cut to what these clients hold, but for a public test set
+        that clients test their own models on; what lies in files is not read before it is asked
+        for.
         """
         places = {number - self.first for number in numbers}
 
@@ -186,7 +187,10 @@ class Holdings:
             return [part if n in places else part[:0] for n, part in enumerate(parts)]
 
         train, parts = _cut(self.splits.train, own(self.dealt.parts))
-        test, tests = _cut(self.splits.test, own(self.tests))
+        public = self.experiment.data.test_at == "server" and facts_of(self.experiment).alone
+        test, tests = self.splits.test, self.tests
+        if not public:
+            test, tests = _cut(test, own(tests))
         splits = replace(self.splits, train=train, test=test)
         return replace(
             self,
@@ -225,11 +229,13 @@ class Holdings:
             for mask, rows in zip(self._masks, parts, strict=True)
         )
 
-    def modalities(self, number: int) -> tuple[str, ...]:
-        """Return those that any of a client's samples has; empty where these are all."""
+    def modalities(self, number: int, tests: bool = True) -> tuple[str, ...]:
+        """Return those that any of a client's samples has, or without its ``tests`` any that it
+        trains on; empty where these are all.
+        """
         names, parts = list(self.splits.shapes), (self.dealt.parts, self.tests)
         has = np.zeros(len(names), dtype=bool)
-        for mask_nm, part in zip(self.present(number), parts, strict=True):
+        for mask_nm, part in list(zip(self.present(number), parts, strict=True))[: 1 + tests]:
             has |= bool(len(part[number - self.first])) if mask_nm is None else mask_nm.any(0)
         return () if has.all() else tuple(np.array(names)[has].tolist())
 

@@ -34,6 +34,9 @@ class MethodFacts:
         How many backward passes the server runs in a step.
     tolerant : bool
         Whether it goes on without clients that are lost, and so reads ``faults``.
+    alone : bool
+        Whether every client has a whole model of its own, which nobody else ever has, and tests it
+        where it is.
     options : type, optional
         A frozen dataclass: what ``method_options`` may say.
     """
@@ -46,6 +49,7 @@ class MethodFacts:
     adapted: bool = False
     backwards: Literal["one", "per client"] = "one"
     tolerant: bool = False
+    alone: bool = False
     options: type | None = None
 
     @property
@@ -104,6 +108,19 @@ METHODS: dict[str, MethodFacts] = {
         reads=(*_ROUNDS, "adapters"),
         adapted=True,
         tolerant=True,
+    ),
+    "standalone": MethodFacts(
+        "mpsl_dist.methods.standalone:build",
+        server_model="client",
+        reads=(
+            *_REMOTE,
+            "data.missing",
+            "federated.batch_size",
+            "federated.local_epochs",
+            "federated.round_timeout",
+        ),
+        tolerant=True,
+        alone=True,
     ),
     "centralized": MethodFacts(
         "mpsl_dist.methods.centralized:build",

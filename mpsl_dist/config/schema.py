@@ -401,7 +401,7 @@ class Experiment:
     """Everything that a run depends on."""
 
     name: str = "run"
-    #: ``mpsl``, ``psl``, ``centralized``, ``fedavg``, ``fedclip``, or a plugin's.
+    #: ``mpsl``, ``psl``, ``centralized``, ``standalone``, ``fedavg``, ``fedclip``, or a plugin's.
     method: str = "mpsl"
     #: Options of a plugin's method.
     method_options: dict[str, Any] = field(default_factory=dict)

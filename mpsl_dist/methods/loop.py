@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsl_dist.config import Experiment, Faults, to_dict
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import DiskError, RemoteError, ResumeError
 from mpsl_dist.methods.evidence import look_at_tests
@@ -77,6 +78,9 @@ def _save_model(experiment: Experiment, splits: Splits, method: Method, run: Run
         line = "no model/: clients keep their own tokenizers, checkpoints have the server's part"
         print(line)
         _log.info(line)
+        return
+    if facts_of(experiment).alone:
+        method.save_models(run.path / "model")
         return
     method.deployable().save(run.path / "model", experiment, splits)
 
