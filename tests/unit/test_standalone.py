@@ -11,6 +11,7 @@ import torch
 import toys
 from local_fleet import LocalRounds
 
+from mpsl_dist.__main__ import main
 from mpsl_dist.actors import assembly, deployable
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.learner import Learner
@@ -122,7 +123,9 @@ def run_to_the_end(
     return loop.train(chosen, method.splits, method, directory, stop)
 
 
-def test_a_run_of_one_client_is_the_centralized_run_and_leaves_its_model(tmp_path: Path) -> None:
+def test_a_run_of_one_client_is_the_centralized_run_and_leaves_its_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one = {"clients": 1, "output": str(tmp_path)}
     ours, theirs = (
         experiment(name="ours", **one),
@@ -133,6 +136,10 @@ def test_a_run_of_one_client_is_the_centralized_run_and_leaves_its_model(tmp_pat
     assert found["test"]["accuracy"] == expected["test"]["accuracy"]
     files = ["ours/model/client-0000/model.safetensors", "theirs/model/model.safetensors"]
     assert (tmp_path / files[0]).read_bytes() == (tmp_path / files[1]).read_bytes()
+    assert main(["evaluate", str(tmp_path / "ours/model/client-0000")]) == 0
+    assert f"accuracy {found['test']['accuracy']:.4f}" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "ours")]) == 2
+    assert "model/client-0000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -217,10 +217,12 @@ def refuse(experiment: Experiment) -> None:
         raise ConfigError(
             "data.missing.rate: audit attacks whole samples; set 0, or data.missing.zeros=true"
         )
-    if facts_of(experiment).split and not facts_of(experiment).one_process:
+    facts = facts_of(experiment)
+    if facts.split and not facts.one_process:
         return
-    split = [name for name, facts in METHODS.items() if facts.split and not facts.one_process]
-    what = "has no clients" if facts_of(experiment).one_process else "sends weights alone"
+    split = [name for name, own in METHODS.items() if own.split and not own.one_process]
+    what = "has no clients" if facts.one_process else "sends weights alone"
+    what = "sends no tensor at all" if facts.alone else what
     raise ConfigError(
         f"method: {experiment.method} {what}: audit attacks what crosses the cut of "
         f"{', '.join(split)}, and says nothing of what weights leak"
