@@ -76,8 +76,8 @@ def check_defences(experiment: Experiment, splits: Splits) -> None:
     if chosen.label_epsilon is not None and len(splits.classes) < 2:
         errors.append(f"defences.label_epsilon: {name} has no labels, or one alone; take null")
     stands_in = getattr(splits.train, "on_error", "raise") == "skip"
-    for key, epsilon in (("label_epsilon", chosen.label_epsilon), ("token_noise", None)):
-        if stands_in and (epsilon or getattr(chosen, key)):
+    for key in ("label_epsilon", "token_noise"):
+        if stands_in and getattr(chosen, key):
             errors.append(
                 f"defences.{key}: with data.on_error=skip a sample may stand in for another, and "
                 "be sent more often than its epsilon counts; take data.on_error=raise"

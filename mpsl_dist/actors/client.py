@@ -326,16 +326,19 @@ class Client:
         DivergedError
             If it has numbers that are not finite or too large; such gradients are given up.
         """
-        own, kept = self._accumulated, self._accumulated
+        own, self._masked = self._accumulated, None
         if what == "weights":
             state = trainable_state(self.tokenizers.local_value())
             own = torch.cat([x.flatten() for x in state.values()])
-        self._masked, self._accumulated = None, None
-        if own is not None:
+        if own is None:
+            return None
+        try:
             whole = fixed_point.encode(own.double() * share, among, f"its tokenizers' {what}")
-            self._masked = masking.MaskedSum(self.number, number, whole)
-        self._accumulated = kept
-        return None if self._masked is None else self._masked.key
+        except DivergedError:
+            self._accumulated = None
+            raise
+        self._masked = masking.MaskedSum(self.number, number, whole)
+        return self._masked.key
 
     def mask(self, number: int, members: Sequence[int], keys: Tensor) -> masking.Masked:
         """Return its part, see :meth:`mpsl_dist.actors.masking.MaskedSum.mask`."""

@@ -81,9 +81,11 @@ class Guard:
         tokenizers : Tokenizers
             What made them; patches alone are shuffled, a text is nothing without its order.
         marks : sequence of tuple
-            One for each of the b samples.
+            One for each of the b samples, of which there may be none.
         """
         found = list(tokens)
+        if not marks:  # of a test batch nothing may be readable
+            return found
         if self.chosen.shuffle_patches:
             for place, tokenizer in enumerate(tokenizers.by_modality.values()):
                 if isinstance(tokenizer, PatchTokenizer):
@@ -164,10 +166,17 @@ def guard_of(experiment: Experiment, client: int) -> Guard:
 
 
 def _name_of_run(experiment: Experiment) -> str:
-    """Return a digest of all that makes a run another one, and that no resumed run may change."""
+    """Return a digest of all that makes a run another one, and that no resumed run may change.
+
+    Defaults are left out: a run that is older than a key is still the same run.
+    """
     free = (*FREE_KEYS, *HOST_KEYS, "training.epochs")
-    values = flatten(to_dict(experiment)).items()
-    own = [pair for pair in values if not any(f"{pair[0]}.".startswith(f"{key}.") for key in free)]
+    defaults = flatten(to_dict(Experiment()))
+    own = [
+        (key, value)
+        for key, value in flatten(to_dict(experiment)).items()
+        if value != defaults.get(key) and not any(f"{key}.".startswith(f"{k}.") for k in free)
+    ]
     return hashlib.blake2b(repr(sorted(own)).encode(), digest_size=8).hexdigest()
 
 
@@ -188,12 +197,17 @@ def secret_of(experiment: Experiment, client: int) -> bytes:
     """
     chosen = experiment.defences.secret
     if chosen is None:
-        shared = _kept(experiment.run_directory / "secrets" / f"client-{client:04d}.key")
+        shared = _kept(secrets_of(experiment.run_directory) / f"client-{client:04d}.key")
     elif chosen == "seed":
         shared = f"no secret {experiment.seed}".encode()
     else:
         shared = read_secret(chosen)
     return hashlib.blake2b(shared + b"/%d" % client, digest_size=_BYTES).digest()
+
+
+def secrets_of(run_directory: Path) -> Path:
+    """Return the folder of a run that clients keep the secrets in that they drew."""
+    return run_directory / "secrets"
 
 
 def read_secret(path: str) -> bytes:

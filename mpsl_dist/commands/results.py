@@ -56,12 +56,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         folder /= "model"
     if not (folder / "config.json").is_file():
         own = [found.parent for found in sorted(folder.glob("*/config.json"))]
-        why = (
-            f"its clients have each their own: {own[0]}, ..."
-            if own
-            else "the run must be completed"
-        )
-        raise ConfigError(f"{options.run_directory}: no model in model/; {why}")
+        why = "the run is not completed, or its clients keep their own tokenizers "
+        why += "(defences.secret_tokenizers)"
+        why = f"its clients have each their own: {own[0]}, ..." if own else why
+        raise ConfigError(f"{options.run_directory}: no model/ there; {why}")
     model, experiment, classes = deployable.load(folder, options.overrides)
     place = (experiment.data.place, experiment.data.test_at)
     needs = ("test",) if place == ("own", "server") else ("train", "test")

@@ -22,7 +22,9 @@ def defence_problems(experiment: Experiment) -> list[str]:
         ]
     found = _secret_tokenizer_problems(experiment) if chosen.secret_tokenizers else []
     own = experiment.data.place == "own"
-    if chosen.secret == "" or (own and chosen.secret == "seed"):
+    if chosen.secret == "":
+        found.append("defences.secret: empty; take null, or a file of the owner's")
+    if own and chosen.secret == "seed":
         found.append(
             "defences.secret: seed is for simulations, the server knows it; take null, or a file "
             "of the owner's"

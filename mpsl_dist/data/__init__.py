@@ -100,7 +100,7 @@ def _in_forms(splits: Splits, forms: Mapping[str, str], name: str) -> Splits:
             "other data, or model.text=table and model.audio=patches"
         )
     train, test = (
-        replace(split, view=replace(split.view, **forms)) if split in read else split
+        replace(split, view=replace(split.view, **forms)) if len(split.labels) else split
         for split in (splits.train, splits.test)
     )
     shapes = replace(read[0].view, **forms).shapes

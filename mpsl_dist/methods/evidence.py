@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from mpsl_dist.actors.local_data import Damage
 from mpsl_dist.data import Dataset, Splits
 from mpsl_dist.errors import DataError
+from mpsl_dist.methods.progress import say
 from mpsl_dist.runtime.process import StopRequest
-
-_log = logging.getLogger("mpsl_dist")
 
 
 class Reads(Protocol):
@@ -44,8 +42,7 @@ def look_at_tests(splits: Splits, method: Reads, stop: StopRequest) -> None:
     if not readable:
         raise DataError("data: no test sample can be read; what is wrong stands in the rank*.log")
     for line in sentences(evidence(splits, method.damage_met())):
-        print(line)
-        _log.info("%s", line)
+        say(line)
 
 
 def evidence(splits: Splits, damage: Damage) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mpsl_dist.data import Splits
 from mpsl_dist.errors import DiskError, RemoteError, ResumeError
 from mpsl_dist.methods.evidence import look_at_tests
 from mpsl_dist.methods.method import Method
-from mpsl_dist.methods.progress import Progress, warn
+from mpsl_dist.methods.progress import Progress, say, warn
 from mpsl_dist.methods.summary import Position, counts, summarize
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.checkpoint import Manifest
@@ -74,15 +74,14 @@ def train(
 
 
 def _save_model(experiment: Experiment, splits: Splits, method: Method, run: RunDirectory) -> None:
-    if experiment.defences.secret_tokenizers:
-        line = "no model/: clients keep their own tokenizers, checkpoints have the server's part"
-        print(line)
-        _log.info(line)
-        return
     if facts_of(experiment).alone:
         method.save_models(run.path / "model")
         return
-    method.deployable().save(run.path / "model", experiment, splits)
+    model = method.deployable()
+    if model is None:
+        say("no model/: clients keep their own tokenizers, checkpoints have the server's part")
+    else:
+        model.save(run.path / "model", experiment, splits)
 
 
 def _resume(experiment: Experiment, method: Method, run: RunDirectory) -> Position:

@@ -73,8 +73,8 @@ class Method(Protocol):
         """Continue from :meth:`save`."""
         ...
 
-    def deployable(self) -> Deployable:
-        """Return the model to deploy."""
+    def deployable(self) -> Deployable | None:
+        """Return the model to deploy; None where clients keep parts of it to themselves."""
         ...
 
     def trainable_parameters(self) -> dict[str, int]:

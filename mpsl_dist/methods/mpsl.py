@@ -238,8 +238,13 @@ class Mpsl:
         """
         return testing.evaluate(self)
 
-    def deployable(self) -> Deployable:
-        """Return the averaged tokenizers joined with the server's part (section 3.3)."""
+    def deployable(self) -> Deployable | None:
+        """Return the averaged tokenizers joined with the server's part (section 3.3).
+
+        None where every client has secret ones, of which an average would mean nothing.
+        """
+        if self.experiment.defences.secret_tokenizers:
+            return None
         testing.fetch_average(self)
         wire = wire_of(self.experiment)
         return Deployable(self.tokenizers, self.server.whole_model(), self.task, wire)

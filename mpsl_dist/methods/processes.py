@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import os
 import shlex
 import sys
@@ -32,6 +31,7 @@ from mpsl_dist.errors import ConfigError, LaunchError, UserError
 from mpsl_dist.methods import federation, loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.methods.method import Method
+from mpsl_dist.methods.progress import say
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
 from mpsl_dist.runtime import (
     admission,
@@ -47,8 +47,6 @@ from mpsl_dist.runtime.environment import Environment
 from mpsl_dist.runtime.placement import replicas_here
 from mpsl_dist.runtime.token import TOKEN_FILE, read_token
 from mpsl_dist.typed import flatten
-
-_log = logging.getLogger("mpsl_dist")
 
 
 def place_in_world(experiment: Experiment, words: Sequence[str]) -> Environment:
@@ -170,26 +168,21 @@ def train_as_server(
         devices |= fleet.devices
         placement = fleet.hosted
         for line in fleet.placement(device):
-            _say(line)
+            say(line)
     ignored = unread(experiment)
     if ignored:
-        _say(f"method={experiment.method} does not read {', '.join(ignored)}")
+        say(f"method={experiment.method} does not read {', '.join(ignored)}")
     ignored = unread_by_head(experiment, holdings.splits)
     if ignored:
         kind, _ = head_of(experiment, holdings.splits)
-        _say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
+        say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
     for remark in (*remarks(holdings.splits), *defences.sentences(experiment, holdings.splits)):
-        _say(remark)
+        say(remark)
     run.write_json("environment", environment_of(launched.world, devices, placement))
     summary = loop.train(experiment, holdings.splits, method, run, stop)
     if joined:
         joined.dismiss(together=not method.clients.lost)
     return summary
-
-
-def _say(line: str) -> None:
-    print(line)
-    _log.info(line)
 
 
 def connect(
@@ -288,7 +281,7 @@ def join(experiment: Experiment, launched: Environment) -> world.World:
         If no network interface leads to the others, or a worker is refused.
     """
     if launched.rank == 0 and launched.init_method == "env://":
-        _say("torchrun's own store listens on every interface: docs/clusters.md#security")
+        say("torchrun's own store listens on every interface: docs/clusters.md#security")
     prove(experiment, launched, range(1, launched.world))
     joined = reach(experiment, launched)
     joined.start()
@@ -344,7 +337,7 @@ def prove(
         admission.enter((launched.address, port), card, token, patience)
         return
     address = network.listening_address(launched.address)
-    _say(
+    say(
         f"the processes meet at {address}, ports {launched.port} and {port}, RPC listens on "
         f"{interface}; "
         + (
@@ -353,7 +346,7 @@ def prove(
             else f"no {TOKEN_FILE}: who reaches them joins"
         )
     )
-    admission.admit((address, port), workers, card, token, patience, _say)
+    admission.admit((address, port), workers, card, token, patience, say)
 
 
 def _threads(experiment: Experiment, launched: Environment) -> tuple[int, int]:

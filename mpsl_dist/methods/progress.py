@@ -14,6 +14,12 @@ from rich.console import Console
 _log = logging.getLogger("mpsl_dist")
 
 
+def say(line: str) -> None:
+    """Print a line, and log it."""
+    print(line)
+    _log.info("%s", line)
+
+
 def warn(text: str) -> None:
     """Print a warning, and log it."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

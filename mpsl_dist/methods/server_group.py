@@ -17,7 +17,6 @@ Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width, ``k`` classes.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +35,7 @@ from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.methods.hosting import Setup, on_own_gpu
+from mpsl_dist.methods.progress import say
 from mpsl_dist.methods.replica import Replica
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.records.run_directory import log_to
@@ -45,7 +45,6 @@ from mpsl_dist.runtime.replicas import Replicas
 
 #: Whose activations a replica in shards makes up where it has no client: what shards do, all do.
 _NOBODY = -1
-_log = logging.getLogger("mpsl_dist")
 
 
 class _Everyone(torch.autograd.Function):
@@ -353,7 +352,9 @@ def _join(own: Replica, others: Replicas, nccl: bool, timeout: float) -> None:
     """Have all replicas meet, and tell where they are."""
     told = [(others.name, rank, others.count, nccl, timeout) for rank in range(others.count)]
     wait = others.start("join", told[1:])
-    own.join(*told[0])
-    for rank, where in enumerate(wait(), 1):
-        print(f"{world.rank_name(rank, others.count)} on {where}")
-        _log.info("%s on %s", world.rank_name(rank, others.count), where)
+    try:
+        own.join(*told[0])
+    finally:
+        places = wait()  # where they do not meet, this tells whose fault it was
+    for rank, where in enumerate(places, 1):
+        say(f"{world.rank_name(rank, others.count)} on {where}")

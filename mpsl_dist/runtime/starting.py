@@ -95,6 +95,8 @@ def start(
     keep : sequence of int
         Open files that a process begun anew keeps; a fork keeps all.
     """
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # then the kernel keeps no exit status
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if go_on is None or not may_fork():
         return subprocess.Popen(
             [sys.executable, *command],

@@ -20,6 +20,7 @@ from mpsl_dist.analysis.audit.victim import Victim
 from mpsl_dist.config import Experiment, load, to_dict
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.checkpoint import Manifest
+from mpsl_dist.records.run_directory import RunDirectory
 
 #: Patches of twelve numbers in tokens of sixteen: exact.
 MODEL = {"encoder": {"size": "custom", "width": 16, "depth": 1, "heads": 2}, "image_patch": 2}
@@ -190,6 +191,28 @@ def test_attacks_see_what_has_been_coded() -> None:
     assert any(f.of == "cut-layer gradient" for f in coded.figures)
 
 
+def test_an_audit_leaves_no_secret_where_its_experiment_will_be_run(tmp_path: Path) -> None:
+    path = write_config(tmp_path, defences={"token_noise": 0.5})
+    assert main(["audit", path, "--samples", "12", "--out", str(tmp_path / "out")]) == 0
+    directory = RunDirectory(load(path).run_directory)
+    assert not directory.check(to_dict(load(path)), resume=False, overwrite=False)
+
+
+def test_a_run_that_was_moved_is_heard_with_the_secrets_it_was_trained_with(tmp_path: Path) -> None:
+    model, data = MODEL | {"train_tokenizers": False}, {"test_at": "clients"}
+    path = leave_run(tmp_path / "old", defences={"secret_tokenizers": True}, model=model, data=data)
+    experiment = load(path / "config.yaml")
+    trained = in_one_process(experiment).clients.references
+    moved = path.rename(tmp_path / "moved")
+    before = sorted(moved.rglob("*"))
+    with command.set_aside(experiment, RunDirectory(moved)) as aside:
+        victim = Victim(aside, halves.read(experiment, 12))
+    for n, client in victim.clients.items():
+        own, true = client.tokenizers.local_value(), trained[n].tokenizers.local_value()
+        assert all(map(torch.equal, own.state_dict().values(), true.state_dict().values()))
+    assert sorted(moved.rglob("*")) == before and not path.exists()
+
+
 def test_frozen_tokenizers_that_send_once_are_heard_once(tmp_path: Path) -> None:
     found = audited(model=MODEL | {"train_tokenizers": False}, wire={"cache": True})
     assert value(found, "psnr", "exact") > 90
@@ -203,6 +226,7 @@ def test_frozen_tokenizers_that_send_once_are_heard_once(tmp_path: Path) -> None
         {"tokenizer_sync": {"mode": "gradients"}},
         {"tokenizer_sync": {"mode": "weights"}},
         {"model": MODEL | {"fusion": "late", "pre_norm": False}},
+        {"device": "cuda"},
     ],
     ids=str,
 )

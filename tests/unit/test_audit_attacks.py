@@ -15,6 +15,7 @@ from mpsl_dist.analysis.audit import attacks, labels, matching, pictures, scores
 from mpsl_dist.analysis.audit.attacks import by_modality
 from mpsl_dist.analysis.audit.figures import Audit
 from mpsl_dist.analysis.audit.victim import Heard
+from mpsl_dist.data import TensorDataset
 from mpsl_dist.models.tokenizers import PatchTokenizer, TextTokenizer, Tokenizers, token_table
 
 
@@ -228,6 +229,18 @@ def scene_of(back: Tensor, labels_n: Tensor, classes: int, **heard: Any) -> atta
     read = SimpleNamespace(splits=SimpleNamespace(classes=names))
     found = Audit("a", "m", "", {}, {}, len(labels_n), 0)
     return attacks.Scene(0, victim, read, [one], {}, {}, found)
+
+
+def test_what_is_kept_of_samples_is_taken_for_no_other_samples() -> None:
+    """As of a part of the public ones, which nobody else holds while others are made."""
+    scene = scene_of(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long), 2)
+    scene.victim.pairs = lambda client, tokenizers, samples: ([samples.labels], {})
+    own, public = Tokenizers({}, 4, False), TensorDataset({}, torch.arange(20))
+    for count in range(1, 20):
+        some = TensorDataset({}, public.labels[:count])
+        ((labels_n,), _) = scene.sent_by(0, own, some)
+        del some
+        assert len(labels_n) == count
 
 
 def found_by(scene: attacks.Scene) -> dict[str, float]:

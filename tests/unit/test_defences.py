@@ -386,6 +386,13 @@ def test_the_order_of_patches_leaves_predictions_as_they_are(pooling: str, fusio
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+def test_a_test_batch_of_which_nothing_can_be_read_is_no_trouble() -> None:
+    tokenizers = build_tokenizers(experiment(), load_data(experiment()))
+    nothing = [torch.zeros(0, 5, 16), torch.zeros(0, 6, 16)]
+    sent = guard(shuffle_patches=True, token_noise=1).tokens(tokenizers, nothing, [])
+    assert [x.shape for x in sent] == [x.shape for x in nothing]
+
+
 # -- gradients -----------------------------------------------------------------------------------
 
 
@@ -497,6 +504,19 @@ def test_two_runs_under_one_secret_have_their_own_noise_and_the_same_answers(
     logits_bk, labels_b = torch.randn(50, 3), torch.zeros(50, dtype=torch.long)
     losses = [g.loss(Classification(), logits_bk, labels_b, range(50)) for g in (first, other)]
     assert torch.equal(*losses)
+
+
+def test_a_key_that_was_added_since_a_run_began_leaves_its_draws_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = experiment(**SECRET_TOKENIZERS)
+    now = guard_of(chosen, 0)
+
+    def older(one: Experiment) -> dict[str, Any]:
+        return {key: value for key, value in to_dict(one).items() if key != "adapters"}
+
+    monkeypatch.setattr("mpsl_dist.actors.defences.to_dict", older)
+    assert guard_of(chosen, 0) == now
 
 
 def test_without_a_draw_no_secret_is_written(tmp_path: Path) -> None:
@@ -626,6 +646,7 @@ def test_tests_have_noise_at_the_clients_and_none_at_the_server() -> None:
             {"defences": {"token_noise": 1, "secret": "seed"}, "data": {"place": "own"}},
             "secret: seed is for simulations",
         ),
+        ({"defences": {"token_noise": 1, "secret": ""}}, "secret: empty; take null"),
     ],
 )
 def test_what_a_defence_cannot_keep_is_refused(changes: dict, message: str) -> None:

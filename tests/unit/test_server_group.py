@@ -14,7 +14,8 @@ import toys
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config.methods import processes_of, unread
-from mpsl_dist.errors import ConfigError
+from mpsl_dist.errors import ConfigError, RemoteError
+from mpsl_dist.methods import server_group
 from mpsl_dist.methods.server_group import Replica, ServerGroup, build_server, shares
 from mpsl_dist.runtime.placement import gpu_of, replicas_here
 from mpsl_dist.runtime.replicas import _buckets
@@ -154,6 +155,16 @@ def test_a_group_of_which_a_replica_has_failed_does_nothing_more() -> None:
         with pytest.raises(ZeroDivisionError):
             group.forward(held)
         others.start = lambda *_: pytest.fail("asked")
+
+
+def test_of_a_group_that_does_not_meet_the_replica_whose_fault_it_is_is_named() -> None:
+    def lost() -> list[str]:
+        raise RemoteError("replica1: lost in join")
+
+    others = SimpleNamespace(name="replicas 0", count=2, start=lambda *_: lost)
+    own = SimpleNamespace(join=lambda *_: 1 / 0)  # as of a meeting that nobody comes to
+    with pytest.raises(RemoteError, match="replica1: lost in join"):
+        server_group._join(own, others, False, 1.0)
 
 
 def test_every_replica_continues_from_replica_0s_checkpoint(tmp_path: Path) -> None:

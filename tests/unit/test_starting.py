@@ -22,6 +22,7 @@ ANEW = "import json, os; print(json.dumps({'anew': True, 'rank': os.environ['RAN
 found_at_start = []
 def noted(*_): pass
 def leave_thread(): threading.Thread(target=threading.Event().wait, daemon=True).start()
+def ignore_ends(): signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 def use_cuda(): sys.modules["torch"] = types.SimpleNamespace(cuda=Used, default_generator=Generator)
 class Used:
     def _is_in_bad_fork(): return True
@@ -108,6 +109,8 @@ def test_where_no_fork_is_safe_the_process_begins_anew(before: str, does: str) -
 def test_the_status_of_a_fork_is_that_of_a_process() -> None:
     assert child_of("nothing", "exits") == ({}, 2, "")
     assert child_of("nothing", "dies") == ({}, -signal.SIGKILL, "")
+    # As of a parent whose own parent ignores the end of its children.
+    assert child_of("ignore_ends", "exits") == ({}, 2, "")
     told, status, said = child_of("nothing", "fails")
     assert (told, status) == ({}, 1) and said.endswith("ValueError: no such client\n")
 

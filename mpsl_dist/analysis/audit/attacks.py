@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Scene:
     knowledge: Mapping[str, Mapping[int, Tokenizers]]
     true: Mapping[int, Tokenizers]
     audit: Audit
-    _sent: dict[tuple[int, int], tuple[list[Tensor], dict[str, Tensor]]] = field(
+    _sent: dict[tuple[int, int], tuple[list[Tensor], dict[str, Tensor], Any]] = field(
         default_factory=dict
     )
 
@@ -71,8 +72,11 @@ class Scene:
         """Return :meth:`Victim.pairs`; clients with the same tokenizers send the same."""
         key = (id(tokenizers), id(samples))
         if key not in self._sent:
-            self._sent[key] = self.victim.pairs(client, tokenizers, samples)
-        return self._sent[key]
+            # Both are kept: what comes after them must not come to have their identity.
+            kept = tokenizers, samples
+            self._sent[key] = (*self.victim.pairs(client, tokenizers, samples), kept)
+        tokens, inputs, _ = self._sent[key]
+        return tokens, inputs
 
 
 def by_modality(tokens: Sequence[Tensor], lengths: Mapping[str, int]) -> dict[str, Tensor]:

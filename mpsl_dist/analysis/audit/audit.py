@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from mpsl_dist import config
+from mpsl_dist.actors.defences import secrets_of
 from mpsl_dist.analysis.audit import halves, report
 from mpsl_dist.analysis.audit.attacks import Scene, attack_labels, attack_samples
 from mpsl_dist.analysis.audit.figures import METRICS, Audit, over
@@ -118,7 +123,8 @@ def audit(
         If there is nothing to attack, or something cannot be read.
     """
     read = halves.read(experiment, samples)
-    victim = Victim(experiment, read)
+    with set_aside(experiment, run) as aside:
+        victim = Victim(aside, read)
     found = Audit(
         experiment.name,
         experiment.method,
@@ -198,6 +204,29 @@ _ATTACKS: dict[str, Callable[[Scene], None]] = {
     "pictures and words": attack_inputs,
     "matching with candidates": attack_samples,
 }
+
+
+@contextmanager
+def set_aside(experiment: Experiment, run: RunDirectory | None) -> Iterator[Experiment]:
+    """Yield the experiment in a temporary folder, which has the secrets of the run's clients.
+
+    Clients write secrets that they find none of: the audit's own must not lie where the experiment
+    will be run, nor those of a run that was moved be looked for where it was.
+
+    Raises
+    ------
+    RunError
+        If the run's secrets cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="mpsl_dist-audit-") as folder:
+        # Under its own name, which is in what the draws come from.
+        aside = replace(experiment, output=folder)
+        if run and (kept := secrets_of(run.path)).is_dir():
+            try:
+                shutil.copytree(kept, secrets_of(aside.run_directory))
+            except OSError as error:
+                raise RunError(f"{kept}: cannot be read: {error}") from error
+        yield aside
 
 
 def _moments(run: RunDirectory | None) -> Iterator[tuple[int, Path | None]]:

@@ -86,6 +86,8 @@ class Victim:
 
     def __init__(self, experiment: Experiment, halves: Halves) -> None:
         refuse(experiment)
+        # The attacks compute there, with these tokenizers and with others.
+        experiment = replace(experiment, device="cpu")
         alone = replace(experiment.server, replicas=1)
         data = replace(experiment.data, loaders=0, place="simulated", test_at="server")
         training = replace(experiment.training, compile=False)
@@ -93,6 +95,8 @@ class Victim:
             experiment, server=alone, data=data, training=training, faults=Faults(on_loss="stop")
         )
         self.numbers = range(min(experiment.clients, CLIENTS))
+        #: As its clients know it: what they draw depends on all of it.
+        self._own = experiment
         rows = np.arange(len(halves.audited.labels))
         parts = [rows[n :: len(self.numbers)] for n in self.numbers]
         nothing = [rows[:0]] * experiment.clients
@@ -108,7 +112,7 @@ class Victim:
         self.method = plugins.resolve(facts_of(experiment).build)(setup)
 
     def _open(self, build: BuildClients) -> Wiretap:
-        clients = build(self.experiment, self.numbers, self._holdings, Local)
+        clients = build(self._own, self.numbers, self._holdings, Local)
         self.wiretap = Wiretap(Host(clients))
         return self.wiretap
 
@@ -164,15 +168,18 @@ class Victim:
                 found.setdefault(n, []).append(heard)
         return [_joined(found[n]) for n in sorted(found)]
 
-    def weights_fetched(self) -> tuple[Tokenizers, dict[int, Tokenizers]]:
-        """Evaluate as a run does; return the average, and by client what it answered by itself."""
+    def weights_fetched(self) -> tuple[Tokenizers | None, dict[int, Tokenizers]]:
+        """Fetch a model to deploy as a run does; return its tokenizers, where there is one, and
+        by client what it answered by itself.
+        """
         self.wiretap.take()
-        mean = self.method.deployable().tokenizers
+        model = self.method.deployable()
         own = {}
         for message in self.wiretap.take():
             if message.name == "tokenizer_weights" and (it := self._with(message.answer)):
                 own[message.client] = it
-        return self._with(trainable_state(mean)), own
+        mean = None if model is None else self._with(trainable_state(model.tokenizers))
+        return mean, own
 
     def _with(self, weights: Mapping[str, Tensor] | None) -> Tokenizers | None:
         """Return tokenizers with these weights; None if they are weights of something else."""
