@@ -86,10 +86,10 @@ class StandaloneClient(FederatedClient):
 
     # -- what a client is told -------------------------------------------------------------
 
-    def write_model(self, folder: str) -> None:
-        """Write its own model into a folder of its number below this one, where the client is."""
+    def write_model(self) -> None:
+        """Write its own model below its run directory, into a folder of its number."""
         load_trainable(self.model, self.weights)
-        self.export(self.model, self.home / folder / model_folder(self.number))
+        self.export(self.model, self.home / "model" / f"client-{self.number:04d}")
 
     # -- its own business ------------------------------------------------------------------
 
@@ -99,8 +99,3 @@ class StandaloneClient(FederatedClient):
     def _take_up(self, kept: dict[str, Any]) -> None:
         self.weights = kept.pop("weights")
         super()._take_up(kept)
-
-
-def model_folder(number: int) -> str:
-    """Return the name of a client's folder in ``model/``."""
-    return f"client-{number:04d}"

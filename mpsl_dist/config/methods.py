@@ -36,7 +36,7 @@ class MethodFacts:
         Whether it goes on without clients that are lost, and so reads ``faults``.
     alone : bool
         Whether every client has a whole model of its own, which nobody else ever has, and tests it
-        where it is.
+        where it is; at the end ``save_models()`` has all of them written there.
     options : type, optional
         A frozen dataclass: what ``method_options`` may say.
     """

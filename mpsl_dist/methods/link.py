@@ -394,7 +394,3 @@ class RoundLink(Link):
         """
         sent = dict.fromkeys(clients, (weights, batch_size))
         return self.start("test", sent, self.in_test, down="test_weights_down")()
-
-    def write_models(self, folder: str) -> None:
-        """Have clients that learn alone write their models below a folder of the run."""
-        self.start("write_model", self.everyone(self._there(folder)), "model/")()

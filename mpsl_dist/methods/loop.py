@@ -75,7 +75,7 @@ def train(
 
 def _save_model(experiment: Experiment, splits: Splits, method: Method, run: RunDirectory) -> None:
     if facts_of(experiment).alone:
-        method.save_models(run.path / "model")
+        method.save_models()
         return
     model = method.deployable()
     if model is None:

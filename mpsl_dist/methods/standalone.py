@@ -65,9 +65,9 @@ class Standalone(FedAvg):
         public = Damage.of(Unread(), self.tests.unread)
         return replace(met, test_files=public.test_files, left_out=public.left_out)
 
-    def save_models(self, folder: Path) -> None:
-        """Have every client write its own model below ``folder``, where the client is."""
-        self.clients.write_models(str(folder.absolute()))
+    def save_models(self) -> None:
+        """Have every client write its own model where it is."""
+        self.clients.start("write_model", self.clients.everyone(), "model/")()
 
     def save(self, folder: str) -> dict[str, str]:
         """Have every client write its model and optimizers where it is; part -> SHA-256."""

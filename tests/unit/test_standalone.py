@@ -195,9 +195,9 @@ def test_what_a_client_cannot_see_of_a_test_set_with_gaps_is_left_out() -> None:
 def test_a_model_that_is_left_predicts_without_the_absent_modality(tmp_path: Path) -> None:
     method = alone(experiment({"missing": MISSING}, output=str(tmp_path)))
     method.step(0, 0)
-    method.save_models(tmp_path / "model")
+    method.save_models()
     for number, held in enumerate([["audio"], ["image", "audio"], ["audio"], ["image"]]):
-        loaded, _, _ = deployable.load(tmp_path / "model" / f"client-{number:04d}")
+        loaded, _, _ = deployable.load(tmp_path / "toy" / "model" / f"client-{number:04d}")
         assert [*loaded.tokenizers.by_modality] == held
         accuracy = loaded.test(TestData(method.splits.test), 256)
         assert client_of(method, number).test({}, 256) == (accuracy, 30)
