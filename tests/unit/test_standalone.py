@@ -250,6 +250,7 @@ def test_a_client_that_comes_back_goes_on_from_its_own_file_and_nobody_else_noti
     method.clients.keep(str(tmp_path), "step 1")
     method.clients.lost |= {2}
     method.step(0, 1)
+    assert method.clients.fleet.calls[-1] == ("train_round", [0, 1, 3])
     method.clients.fleet.back = [2]
     method.welcome(method.clients.readmit("step 2"))
     method.step(0, 2)
