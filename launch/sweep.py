@@ -2,7 +2,8 @@
 
 A sweep is a YAML file with a ``grid``::
 
-    config: ../quickstart.yaml        # the experiment that all runs share, relative to this file
+    config: ../quickstart.yaml        # the experiment that all runs share, relative to this file;
+                                      # or a shipped one's name: quickstart
     name: alpha                       # the runs are called alpha-alpha0.1-seed1, ...; default: stem
     set: {clients: 8}                 # keys that all runs share, as nested mappings or key.path
     grid:                             # every combination of these values is a run
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsl_dist import config
-from mpsl_dist.config import Experiment
+from mpsl_dist.config import Experiment, shipped
 from mpsl_dist.config.methods import processes_of
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.reading import read_yaml
@@ -106,7 +107,7 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[list[PlannedRun], int | 
     Parameters
     ----------
     path : Path
-        A YAML file.
+        A YAML file, or the name of a shipped one.
     overrides : sequence of str
         ``key.path=value``; they win over what the runs share, the grid and the rows over them.
 
@@ -122,6 +123,7 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[list[PlannedRun], int | 
     ConfigError
         With every problem of every run at once.
     """
+    path = shipped.path_of(path)
     values = read_yaml(path, ConfigError)
     if "grid" not in values:
         return [PlannedRun(path, tuple(overrides), config.load(path, overrides))], None
@@ -164,6 +166,8 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
 
 def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> list[PlannedRun]:
     base = path.parent / values["config"]
+    if not base.suffix and not base.exists():
+        base = shipped.find(values["config"])
     shared = _overrides(values.get("set", {}))
     grid: Mapping[str, list[Any]] = values["grid"]
     prefix, runs, errors = str(values.get("name", path.stem)), [], []

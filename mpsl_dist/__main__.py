@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mpsl_dist.commands import planning, results, train
+from mpsl_dist.commands import planning, results, train, ways
 from mpsl_dist.commands.ending import user_error
 from mpsl_dist.errors import RefusedError, UserError
 
@@ -56,7 +56,7 @@ def _perform(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpsl_dist", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for group in (train, results, planning):
+    for group in (train, results, planning, ways):
         group.add_to(commands)
     return parser
 

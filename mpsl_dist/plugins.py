@@ -93,11 +93,11 @@ def refuse_taken(kind: Kind, name: str, own: Mapping[str, Any], key: str) -> Non
         )
 
 
-def resolve(target: Any) -> Any:
+def resolve(target: Any, key: str = "plugins") -> Any:
     """Return the object that ``"package.module:attribute"`` names; anything else as it is.
 
     Tables name their functions this way, as entry points do, so that looking one up imports
-    nothing that is not used.
+    nothing that is not used. ``key`` of the configuration begins an error's message.
 
     Raises
     ------
@@ -108,11 +108,11 @@ def resolve(target: Any) -> Any:
         return target
     module, colon, attribute = target.partition(":")
     if not (module and colon and attribute):
-        raise ConfigError(f"plugins: '{target}' is no place; write package.module:name")
+        raise ConfigError(f"{key}: '{target}' is no place; write package.module:name")
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:
-        raise ConfigError(f"plugins: {target} cannot be had: {_reason(error)}") from error
+        raise ConfigError(f"{key}: {target} cannot be had: {_reason(error)}") from error
 
 
 def options(cls: type | None, values: Mapping[str, Any], key: str) -> Any:

@@ -56,7 +56,7 @@ def build(cls: type, values: Mapping[str, Any], prefix: str, errors: list[str]) 
             try:
                 arguments[key] = _convert(hint, value)
             except ValueError:
-                errors.append(f"{path}: expected {_describe(hint)}, found {_short(value)}")
+                errors.append(f"{path}: expected {describe(hint)}, found {_short(value)}")
     missing = [name for name in _required(cls) if name not in arguments]
     errors += [f"{prefix}{name}: missing" for name in missing if name not in values]
     if missing:
@@ -124,11 +124,12 @@ def _convert(hint: Any, value: Any) -> Any:
     raise ValueError
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """Return what a field's type asks for, in words: ``a whole number or null``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
+        return " or ".join(describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        return f"a list of {_describe(typing.get_args(hint)[0])}"
+        return f"a list of {describe(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is dict:
         return "keys and values"
     if typing.get_origin(hint) is Literal:

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
+from mpsl_dist.actors import deployable
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment, Faults
+from mpsl_dist.methods import fedavg
+from mpsl_dist.methods.fedavg import FedAvg
 from mpsl_dist.methods.hosting import build_clients
 from mpsl_dist.methods.link import RoundLink
 from mpsl_dist.methods.mpsl import Mpsl
@@ -78,6 +81,15 @@ def in_one_process(chosen: Experiment, kind: type[Mpsl] = Mpsl) -> Mpsl:
     clients = LocalSplit(build_clients(chosen, range(chosen.clients), holdings), chosen.faults)
     clients.fleet.rebuild = lambda numbers: build_clients(chosen, numbers, holdings)
     return kind(chosen, holdings.splits, server, clients, tokenizers)
+
+
+def rounds_in_one_process(chosen: Experiment) -> FedAvg:
+    """FedAvg or FedCLIP with all its clients in this process, on one thread."""
+    torch.set_num_threads(1)
+    holdings = Holdings.load(chosen)
+    clients = fedavg.build_clients(chosen, range(chosen.clients), holdings)
+    model = deployable.build(chosen, holdings.splits)
+    return FedAvg(chosen, holdings.splits, model, LocalRounds(clients, chosen.faults))
 
 
 def steps_of(method: Any, steps: int) -> list[float | None]:

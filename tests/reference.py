@@ -18,6 +18,7 @@ from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Experiment
 from mpsl_dist.data.gaps import leave_out
 from mpsl_dist.data.partition import deal_pictures, epoch_order, partition, shares
+from mpsl_dist.models.adapters import Adapters
 
 #: Whether something is so of a client at a step.
 Rule = Callable[[int, int], bool]
@@ -45,20 +46,8 @@ def train(
     On one thread, as the toys' server and clients: sums then run in the same order.
     """
     torch.set_num_threads(1)
-    splits, seed = load_data(experiment), experiment.seed
-    rule, settings = experiment.data.partition, experiment.training
-    if splits.retrieval:
-        parts = deal_pictures(splits.train.labels, experiment.clients, seed)
-    else:
-        parts = partition(
-            splits.train.labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed
-        )
-    gaps = experiment.data.missing
-    if gaps.rate:
-        drawn = seed if gaps.seed is None else gaps.seed
-        splits = leave_out(
-            splits, gaps.rate, gaps.per, drawn, gaps.at_test, parts, [p[:0] for p in parts]
-        )
+    (splits, parts), seed = _dealt(experiment), experiment.seed
+    settings = experiment.training
     plan = shares([len(p) for p in parts], settings.batch_size, experiment.client_share)
     device = choices.device_of(experiment)
     clients = [assembly.build_tokenizers(experiment, splits).to(device) for _ in parts]
@@ -148,12 +137,82 @@ def train(
     return told
 
 
+def _dealt(experiment: Experiment) -> tuple[Any, list[Any]]:
+    """The data, without what is missing, and who has which samples."""
+    splits, seed, rule = load_data(experiment), experiment.seed, experiment.data.partition
+    if splits.retrieval:
+        parts = deal_pictures(splits.train.labels, experiment.clients, seed)
+    else:
+        parts = partition(
+            splits.train.labels, experiment.clients, rule.kind, rule.alpha, rule.minimum, seed
+        )
+    gaps = experiment.data.missing
+    if gaps.rate:
+        drawn, nobody = seed if gaps.seed is None else gaps.seed, [p[:0] for p in parts]
+        splits = leave_out(splits, gaps.rate, gaps.per, drawn, gaps.at_test, parts, nobody)
+    return splits, parts
+
+
+def train_rounds(experiment: Experiment, rounds: int) -> dict[str, Any]:
+    """Train some rounds of FedAvg, or FedCLIP; give losses and all parameters.
+
+    All clients take part in one local epoch a round, each with a model and optimizers of its own.
+    """
+    torch.set_num_threads(1)
+    splits, parts = _dealt(experiment)
+    settings, sizes = experiment.training, [len(p) for p in parts]
+    plan, has = shares(sizes, settings.batch_size, experiment.client_share), _holders(splits, parts)
+
+    def build() -> torch.nn.ModuleDict:
+        tokenizers = assembly.build_tokenizers(experiment, splits)
+        server = assembly.build_server_model(experiment, splits, tokenizers.lengths)
+        return torch.nn.ModuleDict({"tokenizers": tokenizers, "server_model": server})
+
+    model, own = build(), [build() for _ in parts]
+    optimizers = [
+        [_adamw(m["tokenizers"], settings.client), _adamw(m["server_model"], settings.server)]
+        for m in own
+    ]
+    told: dict[str, Any] = {"losses": []}
+    for round_ in range(rounds):
+        total = 0.0
+        for n, part in enumerate(parts):
+            own[n].load_state_dict(model.state_dict())
+            order, start = part[epoch_order(len(part), experiment.seed, n, round_)], 0
+            for count in filter(None, plan[:, n]):
+                batch = splits.train.fetch(order[start : start + count].tolist())
+                start += count
+                masks = batch.present or {m: torch.ones(count) > 0 for m in splits.shapes}
+                tokens = own[n]["tokenizers"](batch.inputs | _doubled(batch.inputs))
+                cut = [x[b] for x, b in zip(tokens, masks.values(), strict=True) if b.any()]
+                found = one_by_one(own[n]["server_model"], cut, masks)
+                loss = functional.cross_entropy(found, batch.labels)
+                own[n].zero_grad()
+                loss.backward()
+                for optimizer in optimizers[n]:
+                    optimizer.step()
+                total += count * loss.item()
+        told["losses"].append(total / sum(sizes))
+        for name, p in model.named_parameters():
+            who = has(name.partition(".")[2]) if p.requires_grad else []
+            if who:
+                weight = sum(sizes[n] for n in who)
+                mean = sum(sizes[n] / weight * own[n].get_parameter(name).data for n in who)
+                p.data.copy_(mean)
+    return told | {"model": {k: p.data for k, p in model.named_parameters() if p.requires_grad}}
+
+
+def _doubled(inputs: Any) -> dict[str, torch.Tensor]:
+    return {name: x.double() for name, x in inputs.items() if x.is_floating_point()}
+
+
 def _holders(splits: Any, parts: list[Any]) -> Callable[[str], list[int]]:
-    """Which clients have a tokenizer parameter, by its name."""
+    """Which clients train a parameter of a tokenizer or of the server's part, by its name."""
     present = splits.train.present if hasattr(splits.train, "present") else None
 
     def has(name: str) -> list[int]:
-        modality = name.split(".")[1] if name.startswith("by_modality.") else None
+        words = name.removeprefix("adapters.by_name").removeprefix("by_modality").split(".")
+        modality = words[1] if words[0] == "" and words[1] != "unified" else None
         if present is None or modality is None:
             return list(range(len(parts)))
         return [n for n, part in enumerate(parts) if bool(present[modality][part].any())]
@@ -181,7 +240,15 @@ def one_by_one(server: Any, cut: list[torch.Tensor], present: Any) -> torch.Tens
         if server.pooling == "mean":
             feature = tokens.mean(0)
         else:
-            feature = torch.stack([x_ld[0] for x_ld in tokens.split(lengths)]).mean(0)
+            firsts = [x_ld[:1] for x_ld in tokens.split(lengths)]
+            if isinstance(server.adapters, Adapters):
+                names = [server.adapters.applied[m] for m in range(len(masks)) if masks[m][b]]
+                adapters = server.adapters.by_name
+                firsts = [
+                    adapters[name](x_1d) if name in adapters else x_1d
+                    for name, x_1d in zip(names, firsts, strict=True)
+                ]
+            feature = torch.cat(firsts).mean(0)
         found.append(server.head(feature[None])[0])
     return torch.stack(found)
 

@@ -7,7 +7,7 @@ import torch
 from mpsl_dist.actors.agreement import Elsewhere
 from mpsl_dist.actors.choices import head_of, task_of
 from mpsl_dist.config import Experiment
-from mpsl_dist.config.methods import comes_back, facts_of
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Dataset, Splits, presence
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.models.pretrained import LONGEST_SOUND, LONGEST_TEXT
@@ -115,20 +115,19 @@ def check_missing(experiment: Experiment, splits: Splits) -> None:
 
 
 def _not_with_gaps(experiment: Experiment, splits: Splits) -> list[str]:
-    defences, sync, faults = experiment.defences, experiment.tokenizer_sync, experiment.faults
+    defences = experiment.defences
     own = experiment.training.evaluate_own and experiment.data.test_at == "server"
-    returns = comes_back(experiment) and sync.mode == "gradients"
     asked = {
         "tokenizer_sync.masked: a sum over those who have a modality may be over very few": (
-            sync.masked
+            experiment.tokenizer_sync.masked
         ),
         "wire.cache: the server keeps whole samples": experiment.wire.cache,
-        "server.replicas: they share whole samples": experiment.server.replicas > 1,
+        "server.shard: shards compute the same passes, and not all clients' samples need all": (
+            experiment.server.shard
+        ),
         "defences.token_noise: its epsilon is that of whole samples": defences.token_noise,
         "defences.shuffle_patches: its orders are those of whole samples": defences.shuffle_patches,
         "defences.nopeek: its penalty is that of whole samples": defences.nopeek,
-        f"faults.rejoin: {faults.rejoin}, but with tokenizer_sync.mode=gradients nobody may have "
-        "what a client that comes back lacks; take never": returns,
         "training.evaluate_own: at the server a client's own tokenizers would meet parts that it "
         "has none for; take data.test_at=clients": own,
         f"data.name: {experiment.data.name} is a retrieval dataset, whose pairs need both parts": (

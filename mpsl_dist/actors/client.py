@@ -82,7 +82,6 @@ one number per trained tokenizer parameter.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +123,14 @@ class Description:
         How many it has, to train on and to test with.
     modalities : tuple of str
         Those that any of them has; empty where they are all that the data have.
+    trained : tuple of str
+        Those of them that it trains on; empty likewise.
     """
 
     samples: int
     test_samples: int
     modalities: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
 
 
 class Client:
@@ -155,8 +157,8 @@ class Client:
         Codes what crosses the cut.
     guard : Guard
         Its defences, which change what leaves it.
-    modalities : tuple of str
-        Those that it has tokenizers of; empty where these are all.
+    modalities, trained : tuple of str
+        Those that it has tokenizers of, and any that it trains on; empty where these are all.
     """
 
     def __init__(
@@ -173,6 +175,7 @@ class Client:
         wire: Wire = Wire(),  # noqa: B008 (frozen)
         guard: Guard = Guard(),  # noqa: B008 (frozen)
         modalities: tuple[str, ...] = (),
+        trained: tuple[str, ...] = (),
     ) -> None:
         self.number = number
         self.data = data
@@ -186,6 +189,7 @@ class Client:
         self.wire = wire
         self.guard = guard
         self.modalities = modalities
+        self.trained = trained
         self._accumulated: Tensor | None = None
         self._masked: masking.MaskedSum | None = None
         self._visiting: Tokenizers | None = None
@@ -194,7 +198,7 @@ class Client:
 
     def describe(self) -> Description:
         """Return how many samples it holds, and which modalities."""
-        return Description(len(self.data), len(self.test_data), self.modalities)
+        return Description(len(self.data), len(self.test_data), self.modalities, self.trained)
 
     def tokenize(self, step: int, rows: Sequence[int] | None = None) -> list[Sent] | Gapped:
         """Tokenize the mini-batch of this step of the epoch, from 0 (Eq. 1).
@@ -351,7 +355,9 @@ class Client:
     def hand_over(self) -> dict[str, Any]:
         """Return what a client that comes back continues from, where all clients are the same."""
         weights = trainable_state(self.tokenizers.local_value())
-        return {"tokenizers": weights, "optimizer": self.stepper.copied_state()}
+        moments = self.stepper.copied_state().get("state", {})
+        named = {name: moments.get(at, {}) for at, name in enumerate(weights)}
+        return {"tokenizers": weights, "moments": named}
 
     # -- what a client is told -------------------------------------------------------------
 
@@ -404,9 +410,11 @@ class Client:
         load_trainable(self.tokenizers.local_value(), weights, some=True)
 
     def take_over(self, parts: Mapping[str, Any]) -> None:
-        """Continue from what another client has handed over."""
+        """Continue from what other clients have handed over."""
         self.set_tokenizer_weights(parts["tokenizers"])
-        self.stepper.load(copy.deepcopy(parts["optimizer"]))
+        names = trainable_state(self.tokenizers.local_value())
+        moments = {at: parts["moments"][name] for at, name in enumerate(names)}
+        self.stepper.take_over({at: own for at, own in moments.items() if own})
         self._accumulated = None
 
     def begin_test(self, weights: Mapping[str, Tensor] | None, counts: Sequence[int]) -> None:

@@ -6,9 +6,11 @@ Everything that a client ever sends is what a method of :class:`FederatedClient`
 it reveals to the server stands after "tells":
 
 ===============  ==============================================================================
-``describe``     how many training and test samples it holds; tells no more
-``train_round``  the trained parameters after its local epochs, its sample count, its mean loss;
-                 tells of its inputs and labels what a model trained on them does
+``describe``     how many training and test samples it holds, and which modalities, if it lacks
+                 any; tells no more
+``train_round``  the trained parameters after its local epochs, without those of modalities that it
+                 does not train on, its sample count, its mean loss; tells of its inputs and labels
+                 what a model trained on them does
 ``test``         how many of its test predictions were right, and of how many; tells little of
                  its labels
 ``read_tests``   how many of its test samples can be read; tells no more
@@ -38,6 +40,7 @@ from mpsl_dist.actors.learner import Learner
 from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.config import Training
 from mpsl_dist.models.average import load_trainable, trainable_state
+from mpsl_dist.models.tokenizers import of_modalities
 from mpsl_dist.records import state
 
 
@@ -48,7 +51,7 @@ class Update:
     Attributes
     ----------
     weights : mapping of str to Tensor
-        Its trainable parameters, on CPU.
+        Its trainable parameters, on CPU, but for those of modalities that it does not train on.
     samples : int
         Its training samples: its weight in the average.
     loss : float
@@ -71,8 +74,9 @@ class FederatedClient:
     test_data : TestData
         Its own samples; ``test_data`` may be empty.
     model : Deployable
-        Where it computes. Clients of one worker take turns on one model: every turn begins by
-        loading what the server sent, so that nothing of a client stays in it for the next.
+        Where it computes, with the tokenizers of its own modalities alone. Clients of one worker
+        take turns on one model: every turn begins by loading what the server sent, so that of what
+        a client uses nothing stays in it for the next.
     training : Training
     keep_optimizer : bool
         Carry the optimizers' state from round to round.
@@ -80,6 +84,8 @@ class FederatedClient:
         Per round.
     home : Path
         The folder that the folders of its states lie below, unless they are absolute.
+    modalities, trained : tuple of str
+        Those that any of its samples has, and any that it trains on; empty where these are all.
     """
 
     def __init__(
@@ -92,6 +98,8 @@ class FederatedClient:
         keep_optimizer: bool,
         local_epochs: int,
         home: Path = Path(),
+        modalities: tuple[str, ...] = (),
+        trained: tuple[str, ...] = (),
     ) -> None:
         self.number = number
         self.data = data
@@ -101,6 +109,8 @@ class FederatedClient:
         self.keep_optimizer = keep_optimizer
         self.local_epochs = local_epochs
         self.home = home
+        self.modalities = modalities
+        self.trained = trained
         self.learner = Learner(model, training)
         self.counts: list[int] = []
         self.span = (1, 1)
@@ -108,8 +118,8 @@ class FederatedClient:
     # -- what a client sends ---------------------------------------------------------------
 
     def describe(self) -> Description:
-        """Return how many samples it holds."""
-        return Description(len(self.data), len(self.test_data))
+        """Return how many samples it holds, and which modalities."""
+        return Description(len(self.data), len(self.test_data), self.modalities)
 
     def train_round(self, round_: int, weights: Mapping[str, Tensor]) -> Update:
         """Train the server's model on its own data, and return what came out.
@@ -119,14 +129,14 @@ class FederatedClient:
         round_ : int
             From 0.
         weights : mapping of str to Tensor
-            Every trainable parameter.
+            Every trainable parameter, but for those of modalities that it lacks.
 
         Raises
         ------
         DivergedError
             If a loss is no finite number.
         """
-        load_trainable(self.model, weights)
+        self._load(weights)
         if not self.keep_optimizer:
             self.learner = Learner(self.model, self.training)
             self.learner.plan(*self.span)
@@ -138,11 +148,12 @@ class FederatedClient:
                     step = self._step_of_the_run(round_, local_epoch, epoch_step)
                     total += count * self.learner.train(self.data.batch(epoch_step), step)
         samples = len(self.data)
-        return Update(trainable_state(self.model), samples, total / (samples * self.local_epochs))
+        own = of_modalities(trainable_state(self.model), self.trained)
+        return Update(own, samples, total / (samples * self.local_epochs))
 
     def test(self, weights: Mapping[str, Tensor], batch_size: int) -> tuple[int, int]:
         """Return how many test samples the server's model predicts right, and of how many."""
-        load_trainable(self.model, weights)
+        self._load(weights)
         return self.model.right(self.test_data, batch_size)
 
     def read_tests(self, batch_size: int) -> int:
@@ -216,6 +227,9 @@ class FederatedClient:
     def _take_up(self, kept: dict[str, Any]) -> None:
         if kept:
             self.learner.load_optimizer_state(kept)
+
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        load_trainable(self.model, weights, some=bool(self.modalities))
 
     def _file(self, folder: str) -> Path:
         return self.home / folder / state.client_file(self.number)

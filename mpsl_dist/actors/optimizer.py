@@ -69,6 +69,10 @@ class Stepper:
             values |= {name: x.cpu() for name, x in values.items() if isinstance(x, Tensor)}
         return state
 
+    def take_over(self, moments: Mapping[int, Mapping[str, Any]]) -> None:
+        """Continue from another's moments, copied, by the parameter's place."""
+        self.load(self.state() | {"state": copy.deepcopy(dict(moments))})
+
     def load(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state`."""
         if self.optimizer:

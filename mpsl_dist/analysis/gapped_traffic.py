@@ -42,18 +42,29 @@ class Gaps:
     test: tuple[Cells, ...]
     names: tuple[str, ...]
 
-    def keys(self, parts: ModelParts) -> Keys:
-        """Return which client trains which tokenizer parameters, bytes in place of numbers."""
-        trained = parts.tokenizers.named_parameters()
-        number = parts.bytes_per_number
+    def keys(self, parts: ModelParts, whole: bool = False, tests: bool = True) -> Keys:
+        """Return which client trains which tokenizer parameters, bytes in place of numbers.
+
+        Parameters
+        ----------
+        whole : bool
+            Those of the server's part too.
+        tests : bool
+            Whether its test samples count for what modalities a client has.
+        """
+        number, modules = parts.bytes_per_number, [parts.tokenizers, parts.server_model]
+        trained = (pair for module in modules[: 1 + whole] for pair in module.named_parameters())
         sizes = {name: p.numel() * number for name, p in trained if p.requires_grad}
-        has = [np.concatenate(own).any(0) for own in zip(self.train, self.test, strict=True)]
+        each = zip(self.train, self.test, strict=True) if tests else zip(self.train)
+        has = [np.concatenate(own).any(0) for own in each]
         held = {n: tuple(np.array(self.names)[there]) for n, there in enumerate(has)}
         return Keys(sizes, {n: own for n, own in held.items() if len(own) < len(self.names)})
 
-    def weights(self, parts: ModelParts) -> NDArray[np.int64]:
-        """Return the bytes of every client's trained tokenizers, (clients,)."""
-        keys = self.keys(parts)
+    def weights(
+        self, parts: ModelParts, whole: bool = False, tests: bool = True
+    ) -> NDArray[np.int64]:
+        """Return the bytes of every client's :meth:`keys`, (clients,)."""
+        keys = self.keys(parts, whole, tests)
         return np.array([sum(keys.own(n, keys.sizes).values()) for n in range(len(self.train))])
 
     def speakers(self, parts: ModelParts) -> NDArray[np.int64]:

@@ -99,7 +99,7 @@ def training(
     if facts.one_process or facts.alone:
         return {}
     if not facts.split:
-        return _rounds(parts, plan.shape[1], epochs)
+        return _rounds(parts, plan.shape[1], epochs, gaps)
     samples, steps = plan.sum(0) * epochs, (plan > 0).sum(0) * epochs
     found = {kind: samples * each for kind, each in per_sample(parts).items()}
     if experiment.wire.cache:
@@ -156,13 +156,20 @@ def sent_samples(
     return sent
 
 
-def _rounds(parts: ModelParts, clients: int, rounds: int) -> Bytes:
+def _rounds(parts: ModelParts, clients: int, rounds: int, gaps: Gaps | None) -> Bytes:
     experiment = parts.experiment
     times = np.zeros(clients, dtype=np.int64)
     for round_ in range(rounds):
         times[draw(clients, experiment.federated.fraction, experiment.seed, round_)] += 1
-    weights = trained_bytes(parts, "client") + trained_bytes(parts, "server")
-    return {"model_down": times * weights, "model_up": times * weights}
+    trains = _model_bytes(parts, gaps) if gaps is None else gaps.weights(parts, True, tests=False)
+    return {"model_down": times * _model_bytes(parts, gaps), "model_up": times * trains}
+
+
+def _model_bytes(parts: ModelParts, gaps: Gaps | None) -> int | NDArray[np.int64]:
+    """Return the bytes of the trained model, by client where they have not all the same."""
+    if gaps is not None:
+        return gaps.weights(parts, whole=True)
+    return trained_bytes(parts, "client") + trained_bytes(parts, "server")
 
 
 def trained_bytes(parts: ModelParts, owner: str) -> int:
@@ -186,8 +193,8 @@ def testing(parts: ModelParts, held: NDArray[np.int64], gaps: Gaps | None = None
     if facts.one_process or facts.alone:
         return {}
     if not facts.split:
-        weights = trained_bytes(parts, "client") + trained_bytes(parts, "server")
-        return {"test_weights_down": (held > 0) * weights} if held.any() else {}
+        sent = (held > 0) * _model_bytes(parts, gaps)
+        return {"test_weights_down": sent} if held.any() else {}
     weights = trained_bytes(parts, "client") if gaps is None else gaps.weights(parts)
     found = _averaging(parts, clients, experiment.training.evaluate_own, gaps)
     if held.any():

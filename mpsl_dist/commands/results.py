@@ -48,7 +48,7 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     from mpsl_dist.actors import deployable
     from mpsl_dist.actors.agreement import renumbered
-    from mpsl_dist.actors.holdings import load_data, loaders_of
+    from mpsl_dist.actors.holdings import Holdings, load_data, loaders_of
     from mpsl_dist.actors.local_data import TestData
 
     folder = Path(options.run_directory)
@@ -64,6 +64,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     place = (experiment.data.place, experiment.data.test_at)
     needs = ("test",) if place == ("own", "server") else ("train", "test")
     splits = renumbered(load_data(experiment, needs), classes)
+    if experiment.data.missing.rate:
+        splits = Holdings.deal(experiment, splits).splits
     print(f"the test set of {experiment.data.name}:")
     held = TestData(splits.test, loaders=loaders_of(experiment, splits))
     results = model.test(held, experiment.training.test_batch_size)

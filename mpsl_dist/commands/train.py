@@ -33,7 +33,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
     """Add the words of a command that reads an experiment."""
-    parser.add_argument("config", help="an experiment, configs/*.yaml")
+    parser.add_argument("config", help="an experiment's file, or a shipped one's name")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
 
 
@@ -144,6 +144,7 @@ def _check_everything(
         lambda: processes.place_in_world(experiment, options.words),
         lambda: processes.checked_at_server(experiment),
         lambda: directory.check(resolved, options.resume, options.overwrite),
+        lambda: processes.trackers_of(experiment),
     ):
         try:
             results.append(check())
@@ -151,7 +152,7 @@ def _check_everything(
             refusals.append(str(error))
     if refusals:
         raise ConfigError("\n".join(refusals))
-    launched, data, _ = results
+    launched, data, *_ = results
     return launched, data
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpsl_dist.config import shipped
 from mpsl_dist.config.checks import problems
 from mpsl_dist.config.schema import Experiment
 from mpsl_dist.errors import ConfigError
@@ -44,7 +45,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Parameters
     ----------
     path : str or Path
-        A YAML file whose keys are the fields of :class:`Experiment`.
+        A YAML file whose keys are the fields of :class:`Experiment`, or the name of a shipped one.
     overrides : sequence of str
         ``key.path=value`` with the value in YAML.
 
@@ -54,6 +55,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         With every problem at once: unknown keys (the nearest valid one named), wrong types and
         values out of range.
     """
+    path = shipped.path_of(path)
     values = read_yaml(path, ConfigError)
     if not values:
         raise ConfigError(f"{path}: empty; an experiment says at least what is not a default")

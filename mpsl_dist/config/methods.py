@@ -73,6 +73,7 @@ _FAULTS = tuple(
 )
 _REMOTE = (
     "clients_per_worker",
+    "data.missing",
     "data.test_at",
     "runtime.channels",
     "runtime.interface",
@@ -83,7 +84,6 @@ _REMOTE = (
 _SPLIT = (
     *_REMOTE,
     "contrastive",
-    "data.missing",
     "defences",
     "model.head_at",
     "tokenizer_sync",
@@ -114,7 +114,6 @@ METHODS: dict[str, MethodFacts] = {
         server_model="client",
         reads=(
             *_REMOTE,
-            "data.missing",
             "federated.batch_size",
             "federated.local_epochs",
             "federated.round_timeout",
@@ -170,12 +169,21 @@ def comes_back(experiment: Experiment) -> bool:
 def unread(experiment: Experiment) -> list[str]:
     """Return the keys that are set to other than their defaults and that the method never reads."""
     facts, defaults = facts_of(experiment), flatten(Experiment())
-    reads = (*facts.reads, *_FAULTS) if facts.tolerant else facts.reads
     return [
         key
         for key, value in flatten(experiment).items()
-        if _below(key, OPTIONAL) and not _below(key, reads) and value != defaults.get(key)
+        if not _reads(facts, key) and value != defaults.get(key)
     ]
+
+
+def readers(key: str) -> list[str]:
+    """Return those of our methods that read a key."""
+    return [name for name, facts in METHODS.items() if _reads(facts, key)]
+
+
+def _reads(facts: MethodFacts, key: str) -> bool:
+    reads = (*facts.reads, *_FAULTS) if facts.tolerant else facts.reads
+    return not _below(key, OPTIONAL) or _below(key, reads)
 
 
 def _below(key: str, sections: tuple[str, ...]) -> bool:

@@ -42,6 +42,7 @@ class Missing:
 class Data:
     """What a sample is and where it lies."""
 
+    #: The dataset.
     name: str = "digits-qa"
     #: Folder of the datasets that are read from disk.
     root: str | None = None
@@ -62,9 +63,10 @@ class Data:
     #: Loader processes for each client, shared by the clients of a process (one a core is enough);
     #: 0 loads in the worker itself.
     loaders: int = 0
-    #: Side of a picture in pixels, and length of a spectrogram in frames; null is the dataset's
-    #: own, a manifest's as long as its sounds.
+    #: Side of a picture in pixels; null is the dataset's own.
     image_size: int | None = None
+    #: Length of a spectrogram in frames; null is the dataset's own, a manifest's as long as its
+    #: sounds.
     audio_frames: int | None = None
     #: Mean and deviation that are taken out of pixels: ``imagenet``'s, ``clip``'s, ``half`` (both
     #: 0.5), or as the paper has it (``imagenet`` for pictures, none for frames of clips). Null
@@ -89,8 +91,11 @@ class Encoder:
 
     #: A ViT of the paper, or ``custom`` with the width, depth and heads below.
     size: Literal["Ti", "S", "B", "L", "H", "custom"] = "Ti"
+    #: Of ``custom``: numbers of a token.
     width: int | None = None
+    #: Of ``custom``: blocks.
     depth: int | None = None
+    #: Of ``custom``: attention heads of a block, a divisor of the width.
     heads: int | None = None
     #: The last k blocks are trained; ``all`` trains every block.
     trainable_blocks: int | Literal["all"] = "all"
@@ -125,8 +130,9 @@ class Model:
     pooling: Literal["cls", "mean"] = "cls"
     #: Side of a square image patch, in pixels.
     image_patch: int = 16
-    #: Side and stride of an audio patch, in frames and mel bins (AST: 16 and 10).
+    #: Side of an audio patch, in frames and mel bins (AST: 16).
     audio_patch: int = 16
+    #: From one audio patch to the next, in frames and mel bins (AST: 10).
     audio_stride: int = 10
     #: Side of the square of neighbouring patches that leave the tokenizer as one token, their mean;
     #: 1 keeps every patch.
@@ -138,8 +144,9 @@ class Model:
     #: ``table`` embeds every token of a text; ``clip`` makes a whole text one token, by CLIP's
     #: frozen text tower (texts of at most 77 tokens); ``minilm`` is a pretrained text encoder.
     text: Literal["table", "clip", "minilm"] = "table"
-    #: ``patches`` of a picture or a spectrogram, or a pretrained encoder in their place.
+    #: ``patches`` of a picture, or a pretrained encoder in their place.
     image: Literal["patches", "efficientnet-lite0"] = "patches"
+    #: ``patches`` of a spectrogram, or a pretrained encoder in their place.
     audio: Literal["patches", "whisper-tiny"] = "patches"
     #: How many last blocks of ``minilm``, ``efficientnet-lite0`` and ``whisper-tiny`` are trained
     #: at the clients: 6, 7 and 4 are all of the blocks, ``all`` is the embedding too.
@@ -150,9 +157,9 @@ class Model:
     train_token_table: bool = False
     #: ``false`` freezes every tokenizer: clients only send.
     train_tokenizers: bool = True
-    #: Retrieval: embeddings of unit length, and the first value of a trained temperature (null
-    #: has none). The released code has neither.
+    #: Retrieval: embeddings of unit length, which the released code has not.
     normalize: bool = False
+    #: Retrieval: first value of a trained temperature; null, as in the released code, has none.
     temperature: float | None = None
 
 
@@ -199,14 +206,22 @@ WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 class Optimizer:
     """One owner's optimizer and schedule."""
 
+    #: Torch's optimizer of this name.
     name: Literal["adamw", "adam", "sgd"] = "adamw"
+    #: Learning rate.
     lr: float = 1e-4
+    #: ``adamw`` takes it from the weights, the others add it to the gradient.
     weight_decay: float = 0.0
+    #: Of ``sgd``.
     momentum: float = 0.0
-    #: ``step`` multiplies the rate by ``gamma`` every ``every_epochs`` epochs.
+    #: How the rate goes on: ``cosine`` falls to 0 at the run's end, ``step`` is multiplied by
+    #: ``gamma`` every ``every_epochs`` epochs.
     schedule: Literal["constant", "cosine", "step"] = "constant"
+    #: Steps in which the rate rises to its value.
     warmup_steps: int = 0
+    #: Of the schedule ``step``.
     every_epochs: int = 5
+    #: Of the schedule ``step``.
     gamma: float = 0.1
 
 
@@ -214,6 +229,7 @@ class Optimizer:
 class TokenizerSync:
     """Whether and how often the clients' tokenizers are brought together in training."""
 
+    #: Never (the paper); step by averaged ``gradients``; or average the ``weights``.
     mode: Literal["none", "gradients", "weights"] = "none"
     #: In steps.
     every: int = 1
@@ -229,6 +245,7 @@ class Wire:
     #: ``fp32`` (numbers as they are), ``bf16``, ``fp8``, ``int8``, ``int4`` or ``int2``, the last
     #: four with a scale for each token.
     activations: str = "fp32"
+    #: The same of the gradients that come back.
     gradients: str = "fp32"
     #: Of the gradients' whole numbers; ``stochastic`` keeps their mean. Activations are rounded to
     #: the nearest.
@@ -308,11 +325,13 @@ class Adapters:
 class Training:
     """Length, batches and optimizers of a training run."""
 
+    #: Times that the training data are gone through; a federated round is one.
     epochs: int = 15
     #: Samples of the global batch, all clients together.
     batch_size: int = 128
     server: Optimizer = field(default_factory=Optimizer)
     client: Optimizer = field(default_factory=Optimizer)
+    #: Of all numbers; ``float64`` is for tests of exactness.
     precision: Literal["float32", "float64"] = "float32"
     #: ``bf16``: the encoder's blocks compute in bfloat16 where torch's autocast has it so; weights,
     #: tokenizers, the cut layer and the head stay as they are. See ``docs/large.md``.
@@ -333,11 +352,22 @@ class Training:
 class Checkpoint:
     """When the state of every rank is written."""
 
-    #: 0 turns the rule off; both rules may stand together.
+    #: After so many epochs; 0 turns the rule off, and both rules may stand together.
     every_epochs: int = 1
+    #: After so many steps; 0 turns the rule off.
     every_steps: int = 0
     #: Complete checkpoints kept; older ones are removed.
     keep: int = 2
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Who else is told of a run's metrics on the server, see ``docs/watching.md``."""
+
+    #: Write TensorBoard's event files to ``tensorboard/`` in the run directory.
+    tensorboard: bool = False
+    #: ``package.module:function``, called with every line of ``metrics.jsonl`` as a dict.
+    hook: str | None = None
 
 
 @dataclass(frozen=True)
@@ -391,8 +421,9 @@ class Runtime:
     interface: str | None = None
     #: ``tcp`` keeps same-host payloads on the socket, so that interface counters see them.
     channels: Literal["auto", "tcp"] = "auto"
-    #: Compute threads of the server, and of each worker; null divides the host's cores.
+    #: Compute threads of the server; null divides the host's cores.
     server_threads: int | None = None
+    #: Compute threads of each worker; null divides the host's cores.
     worker_threads: int | None = None
 
 
@@ -400,6 +431,7 @@ class Runtime:
 class Experiment:
     """Everything that a run depends on."""
 
+    #: Name of the run directory.
     name: str = "run"
     #: ``mpsl``, ``psl``, ``centralized``, ``standalone``, ``fedavg``, ``fedclip``, or a plugin's.
     method: str = "mpsl"
@@ -407,13 +439,16 @@ class Experiment:
     method_options: dict[str, Any] = field(default_factory=dict)
     #: Modules that add datasets, tokenizers, heads or methods, see ``docs/extending.md``.
     plugins: list[str] = field(default_factory=list)
+    #: Of every draw: weights, partition, order of samples.
     seed: int = 2024
     #: Folder of the run directories.
     output: str = "runs"
     #: ``auto``, ``cpu``, ``cuda`` (each rank its own GPU where there are several) or ``cuda:1``;
     #: ``auto`` takes CUDA where there is one.
     device: str = "auto"
+    #: Clients of the run, each with data and tokenizers of its own.
     clients: int = 4
+    #: Clients that share a worker's process.
     clients_per_worker: int = 1
     #: ``proportional``: every client's part of a global batch follows its share of the data;
     #: ``equal``: ceil(B/N) each until it runs dry, the released code's rule.
@@ -430,6 +465,7 @@ class Experiment:
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
     faults: Faults = field(default_factory=Faults)
     server: Server = field(default_factory=Server)
     runtime: Runtime = field(default_factory=Runtime)

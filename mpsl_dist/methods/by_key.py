@@ -1,4 +1,4 @@
-"""Whose tokenizers have which parameters: clients lack those of modalities that they never have.
+"""Who has which parameters: clients lack those of modalities that they never have.
 
 Shape legend: ``n`` trained tokenizer parameters.
 """
@@ -13,43 +13,41 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mpsl_dist.models.tokenizers import modality_of
+from mpsl_dist.models.tokenizers import of_modalities
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The trained tokenizer parameters, and who has which; by default everybody has all.
+    """The trained parameters, and who has which; by default everybody has all.
 
     Attributes
     ----------
     sizes : mapping of str to int
-        Name -> numbers, of all modalities together, in the order of a gradient vector.
+        Name -> numbers, of all modalities together, in the order of a gradient vector; of
+        tokenizers' alone.
     modalities : mapping of int to sequence of str
         Client -> those that it has; clients that have all are left out.
+    trained : mapping of int to sequence of str
+        Client -> those that it trains on; clients that train on all are left out.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     modalities: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    trained: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
     def held(self, client: int) -> tuple[str, ...]:
         """Return the client's modalities; empty where it has all."""
         return tuple(self.modalities.get(client, ()))
 
-    def alike(self, clients: Sequence[int]) -> list[list[int]]:
-        """Return these clients in groups that have the same modalities."""
-        groups: dict[tuple[str, ...], list[int]] = {}
-        for client in clients:
-            groups.setdefault(self.held(client), []).append(client)
-        return list(groups.values())
-
     def own(self, client: int, weights: Mapping[str, T]) -> Mapping[str, T]:
         """Return those of these values by parameter that the client has."""
-        if client not in self.modalities:
-            return weights
-        held = (None, *self.modalities[client])
-        return {name: x for name, x in weights.items() if modality_of(name) in held}
+        return of_modalities(weights, self.held(client))
+
+    def taught(self, client: int, weights: Mapping[str, T]) -> Mapping[str, T]:
+        """Return those of a client's values that count in an average: of what it trains on."""
+        return of_modalities(weights, self.trained.get(client, ()))
 
     def sum(self, vectors: Mapping[int, Tensor]) -> Tensor:
         """Return the sum (n,) of clients' gradient vectors, by key; there is at least one."""

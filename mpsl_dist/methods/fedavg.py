@@ -5,6 +5,11 @@ for some local epochs on its own data; the server replaces them by the clients' 
 their samples. A round is one step, and one epoch, of the training loop: with one local epoch every
 sample is met as often as in an epoch of MPSL.
 
+A client that lacks a modality is sent no tokenizer or adapter of it, and sends none. These are
+averaged over the clients that train on the modality, weighted by all of their samples, with it or
+without: then their mean after one local step of SGD is one step on the samples that they have
+together. What nobody of a round has stays as it was.
+
 A client's mini-batches are those that it has in MPSL's global batches (``client_share``), unless
 ``federated.batch_size`` sets their size; its learning rate follows MPSL's steps in either case.
 
@@ -32,6 +37,7 @@ from mpsl_dist.config import Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.data.loading import Unread
 from mpsl_dist.data.partition import shares
+from mpsl_dist.methods.by_key import Keys
 from mpsl_dist.methods.hosting import Setup, open_fleet
 from mpsl_dist.methods.link import Back, RoundLink
 from mpsl_dist.models.average import average, load_trainable, trainable_state
@@ -62,6 +68,9 @@ class FedAvg:
         self.tests = TestData(splits.test, loaders=loaders_of(experiment, splits))
         self.repeated = 0
         held = clients.describe()
+        clients.keys = Keys(
+            modalities={n: told.modalities for n, told in held.items() if told.modalities}
+        )
         self.sizes = {n: held[n].samples for n in held}
         self.test_sizes = {n: held[n].test_samples for n in held if held[n].test_samples}
         local_epochs = experiment.federated.local_epochs
@@ -101,7 +110,7 @@ class FedAvg:
         updates = self.clients.train_round(step, trainable_state(self.model), drawn)
         if not updates:
             return None
-        load_trainable(self.model, aggregate(updates))
+        load_trainable(self.model, aggregate(updates), some=True)
         return mean_loss(updates)
 
     def evaluate(self) -> dict[str, float]:
@@ -171,7 +180,10 @@ def mean_loss(updates: Mapping[int, Update]) -> float:
 
 
 def aggregate(updates: Mapping[int, Update]) -> dict[str, torch.Tensor]:
-    """Return the mean of the clients' trainable parameters, weighted by their samples."""
+    """Return the mean of the clients' trainable parameters, weighted by their samples.
+
+    Each is the mean of those who sent it; what nobody did is not there.
+    """
     return average(
         [update.weights for update in updates.values()],
         [update.samples for update in updates.values()],
@@ -189,17 +201,21 @@ def build_clients(
     The parameters are those of :data:`mpsl_dist.methods.hosting.BuildClients`; ``reference`` goes
     unused.
     """
-    model = deployable.build(experiment, holdings.splits)
+    held = {n: holdings.modalities(n) for n in numbers}
+    wanted = {name for own in held.values() for name in own or holdings.splits.shapes}
+    model = deployable.build(experiment, holdings.splits, wanted)
     rules = experiment.federated
     return [
         FederatedClient(
             number,
             *holdings.of(number),
-            model,
+            model.only(held[number]) if held[number] else model,
             experiment.training,
             rules.optimizer == "keep",
             rules.local_epochs,
             experiment.run_directory.absolute(),
+            held[number],
+            holdings.modalities(number, tests=False),
         )
         for number in numbers
     ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mpsl_dist.actors.agreement import Agreement, Disagreement, Offer, agree
-from mpsl_dist.actors.checks import check_cache, check_defences
+from mpsl_dist.actors.checks import check_cache, check_defences, check_missing
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.part_checks import refusals_with_data
 from mpsl_dist.config import Experiment
@@ -110,6 +110,7 @@ def own_holdings(shared: Experiment, numbers: Sequence[int], rank: int) -> Holdi
     splits = load_data(experiment, needs)
     check_cache(experiment, splits)
     check_defences(experiment, splits)
+    check_missing(experiment, splits)
     return Holdings.deal(experiment, splits, numbers)
 
 

@@ -115,7 +115,8 @@ def build_clients(
         stepper = Stepper(tokenizers.parameters(), experiment.training.client)
         own = holdings.of(number)
         owned = (reference(tokenizers), stepper, fusion, task, device, home, wire_of(experiment))
-        clients.append(Client(number, *own, *owned, guard, held[number]))
+        seen = held[number], holdings.modalities(number, tests=False)
+        clients.append(Client(number, *own, *owned, guard, *seen))
     return clients
 
 

@@ -23,6 +23,7 @@ from mpsl_dist.actors.federated_client import Update
 from mpsl_dist.actors.local_data import Damage
 from mpsl_dist.config import Faults
 from mpsl_dist.errors import DataError, DiskError, DivergedError, RemoteError
+from mpsl_dist.methods.by_key import Keys
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic, nbytes
@@ -357,6 +358,9 @@ class RoundLink(Link):
     (:class:`mpsl_dist.actors.federated_client.FederatedClient`).
     """
 
+    #: Which client has which parameters.
+    keys: Keys = Keys()
+
     def begin_training(self, counts: Mapping[int, list[int]], steps: int, rounds: int) -> None:
         """Tell clients the sizes of their mini-batches, and what their schedules span.
 
@@ -372,8 +376,8 @@ class RoundLink(Link):
     def train_round(
         self, round_: int, weights: Mapping[str, Tensor], clients: Sequence[int]
     ) -> dict[int, Update]:
-        """Have clients train the server's model on their own data."""
-        sent = dict.fromkeys(clients, (round_, weights))
+        """Have clients train what they have of the server's model on their own data."""
+        sent = {n: (round_, self.keys.own(n, weights)) for n in clients}
         where = f"round {round_}"
         return self.start("train_round", sent, where, down="model_down", up="model_up")()
 
@@ -392,5 +396,5 @@ class RoundLink(Link):
         dict of int to tuple of int
             Client -> right predictions, and samples that could be read.
         """
-        sent = dict.fromkeys(clients, (weights, batch_size))
+        sent = {n: (self.keys.own(n, weights), batch_size) for n in clients}
         return self.start("test", sent, self.in_test, down="test_weights_down")()

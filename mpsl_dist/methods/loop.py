@@ -69,7 +69,7 @@ def train(
         _save_model(experiment, splits, method, run)
     at.seconds = time.perf_counter() - started
     summary = summarize(experiment, splits, method, at, status)
-    run.write_json("summary", summary)
+    run.end(summary)
     return summary
 
 

@@ -81,6 +81,7 @@ class Mpsl:
         clients.keys = Keys(
             {name: x.numel() for name, x in trainable_state(tokenizers).items()},
             {n: told.modalities for n, told in held.items() if told.modalities},
+            {n: told.trained for n, told in held.items() if told.trained},
         )
         batch_size, epochs = experiment.training.batch_size, experiment.training.epochs
         self.plan = shares(list(self.sizes.values()), batch_size, experiment.client_share)
@@ -100,6 +101,8 @@ class Mpsl:
         steps, epochs = len(self.plan), self.experiment.training.epochs
         self.clients.begin_training(steps, epochs, back.fresh)
         if self.sync.identical:
+            if self.clients.keys.modalities:  # others may lack what they have
+                self.clients.restore_kept(back.fresh)
             self._begin_like_others(back.clients)
         else:
             own = self.clients.restore_kept(back.fresh)

@@ -31,8 +31,10 @@ from mpsl_dist.errors import ConfigError, LaunchError, UserError
 from mpsl_dist.methods import federation, loop
 from mpsl_dist.methods.hosting import Setup, timeout_of
 from mpsl_dist.methods.method import Method
-from mpsl_dist.methods.progress import say
+from mpsl_dist.methods.progress import say, warn
+from mpsl_dist.records import tracking
 from mpsl_dist.records.run_directory import RunDirectory, environment_of, log_to
+from mpsl_dist.records.tracking import Tracker, Trackers
 from mpsl_dist.runtime import (
     admission,
     environment,
@@ -178,7 +180,8 @@ def train_as_server(
         say(f"model.head.kind={kind} does not read {', '.join(ignored)}")
     for remark in (*remarks(holdings.splits), *defences.sentences(experiment, holdings.splits)):
         say(remark)
-    run.write_json("environment", environment_of(launched.world, devices, placement))
+    told = environment_of(launched.world, devices, placement)
+    run.write_json("environment", told | {"steps_per_epoch": len(method.plan)})
     summary = loop.train(experiment, holdings.splits, method, run, stop)
     if joined:
         joined.dismiss(together=not method.clients.lost)
@@ -261,11 +264,21 @@ def open_run(experiment: Experiment, resume: bool, overwrite: bool) -> RunDirect
     ------
     RunError
         If it stands in the way, or cannot be continued.
+    ConfigError
+        As :func:`trackers_of`.
     """
     run = RunDirectory(experiment.run_directory, to_dict(Experiment()))
+    trackers = trackers_of(experiment)
     run.open(to_dict(experiment), resume, overwrite)
+    run.trackers = Trackers(trackers, warn)
     log_to(run.path / "rank0.log").info("server, rank 0, seed %d", experiment.seed)
     return run
+
+
+def trackers_of(experiment: Experiment) -> dict[str, Tracker]:
+    """Return who is told of the run's metrics, by :func:`mpsl_dist.records.tracking.find`."""
+    asked = experiment.tracking
+    return tracking.find(experiment.run_directory, asked.tensorboard, asked.hook)
 
 
 def join(experiment: Experiment, launched: Environment) -> world.World:

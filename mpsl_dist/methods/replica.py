@@ -6,9 +6,9 @@ one that leaves gradients in ``.grad``, where torch's own tools for several GPUs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from mpsl_dist.actors.choices import describe
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server, Smashed
 from mpsl_dist.models.average import load_trainable
+from mpsl_dist.models.gapped import Crossing, converted, tensors_of
 from mpsl_dist.records import state
 from mpsl_dist.runtime import sharding
 from mpsl_dist.runtime.network import host_name
@@ -57,7 +58,7 @@ class Replica:
         self.server = server
         self.device = device
         self.shard = shard
-        self._received: dict[int, list[Tensor]] = {}
+        self._received: dict[int, Crossing] = {}
         self._predictions: dict[int, Tensor] = {}
 
     @_on_its_gpu
@@ -73,21 +74,20 @@ class Replica:
         return f"{host_name()}, {describe(self.device)}"
 
     @_on_its_gpu
-    def forward(self, smashed: Smashed, asked: tuple[bool, ...]) -> dict[int, Tensor]:
+    def forward(self, smashed: Smashed, asked: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         """Return the predictions for these clients, and keep what a backward needs.
 
         Parameters
         ----------
-        smashed : mapping of int to list of Tensor
+        smashed : mapping of int to list of Tensor, or Gapped
             Apart from any graph.
-        asked : tuple of bool
-            Of which of a client's activations a gradient is wanted.
+        asked : mapping of int to sequence of bool
+            Of which of each client's activations a gradient is wanted.
         """
         for parameter in self.server.stepper.parameters:
             parameter.grad = None  # of a step that was given up
         self._received = {
-            n: [x.detach().requires_grad_(a) for x, a in zip(tensors, asked, strict=True)]
-            for n, tensors in smashed.items()
+            n: converted(sent, partial(_leaves, asked=asked[n])) for n, sent in smashed.items()
         }
         self._predictions = self.server.forward(self._received) if smashed else {}
         return {n: slice_bk.detach() for n, slice_bk in self._predictions.items()}
@@ -103,7 +103,7 @@ class Replica:
         if predictions:
             wanted = [gradients.get(n, torch.zeros_like(x)) for n, x in predictions.items()]
             torch.autograd.backward(list(predictions.values()), wanted)
-        return {n: [x.grad for x in received[n]] for n in gradients}
+        return {n: [x.grad for x in tensors_of(received[n])] for n in gradients}
 
     @_on_its_gpu
     def predict(self, smashed: Smashed) -> dict[int, Tensor]:
@@ -164,3 +164,7 @@ class Replica:
                 parameter = stepper.parameters[at]
                 values |= {name: sharding.part_of(x, parameter) for name, x in values.items()}
             stepper.load(parts["optimizer"])
+
+
+def _leaves(tensors: Sequence[Tensor], asked: Sequence[bool]) -> list[Tensor]:
+    return [x.detach().requires_grad_(a) for x, a in zip(tensors, asked, strict=True)]

@@ -37,6 +37,7 @@ from mpsl_dist.errors import ConfigError
 from mpsl_dist.methods.hosting import Setup, on_own_gpu
 from mpsl_dist.methods.progress import say
 from mpsl_dist.methods.replica import Replica
+from mpsl_dist.models.gapped import Crossing, converted, samples_of, tensors_of
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.records.run_directory import log_to
 from mpsl_dist.runtime import world
@@ -124,15 +125,16 @@ class ServerGroup:
         """
         if not torch.is_grad_enabled():
             return self.predict(smashed)
-        asked = tuple(map(any, zip(*(_asks(smashed[n]) for n in smashed), strict=True)))
-        dealt = self._deal(smashed)
-        found = self._all("forward", [(share, asked) for share in dealt])
+        asked = {n: [x.requires_grad for x in tensors_of(smashed[n])] for n in smashed}
+        dealt, first = self._deal(smashed), next(iter(asked.values()))
+        told = [(share, {n: asked.get(n, first) for n in share}) for share in dealt]
+        found = self._all("forward", told)
         predictions = {n: slice_bk for share in found for n, slice_bk in share.items()}
         # A parameter's gradient is wanted even where none of the activations' is.
         anchor = torch.zeros((), requires_grad=bool(self.stepper.parameters))
-        who = list(smashed), len(asked), [list(share) for share in dealt]
-        back = partial(self._backward, self._pass, *who)
-        flat = [x for tensors in smashed.values() for x in tensors]
+        tensors = {n: len(asked[n]) for n in smashed}
+        back = partial(self._backward, self._pass, tensors, [list(share) for share in dealt])
+        flat = [x for sent in smashed.values() for x in tensors_of(sent)]
         outcome = _Everyone.apply(back, [predictions[n] for n in smashed], anchor, *flat)
         return dict(zip(smashed, outcome, strict=True))
 
@@ -144,34 +146,34 @@ class ServerGroup:
         together = {n: slice_bk for share in found for n, slice_bk in share.items()}
         return {n: together[n] for n in smashed}
 
-    def _deal(self, smashed: Smashed) -> list[dict[int, list[Tensor]]]:
+    def _deal(self, smashed: Smashed) -> list[dict[int, Crossing]]:
         """Return every replica's share, out of any graph; in shards it is never empty."""
-        dealt = shares({n: [x.detach() for x in smashed[n]] for n in smashed}, self.count)
+        dealt = shares({n: converted(smashed[n], _detached) for n in smashed}, self.count)
         if self.own.shard:
             example = next(iter(smashed.values()))
-            one = [x_bld[:1].detach().clone() for x_bld in example]
+            one = [x_bld[:1].detach().clone() for x_bld in tensors_of(example)]
             dealt = [share or {_NOBODY: one} for share in dealt]
         return dealt
 
     def _backward(
         self,
         of: object,
-        clients: Sequence[int],
-        tensors: int,
+        tensors: Mapping[int, int],
         dealt: Sequence[Sequence[int]],
         gradients: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """Have every replica go backward; return the gradients of all that came in, in order.
 
-        Of a step that was given up, while the replicas have begun something else, there are none.
-        An error would be heard by nobody, and its callers would wait for it at the run's end.
+        ``tensors`` says how many came of each client. Of a step that was given up, while the
+        replicas have begun something else, there are no gradients. An error would be heard by
+        nobody, and its callers would wait for it at the run's end.
         """
-        by_client = {n: g.clone() for n, g in zip(clients, gradients, strict=True)}
+        by_client = {n: g.clone() for n, g in zip(tensors, gradients, strict=True)}
         told = [({n: by_client[n] for n in share if n in by_client},) for share in dealt]
         with self._turn:
             found = self._ask("backward", told) if of is self._pass else []
         back = {n: own for share in found for n, own in share.items()}
-        return [x for n in clients for x in back.get(n, [None] * tensors)]
+        return [x for n in tensors for x in back.get(n, [None] * tensors[n])]
 
     def _all(self, message: str, told: Sequence[Sequence[Any]]) -> list[Any]:
         """Have all replicas do the same at the same time, and return their answers.
@@ -254,15 +256,15 @@ class _Together(nn.Module):
         return torch.cat(list(found.values()))
 
 
-def _asks(tensors: Sequence[Tensor]) -> list[bool]:
-    return [x.requires_grad for x in tensors]
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach() for x in tensors]
 
 
-def shares(smashed: Smashed, count: int) -> list[dict[int, list[Tensor]]]:
+def shares(smashed: Smashed, count: int) -> list[dict[int, Crossing]]:
     """Deal whole clients to replicas 0, 1, ..., so that all have about equally many samples."""
     clients = list(smashed)
-    dealt = place([len(smashed[client][0]) for client in clients], count)
-    return [{clients[at]: list(smashed[clients[at]]) for at in share} for share in dealt]
+    dealt = place([samples_of(smashed[client]) for client in clients], count)
+    return [{clients[at]: smashed[clients[at]] for at in share} for share in dealt]
 
 
 def build_server(experiment: Experiment, splits: Splits, lengths: Sequence[int]) -> Server:

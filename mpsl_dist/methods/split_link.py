@@ -55,27 +55,29 @@ class SplitLink(Link):
     def hand_over(self, clients: Sequence[int], to: Sequence[int]) -> None:
         """Have the first of these that answers give others its tokenizers and optimizer's state.
 
-        Raises
-        ------
-        RemoteError
-            If nobody who answers has what one of these has, no more and no less.
+        What it lacks the next gives that has it; what none of them has, the first of the others
+        themselves that does.
         """
-        for alike in self.keys.alike(to):
-            givers = [n for n in clients if self.keys.held(n) == self.keys.held(alike[0])]
-            if not self._hand_over(givers, alike) and self.keys.modalities:
-                raise RemoteError(
-                    f"{name_clients(alike)} cannot go on: no client that is left has the same "
-                    "modalities to hand over"
-                )
+        told: dict[int, Any] = {}
+        while set(asked := self._speakers([*clients, *to])) != told.keys():
+            told = self.start("hand_over", dict.fromkeys(asked, ()), "return", up="sync_up")()
+        parts = {
+            part: {name: x for n in reversed(asked) for name, x in told[n][part].items()}
+            for part in ("tokenizers", "moments")
+        }
+        words = {
+            n: ({part: self.keys.own(n, found) for part, found in parts.items()},)
+            for n in to
+            if n not in self.lost
+        }
+        self.start("take_over", words, "return", down="sync_down")()
+        if own := [n for n in asked if n in to]:
+            warn(
+                f"nobody is left who has all that {name_clients(own)} had: it goes on with its own"
+            )
 
-    def _hand_over(self, clients: Sequence[int], to: Sequence[int]) -> bool:
-        for client in clients:
-            parts = self.start("hand_over", {client: ()}, "return", up="sync_up")()
-            if parts:
-                told = dict.fromkeys(to, (parts[client],))
-                self.start("take_over", told, "return", down="sync_down")()
-                return True
-        return False
+    def _speakers(self, clients: Sequence[int]) -> list[int]:
+        return self.keys.speakers([n for n in clients if n not in self.lost])
 
     def begin_epoch(self, epoch: int, counts: Mapping[int, list[int]], first_step: int) -> None:
         """Tell every client how many samples it gives to each step of the epoch."""
@@ -147,7 +149,7 @@ class SplitLink(Link):
             asked = [n for n in clients[start : start + _AT_ONCE] if n not in self.lost]
             needed = not mean.weight and start + _AT_ONCE >= len(clients)
             for n, weights in self.tokenizer_weights(asked, where, kind, needed).items():
-                mean.add(weights, samples[n])
+                mean.add(self.keys.taught(n, weights), samples[n])
         return mean.result() if mean.weight else None
 
     def _masked_mean(

@@ -135,4 +135,4 @@ def failed_summary(
         "status": "failed",
         "reason": reason,
     }
-    run.write_json("summary", summary)
+    run.end(summary)

@@ -53,7 +53,8 @@ def evaluate(method: SplitMethod) -> dict[str, float]:
     one_by_one = own and method.clients.masks is None
     weights = _everyones(method) if one_by_one else {}
     sizes = [method.sizes[n] for n in weights]
-    mean = average(list(weights.values()), sizes) if one_by_one else _mean(method)
+    taught = [method.clients.keys.taught(n, own) for n, own in weights.items()]
+    mean = average(taught, sizes) if one_by_one else _mean(method)
     if method.experiment.data.test_at == "clients":
         scores, *alone = _at_clients(method, mean, own)
         each = [_accuracy(score) for scores_own in alone for score in scores_own.values()]

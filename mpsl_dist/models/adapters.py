@@ -57,9 +57,11 @@ class Adapters(nn.Module):
         self.by_name = nn.ModuleDict({name: AttentionAdapter(width, form) for name in names})
         self.applied = ["unified" if unified else name for name in modalities]
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return every modality's pooled feature (b, d), adapted if included, in fusion order."""
+    def forward(self, features: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return every modality's pooled feature (b, d), adapted if included, in fusion order;
+        None of a modality that no sample has.
+        """
         return [
-            self.by_name[name](feature_bd) if name in self.by_name else feature_bd
-            for name, feature_bd in zip(self.applied, features, strict=True)
+            self.by_name[name](x_bd) if x_bd is not None and name in self.by_name else x_bd
+            for name, x_bd in zip(self.applied, features, strict=True)
         ]

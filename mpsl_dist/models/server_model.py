@@ -191,21 +191,27 @@ class ServerModel(nn.Module):
 
     def _of_present(self, smashed: Sequence[Tensor], begin: int, present_bm: Tensor) -> Tensor:
         """Return features (b, d) of samples that lack parts: means over what is there."""
-        assert not self.apart and isinstance(self.adapters, nn.Identity)
+        assert not self.apart
         like = smashed[0] if smashed else next(self.parameters())  # a test batch may be empty
         present_bm = present_bm.to(like.device)
         rows = dict(zip(present_bm.any(0).nonzero().flatten().tolist(), smashed, strict=True))
         encode = self._encode_joint if self.fusion == "early" else self._encode_apart
         encoded = encode(rows, begin, present_bm)
+        pooled = [self._pooled(encoded.get(m)) for m in range(present_bm.shape[1])]
         pooled_bmd = like.new_zeros(*present_bm.shape, self.width)
-        for m, x_bld in encoded.items():
-            pooled_bd = x_bld[:, 0] if self.pooling == "cls" else x_bld.mean(1)
-            pooled_bmd[present_bm[:, m], m] = pooled_bd
+        for m, x_bd in enumerate(self.adapters(pooled)):
+            if x_bd is not None:
+                pooled_bmd[present_bm[:, m], m] = x_bd
         sizes = [1] * len(self.lengths) if self.pooling == "cls" else self.lengths
         # A mean over all tokens weighs a modality by its tokens.
         weights_bm = present_bm * pooled_bmd.new_tensor(sizes)
         shares_bm = weights_bm / weights_bm.sum(1, keepdim=True)
         return (pooled_bmd * shares_bm.unsqueeze(-1)).sum(1)
+
+    def _pooled(self, encoded_bld: Tensor | None) -> Tensor | None:
+        if encoded_bld is None:
+            return None
+        return encoded_bld[:, 0] if self.pooling == "cls" else encoded_bld.mean(1)
 
     def _encode_joint(
         self, rows: Mapping[int, Tensor], begin: int, present_bm: Tensor

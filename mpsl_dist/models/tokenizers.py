@@ -7,14 +7,21 @@ Shape legend: ``b`` batch, ``c`` channels, ``h`` height, ``w`` width, ``t`` fram
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+T = TypeVar("T")
 _STD = 0.02
+#: How the names of a modality's own parameters begin; an adapter may be all modalities'.
+_OF_A_MODALITY = re.compile(
+    r"((tokenizers\.)?by_modality|(server_model\.)?adapters\.by_name(?!\.unified\.))\.(?P<name>[^.]+)\."
+)
 
 
 @dataclass(frozen=True)
@@ -213,11 +220,19 @@ class Tokenizers(nn.Module):
 
 
 def modality_of(parameter: str) -> str | None:
-    """Return whose tokenizer a parameter of :class:`Tokenizers` is in, by its name; None of what
-    the modalities share.
+    """Return whose tokenizer or adapter a parameter is in, by its name in the tokenizers, in the
+    server's part or in the whole model; None of what the modalities share.
     """
-    first, _, rest = parameter.partition(".")
-    return rest.partition(".")[0] if first == "by_modality" else None
+    found = _OF_A_MODALITY.match(parameter)
+    return found and found["name"]
+
+
+def of_modalities(weights: Mapping[str, T], modalities: Collection[str]) -> Mapping[str, T]:
+    """Return those of these values by parameter that are of these modalities, or of none; all of
+    them where ``modalities`` is empty.
+    """
+    held = (None, *modalities)
+    return {k: x for k, x in weights.items() if modality_of(k) in held} if modalities else weights
 
 
 def fuse(tokens: Sequence[Tensor], fusion: str) -> list[Tensor]:

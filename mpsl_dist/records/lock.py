@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import platform
+import struct
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,8 @@ from mpsl_dist.errors import RunError
 #: The file in the run directory that is locked; it is never removed, since a lock is on the file
 #: and not on its name.
 LOCK = ".lock"
+#: Linux's ``struct flock``: kind, whence, start, length, process.
+_FLOCK = "hhqqi"
 
 
 def take(folder: Path) -> IO[str]:
@@ -72,6 +75,31 @@ def refuse_if_taken(folder: Path) -> None:
         return  # there is none; or taking it will tell
     with file:
         _lock(file, fcntl.LOCK_SH, folder)
+
+
+def holder(folder: Path) -> tuple[bool | None, str]:
+    """Return whether another process has a run directory, and who had it last; take nothing.
+
+    Unlike :func:`refuse_if_taken` it gets in nobody's way, however often it is asked.
+
+    Returns
+    -------
+    taken : bool or None
+        None where nothing tells: no lock was ever taken, or not on this host, whose file system
+        may not tell of other hosts' locks.
+    who : str
+        "process 17 on node3", or empty.
+    """
+    try:
+        with (folder / LOCK).open("rb") as file:
+            who = file.read(200).decode(errors="replace").strip()
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+    except OSError:
+        return None, ""
+    if kind != fcntl.F_UNLCK:
+        return True, who
+    return (False if who.endswith(f" on {platform.node()}") else None), who
 
 
 def _lock(file: IO[str], kind: int, folder: Path) -> None:

@@ -20,6 +20,7 @@ import yaml
 from mpsl_dist.errors import DiskError, RunError
 from mpsl_dist.reading import read_json, read_json_lines, read_yaml
 from mpsl_dist.records import lock
+from mpsl_dist.records.tracking import Trackers
 from mpsl_dist.typed import flatten
 
 #: Keys that may differ when a run is resumed: none of them changes what is computed.
@@ -34,6 +35,7 @@ FREE_KEYS = (
     "federated.round_timeout",
     "output",
     "runtime",
+    "tracking",
     "training.test_batch_size",
     "weights.root",
 )
@@ -59,6 +61,8 @@ class RunDirectory:
         self.path = path
         self._defaults = flatten(defaults or {})
         self._lock: IO[str] | None = None
+        #: Who is told of every line of metrics, and of the end.
+        self.trackers: Trackers | None = None
 
     def check(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
         """Return whether there is a run here already, and refuse what would harm it.
@@ -201,6 +205,8 @@ class RunDirectory:
             path.open("a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(values) + "\n")
+        if self.trackers:
+            self.trackers.tell(values)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``; none where there is no such file.
@@ -240,6 +246,12 @@ class RunDirectory:
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         with _disk(self.path / "metrics.jsonl") as path:
             write_atomic(path, "".join(kept))
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json`` and tell the trackers: the run has ended, in whichever way."""
+        self.write_json("summary", summary)
+        if self.trackers:
+            self.trackers.tell({"split": "end", **summary})
 
     def write_json(self, name: str, value: Any) -> None:
         """Write ``<name>.json``."""

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys
 from local_fleet import in_one_process
 
+from mpsl_dist.actors import assembly
 from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.masking import Masked
@@ -31,16 +32,23 @@ from mpsl_dist.methods import processes
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.replica import Replica
 from mpsl_dist.methods.server_group import ServerGroup
+from mpsl_dist.models.gapped import tensors_of
 from mpsl_dist.records import state
 from mpsl_dist.runtime import environment, process, sharding, world
 from mpsl_dist.runtime.answers import Answers
 from mpsl_dist.runtime.fleet import Fleet
 
+#: Modalities of the tokenizers that were built here.
+BUILT: list[str] = []
+
 
 def train_and_tell(experiment: Experiment, launched: environment.Environment, steps: int) -> dict:
     """Train some steps by the real method; give every number that came of it."""
+    BUILT.clear()
     method = processes.connect(experiment, launched, Holdings.load(experiment))
     told: dict[str, Any] = {"losses": [], "cut_gradients": [], "forwards": 0, "backwards": 0}
+    ranks = range(experiment.server.replicas, experiment.server.replicas + experiment.workers)
+    told["built"] = list(world.ask(tell_built, dict.fromkeys(ranks, ()), 60).values())
     if isinstance(method.server, ServerGroup):
         give_steps_up(method)
     else:
@@ -54,7 +62,7 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
     told["clients"] = method.clients.tokenizer_weights(
         list(method.sizes), "test", "test_weights_up"
     )
-    told["replicas"] = []
+    told["replicas"], told["bytes"] = [], method.traffic.by_kind()
     if experiment.server.shard:
         told |= tell_shards(method, Path(experiment.output) / experiment.name)
     else:
@@ -65,6 +73,24 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
             world.ask(tell_replica, dict.fromkeys(others, (number,)), 60).values()
         )
     return told
+
+
+def count_tokenizers() -> None:
+    """Note the modality of every tokenizer that is built in this process."""
+    build = assembly._build_tokenizer
+
+    def noting(experiment: Experiment, modality: str, *words: Any) -> torch.nn.Module:
+        BUILT.append(modality)
+        return build(experiment, modality, *words)
+
+    assembly._build_tokenizer = noting
+
+
+def tell_built() -> list[str]:
+    """What has been built since the last time; runs on a worker."""
+    built = BUILT.copy()
+    BUILT.clear()
+    return built
 
 
 def _count_passes(encoder: torch.nn.Module, told: dict[str, Any]) -> None:
@@ -146,7 +172,7 @@ def _keep_cut_gradients(method: Mpsl, kept: list) -> None:
         gradients: dict = {}
         kept.append(gradients)
         for client, tensors in smashed.items():
-            for index, tensor in enumerate(tensors):
+            for index, tensor in enumerate(tensors_of(tensors)):
                 if tensor.requires_grad:
                     tensor.register_hook(
                         lambda g, key=(client, index): gradients.update({key: g.clone()})
@@ -244,6 +270,7 @@ def main() -> None:
         leaking(task)
     if task == "end":
         process.watch_server = partial(process.watch_server, interval=0.0)
+    count_tokenizers()
     if launched.rank > 0:
         sent = keep_what_is_sent() if task != "gold" else []
         processes.serve_as_worker(toys.experiment(), launched)

@@ -55,6 +55,9 @@ def _cases() -> dict[str, dict]:
     for method in ("mpsl", "psl"):
         training = _training(server=sgd, client=sgd)
         found[f"{method} sgd"] = {"method": method, "training": training}
+    gaps = {"name": "toy-image+audio", "missing": {"rate": 0.5, "seed": 3}}
+    for method in ("mpsl", "psl", "fedavg", "fedclip"):
+        found[f"{method} gaps"] = {"method": method, "data": gaps}
     base = {"clients_per_worker": 2, "training": _training(epochs=STEPS)}
     return {name: base | case for name, case in found.items()}
 
@@ -84,7 +87,7 @@ def assert_states_close(ours: dict, theirs: dict, tolerance: float) -> None:
         assert error <= tolerance, f"{key}: off by {error:.2e} of its largest entry"
 
 
-@pytest.mark.parametrize("case", [*SYNCS, "late", "dry", "sgd"])
+@pytest.mark.parametrize("case", [*SYNCS, "late", "dry", "sgd", "gaps"])
 def test_naive_psl_trains_as_mpsl_does(case: str, told: dict) -> None:
     psl, mpsl = told[f"psl {case}"], told[f"mpsl {case}"]
     assert psl["losses"] == pytest.approx(mpsl["losses"], rel=TOLERANCE)
@@ -114,7 +117,7 @@ def test_fedavg_of_one_client_over_rpc_equals_centralized_step_for_step(told: di
     assert_states_close(ours, theirs, 1e-13)
 
 
-@pytest.mark.parametrize("case", ["fedavg", "fedclip"])
+@pytest.mark.parametrize("case", ["fedavg", "fedclip", "fedavg gaps", "fedclip gaps"])
 def test_federated_training_over_rpc_equals_the_same_in_one_process(case: str, told: dict) -> None:
     chosen = toys.experiment(**_cases()[case])
     torch.set_num_threads(1)

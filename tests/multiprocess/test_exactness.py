@@ -43,7 +43,23 @@ def cases(device: str = "cpu") -> dict[str, dict]:
         # In float64 alone: the reference writes the loss as another sum, and AdamW makes steps of
         # full size from float32's rounding in parameters without a gradient (a key's bias).
         found[f"retrieval {contrastive}"] = _retrieval(contrastive, "float64")
+    found |= _with_gaps()
     return {name: case | {"device": device} for name, case in found.items()}
+
+
+def _with_gaps() -> dict[str, dict]:
+    """Clients that lack a modality, samples that lack parts, and a manifest's own gaps."""
+    by_client = _case("early", "image+audio", "float64")
+    by_client["data"] |= {"missing": {"rate": 0.5, "seed": 3}}
+    late = _case("late", "image+audio", "float64")
+    late["data"] |= {"missing": {"rate": 0.5, "seed": 3, "per": "sample"}}
+    synced = {"clients_per_worker": 2, "tokenizer_sync": {"mode": "gradients", "every": 1}}
+    found = {
+        "gaps by client": by_client,
+        "gaps by sample, synced": late | synced,
+        "gaps of the data": _case("early", "gaps", "float64") | {"clients": 3},
+    }
+    return {name: {"clients": 4} | case for name, case in found.items()}
 
 
 def _heads(case: dict, mode: str) -> dict:
@@ -65,6 +81,8 @@ def coded_cases() -> dict[str, dict]:
         name: {"wire": wire, "clients_per_worker": 2} | (late if "late" in name else {})
         for name, wire in wires.items()
     }
+    gaps = _with_gaps()["gaps by client"]
+    coded["coded gaps"] = gaps | {"wire": wires["coded early"], "clients_per_worker": 2}
     defences = {"nopeek": 0.5, "gradient_noise": 0.5, "label_epsilon": 2, "token_noise": 0.2}
     defences |= {"shuffle_patches": True, "secret": "seed"}
     return coded | {"defended": late | {"clients_per_worker": 2, "defences": defences}}
@@ -150,7 +168,10 @@ def test_every_clients_tokenizers_change(case: str, gold: dict) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["4 clients on 2 workers", "retrieval global", "heads at clients, late", *coded_cases()],
+    [
+        *("4 clients on 2 workers", "retrieval global", "heads at clients, late"),
+        *(*_with_gaps(), *coded_cases()),
+    ],
 )
 def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, gold: dict) -> None:
     experiment, told = gold[case]
@@ -166,6 +187,27 @@ def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, g
         own = method.clients.references[client].tokenizer_weights()
         for key, value in state.items():
             assert torch.equal(own[key], value), (client, key)
+
+
+def test_a_client_that_never_hears_builds_no_tokenizer_of_sounds_and_sends_no_token_of_them(
+    gold: dict,
+) -> None:
+    """Client 3; 0 and 2 never see, and drop what they drew numbers with for a picture's."""
+    experiment, told = gold["gaps by client"]
+    assert sorted(told["built"]) == [["image"], *[["image", "audio"]] * 3]
+    held = {
+        n: {name.split(".")[1] for name in state if name.startswith("by_modality")}
+        for n, state in told["clients"].items()
+    }
+    assert held == {0: {"audio"}, 1: {"image", "audio"}, 2: {"audio"}, 3: {"image"}}
+    splits, sent = load_data(experiment), told["bytes"]
+    first = assembly.build_tokenizers(experiment, splits).by_modality
+    token = experiment.model.encoder.width * torch.float64.itemsize
+    # Of each sample its tokens, and two bytes of a mask; no gradient comes back for a mask.
+    for client, modality in ((0, "audio"), (3, "image")):
+        back = sent["cut_layer_gradients"][client]
+        samples, rest = divmod(back, first[modality].length * token)
+        assert samples and not rest and sent["activations"][client] == back + 2 * samples
 
 
 @pytest.mark.parametrize("clients", [2, 16])
@@ -188,7 +230,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("case", [name for name in cases() if "retrieval" not in name])
+@pytest.mark.parametrize("case", [n for n in cases() if "retrieval" not in n and "gaps" not in n])
 def test_on_one_thread_it_equals_to_the_last_bit(case: str, gold: dict) -> None:
     experiment, told = gold[case]
     expected = reference.train(experiment, STEPS)

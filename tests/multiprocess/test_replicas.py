@@ -19,6 +19,7 @@ from test_runs import assert_same_run, steps_done
 
 from mpsl_dist.config import to_dict
 
+MODES = {"early": "none", "late": "gradients"}
 TOY_COMMAND = str(Path(__file__).with_name("toy_command.py"))
 
 
@@ -26,7 +27,7 @@ def cases() -> dict[str, dict]:
     """Two and three replicas, early and late fusion; five uneven clients on two workers."""
     found = {}
     for replicas in (2, 3):
-        for fusion, mode in (("early", "none"), ("late", "gradients")):
+        for fusion, mode in MODES.items():
             case = _case(fusion, "image+text", "float64")
             found[f"{replicas} replicas, {fusion}, {mode}"] = case | {
                 "clients": 5,
@@ -39,6 +40,11 @@ def cases() -> dict[str, dict]:
     found["dry clients"] = found["2 replicas, late, gradients"] | {"client_share": "equal"}
     late = found["2 replicas, late, gradients"]
     found["heads at clients"] = late | {"model": late["model"] | {"head_at": "client"}}
+    gaps = {"name": "toy-image+audio", "missing": {"rate": 0.5, "seed": 3, "per": "sample"}}
+    for fusion in ("early", "late"):
+        found[f"gaps, {fusion}"] = found[f"2 replicas, {fusion}, {MODES[fusion]}"] | {
+            "data": gaps,
+        }
     return found
 
 
@@ -46,6 +52,8 @@ def sharded_cases() -> dict[str, dict]:
     """The same in shards, and what shards might stumble over."""
     found = {}
     for name, case in cases().items():
+        if "gaps" in name:  # refused
+            continue
         found[name] = case | {"server": case["server"] | {"shard": True}}
     late, early = found["3 replicas, late, gradients"], found["2 replicas, early, none"]
     found["dry clients"] = late | {"client_share": "equal"}  # in the fifth step one has none

@@ -18,7 +18,7 @@ import yaml
 from conftest import Launch, launcher, torchrun_line
 
 from mpsl_dist.actors.holdings import Holdings
-from mpsl_dist.analysis import flops, traffic_model
+from mpsl_dist.analysis import flops, gapped_traffic, traffic_model
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, to_dict
 from mpsl_dist.data.partition import shares
@@ -41,7 +41,14 @@ def _cases() -> dict[str, dict]:
     heads = {"head_at": "client"}
     # Twice as many activations as a MiB holds.
     wide = frozen | {"encoder": {"size": "custom", "width": 256, "depth": 1, "heads": 2}}
+    by_client, by_sample = ({"rate": 0.5, "per": per} for per in ("client", "sample"))
+    gaps = {"data": at_clients | {"missing": by_client | {"at_test": True}}}
     cases = {
+        "mpsl gaps": gaps | {"tokenizer_sync": {"mode": "weights", "every": 3}, "training": own},
+        "psl gaps late, coded": late
+        | {"method": "psl", "wire": coded, "data": late["data"] | {"missing": by_sample}},
+        "fedavg gaps": gaps | {"method": "fedavg", "federated": {"fraction": 0.75}},
+        "fedclip gaps": gaps | {"method": "fedclip"},
         "mpsl": {"data": at_clients, "tokenizer_sync": {"mode": "gradients", "every": 3}},
         "mpsl late": late | {"tokenizer_sync": {"mode": "weights", "every": 2}, "training": own},
         "mpsl own at clients": {"data": at_clients, "training": own},
@@ -118,10 +125,11 @@ def computed(experiment: Experiment) -> dict[str, list[int]]:
     tests = np.array([len(test) for _, test in held])
     epochs = experiment.training.epochs
     plan = shares(sizes, experiment.training.batch_size, experiment.client_share)
-    total = traffic_model.training(parts, plan, epochs)
-    for kind, each in traffic_model.testing(parts, tests).items():
+    gaps = gapped_traffic.gaps_of(holdings)
+    total = traffic_model.training(parts, plan, epochs, gaps)
+    for kind, each in traffic_model.testing(parts, tests, gaps).items():
         total[kind] = each * epochs
-    for kind, each in traffic_model.exporting(parts, len(sizes)).items():
+    for kind, each in traffic_model.exporting(parts, len(sizes), gaps).items():
         total[kind] = total[kind] + each
     return {kind: by_client.tolist() for kind, by_client in total.items() if by_client.any()}
 

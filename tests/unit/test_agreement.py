@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -210,6 +211,17 @@ def test_several_clients_of_a_host_share_its_rows_alone(at_north: Path) -> None:
     assert sorted(found.sizes) == [6, 6]
     rows = [row for n in (2, 3) for row in found.of(n)[0].indices]
     assert sorted(rows) == list(range(12))
+
+
+def test_what_cannot_be_had_with_gaps_is_refused_by_the_host_that_has_them(at_north: Path) -> None:
+    shared = experiment(wire={"cache": True}, model={"train_tokenizers": False})
+    assert not federation.offer(shared, [0], 1).refusal
+    with (at_north / "birds.csv").open() as file:
+        header, first, *rows = csv.reader(file)
+    first[header.index("text")] = ""
+    write_csv(at_north / "birds.csv", header, [first, *rows])
+    refused = federation.offer(shared, [0], 1).refusal
+    assert refused.startswith("wire.cache: the server keeps whole samples"), refused
 
 
 def test_more_owners_than_clients_of_a_host_are_refused(tmp_path: Path) -> None:

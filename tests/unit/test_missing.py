@@ -13,17 +13,19 @@ import torch
 import toys
 from local_fleet import in_one_process, steps_of
 
+from mpsl_dist.__main__ import main
 from mpsl_dist.actors import assembly
-from mpsl_dist.actors.client import Client
+from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.holdings import Holdings, load_data
+from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.actors.part_checks import refusals_with_data
 from mpsl_dist.analysis import flops, gapped_traffic, traffic_model
 from mpsl_dist.analysis.audit import halves
 from mpsl_dist.analysis.audit.victim import refuse
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, Faults, to_dict
-from mpsl_dist.config.methods import unread
-from mpsl_dist.data import Batch, DataError, gaps, presence
+from mpsl_dist.config.methods import METHODS, unread
+from mpsl_dist.data import DataError, gaps, presence
 from mpsl_dist.data.decode.samples import FileDataset, Sample, View
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.methods import centralized
@@ -32,7 +34,7 @@ from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.psl import Psl
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.gapped import tensors_of
-from mpsl_dist.models.server_model import ServerModel, build_encoder
+from mpsl_dist.models.server_model import build_encoder
 from mpsl_dist.records.traffic import nbytes
 
 STEPS = 4
@@ -43,7 +45,6 @@ MISSING = {"rate": 0.5, "seed": 3}
 def experiment(data: dict | None = None, **changes) -> Experiment:
     training = to_dict(toys.experiment())["training"] | {"precision": "float64"}
     chosen = {"name": "toy-image+audio", "missing": MISSING} | (data or {})
-    changes = {"faults": {"rejoin": "never"}} | changes
     return toys.experiment(**{"training": training} | changes, data=chosen)
 
 
@@ -180,24 +181,6 @@ def test_counted_bytes_are_the_computed_ones(case: str) -> None:
     assert method.traffic.by_kind() == computed
 
 
-def test_with_everything_present_no_mask_is_built_or_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a mask")
-
-    default = in_one_process(experiment({"missing": {}}))
-    losses = steps_of(default, STEPS)
-    monkeypatch.setattr("mpsl_dist.actors.client.Gapped", refuse)
-    monkeypatch.setattr(ServerModel, "_of_present", refuse)
-    # Draws are made, and nothing falls.
-    drawn = in_one_process(experiment({"missing": {"rate": 1e-9, "at_test": True}}))
-    assert steps_of(drawn, STEPS) == losses and drawn.evaluate() == default.evaluate()
-    assert drawn.traffic.by_kind() == default.traffic.by_kind()
-    gapped = in_one_process(experiment())
-    gapped.begin_epoch(0)
-    with pytest.raises(AssertionError, match="a mask"):
-        gapped.clients.references[3].tokenize(0)
-
-
 def test_a_client_builds_the_tokenizers_of_its_own_modalities_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -234,32 +217,6 @@ def test_a_client_sends_what_it_has_and_a_mask() -> None:
     assert nbytes(sent) == tokens_bld.nbytes + 2 * len(tokens_bld)
     whole = method.clients.references[1].tokenize(0)
     assert isinstance(whole, list) and len(whole) == 1
-
-
-@pytest.mark.parametrize("fusion", ["early", "late"])
-@pytest.mark.parametrize("per", ["client", "sample"])
-def test_what_is_absent_changes_nothing_whatever_it_is(
-    per: str, fusion: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = experiment({"missing": MISSING | {"per": per}}, model={"fusion": fusion})
-    clean = in_one_process(chosen)
-    losses = steps_of(clean, 2)
-    inputs_of_batch = Client._inputs
-
-    def spoiled(self: Client, tokenizers: object, batch: Batch) -> dict[str, torch.Tensor]:
-        inputs = {name: x.clone() for name, x in inputs_of_batch(self, tokenizers, batch).items()}
-        for name in inputs.keys() & (batch.present or {}).keys():
-            inputs[name][~batch.present[name]] = torch.nan
-        return inputs
-
-    monkeypatch.setattr(Client, "_inputs", spoiled)
-    other = in_one_process(chosen)
-    assert steps_of(other, 2) == losses
-    for number, client in clean.clients.references.items():
-        own = other.clients.references[number].tokenizer_weights()
-        assert all(torch.equal(x, own[name]) for name, x in client.tokenizer_weights().items())
-    state = other.server.model.state_dict()
-    assert all(torch.equal(x, state[k]) for k, x in clean.server.model.state_dict().items())
 
 
 @pytest.mark.parametrize("length", [11, 700])
@@ -328,6 +285,23 @@ def test_tests_lack_parts_where_asked_for() -> None:
     assert method.evaluate() == {"accuracy": right / 30}
 
 
+def test_a_finished_model_is_evaluated_on_what_its_run_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = experiment({"missing": MISSING | {"at_test": True}})
+    method = in_one_process(chosen)
+    method.deployable().save(tmp_path / "model", chosen, method.splits)
+
+    def parts(model: Deployable, held: TestData, size: int) -> dict[str, float]:
+        batches = held.batches(size)
+        return {"parts": sum(int(x_b.sum()) for batch in batches for x_b in batch.present.values())}
+
+    monkeypatch.setattr(Deployable, "test", parts)
+    assert main(["evaluate", str(tmp_path)]) == 0
+    expected = parts(method.deployable(), method.tests, 30)["parts"]
+    assert f"parts {expected:.4f}" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     chosen = experiment(output=str(tmp_path), tokenizer_sync={"mode": "gradients", "every": 2})
     whole, first, second = (in_one_process(chosen) for _ in range(3))
@@ -365,14 +339,60 @@ def test_a_client_that_comes_back_takes_the_others_mean_of_what_it_has() -> None
         assert torch.equal(own[name], other.get(name, x)), name
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_what_a_client_is_but_tested_on_does_not_count_in_the_average(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modalities = Holdings.modalities
+
+    def seen(self: Holdings, number: int, tests: bool = True) -> tuple[str, ...]:
+        return modalities(self, number) if tests or number != 1 else ("image",)
+
+    monkeypatch.setattr(Holdings, "modalities", seen)
+    training = to_dict(experiment())["training"] | {"evaluate_own": own}
+    method = in_one_process(experiment(AT_CLIENTS, training=training))
+    steps_of(method, 1)
+    told: dict[str, torch.Tensor] = {}
+    begin = method.clients.begin_test
+    monkeypatch.setattr(
+        method.clients, "begin_test", lambda mean, counts: (told.update(mean), begin(mean, counts))
+    )
+    method.evaluate()
+    weights = {n: method.clients.references[n].tokenizer_weights() for n in (0, 1, 2)}
+    total = method.sizes[0] + method.sizes[2]
+    for name in weights[0]:
+        if "audio" in name:
+            mean = sum(weights[n][name] * method.sizes[n] for n in (0, 2)) / total
+            torch.testing.assert_close(told[name], mean, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("left", [[0, 2, 3], [3]])
+def test_where_all_step_on_the_same_sums_who_comes_back_gets_each_part_of_one_that_has_it(
+    left: list[int], tmp_path: Path
+) -> None:
+    """Weights and moments: as if it had not been away. What nobody has left it has kept itself."""
+    chosen = experiment(output=str(tmp_path), tokenizer_sync={"mode": "gradients"})
+    whole, method = in_one_process(chosen), in_one_process(chosen)
+    losses = steps_of(whole, 4)
+    assert steps_of(method, 2) == losses[:2]
+    gone = [n for n in range(4) if n not in left]
+    if len(left) == 1:  # who sees, alone
+        method.clients.keep(str(tmp_path), "step 2")
+    method.clients.lost |= set(gone)
+    method.clients.fleet.back = gone
+    method.clients.faults = Faults(rejoin="now")
+    method.welcome(method.clients.readmit("step 2"))
+    method.begin_epoch(0, 2)
+    assert [method.step(step, step) for step in (2, 3)] == losses[2:]
+
+
 REFUSED = {
     "tokenizer_sync.masked": {"tokenizer_sync": {"masked": True}},
     "wire.cache": {"model": {"train_tokenizers": False}, "wire": {"cache": True}},
-    "server.replicas": {"server": {"replicas": 2}},
+    "server.shard": {"server": {"replicas": 2, "shard": True}},
     "defences.token_noise": {"defences": {"token_noise": 0.1}},
     "defences.shuffle_patches": {"defences": {"shuffle_patches": True}},
     "defences.nopeek": {"defences": {"nopeek": 0.1}},
-    "faults.rejoin": {"tokenizer_sync": {"mode": "gradients"}, "faults": {"rejoin": "epoch"}},
     "training.evaluate_own": {"training": {"evaluate_own": True}},
     "data.name": {"data": {"name": "toy-pairs"}},
     "data.missing.at_test": {"data": {"test_at": "clients"}},
@@ -381,7 +401,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_cannot_be_had_with_gaps_is_refused_by_name(key: str) -> None:
-    options = {"faults": {"rejoin": "never", "min_clients": 3}} | REFUSED[key]
+    options = {"faults": {"min_clients": 3}} | REFUSED[key]
     data = options.pop("data", {})
     for missing, refused in ((MISSING, True), ({}, False)):
         chosen = experiment({"missing": missing} | data, **options)
@@ -425,10 +445,13 @@ def test_zeros_may_stand_in_for_what_is_absent() -> None:
     assert batch.present is None and not batch.inputs["audio"].any() and batch.inputs["image"].any()
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedclip"])
-def test_methods_that_cannot_leave_parts_out_refuse_the_key_and_take_zeros(method: str) -> None:
-    assert "data.missing.rate" in unread(experiment(method=method))
-    chosen = experiment({"name": "toy-gaps", "missing": {}}, method=method)
+def test_a_method_that_cannot_leave_parts_out_refuses_the_key_and_takes_zeros(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    knows_no_gaps = replace(METHODS["psl"], reads=("tokenizer_sync",))
+    monkeypatch.setitem(METHODS, "psl", knows_no_gaps)
+    assert "data.missing.rate" in unread(replace(experiment(), method="psl"))
+    chosen = replace(experiment({"name": "toy-gaps", "missing": {}}), method="psl")
     splits = load_data(chosen)
     assert presence(splits.train) is None and splits.train.fetch([0]).present is None
 

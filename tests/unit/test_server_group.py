@@ -13,10 +13,12 @@ import toys
 
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
+from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import processes_of, unread
 from mpsl_dist.errors import ConfigError, RemoteError
 from mpsl_dist.methods import server_group
 from mpsl_dist.methods.server_group import Replica, ServerGroup, build_server, shares
+from mpsl_dist.models.gapped import Crossing, Gapped, converted, tensors_of
 from mpsl_dist.runtime.placement import gpu_of, replicas_here
 from mpsl_dist.runtime.replicas import _buckets
 from mpsl_dist.runtime.world import rank_name
@@ -88,8 +90,8 @@ class Others:
         return lambda: [answer]
 
 
-def group_of_two() -> tuple[ServerGroup, Others]:
-    toy, splits = toys.experiment(server={"replicas": 2}), toys.load(("image", "text"))
+def group_of_two(toy: Experiment | None = None) -> tuple[ServerGroup, Others]:
+    toy, splits = toy or toys.experiment(server={"replicas": 2}), toys.load(("image", "text"))
     own, other = (Replica(build_server(toy, splits, [5, 6])) for _ in range(2))
     others = Others(other)
     return ServerGroup(own, others, 2, lambda: other.server.model), others
@@ -107,10 +109,51 @@ def test_a_group_predicts_what_one_server_does_and_each_client_is_served_once() 
     for client, slice_bk in predictions.items():
         torch.testing.assert_close(slice_bk, alone[client])
     ((message, (share, asked)),) = others.told
-    assert message == "forward" and sorted(share) == [12, 13] and asked == (False,)
+    assert (
+        message == "forward" and sorted(share) == [12, 13] and asked == {12: [False], 13: [False]}
+    )
     with torch.no_grad():  # a test is replica 0's alone
         group.forward(held)
     assert len(others.told) == 1
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+def test_so_it_is_with_samples_that_lack_parts(fusion: str) -> None:
+    """One client has no texts, one whole mini-batches, two lack parts of some samples."""
+    torch.manual_seed(0)
+    toy = toys.experiment(server={"replicas": 2}, model={"fusion": fusion})
+    (group, _), alone = group_of_two(toy), build_server(toy, toys.load(("image", "text")), [5, 6])
+    masks = {n: torch.tensor([[1, n % 3 > 0], [1, n > 0], [n < 2, 1]]) > 0 for n in range(4)}
+    masks[0][:, 1], masks[0][2, 0] = False, True
+    held: dict[int, Crossing] = {
+        n: Gapped(
+            tuple(
+                torch.randn(rows, length, 16)
+                for rows, length in zip(present.sum(0).tolist(), (5, 6), strict=True)
+                if rows
+            ),
+            present,
+        )
+        for n, present in masks.items()
+    }
+    whole = [torch.randn(3, 5, 16), torch.randn(3, 6, 16)]
+    held[1] = whole if fusion == "late" else [torch.cat(whole, dim=1)]
+    found = []
+    for server in (group, alone):
+        inputs = {
+            n: converted(sent, lambda own: [x.clone().requires_grad_() for x in own])
+            for n, sent in held.items()
+        }
+        predictions = server.forward(inputs)
+        torch.cat(list(predictions.values())).square().sum().backward()
+        found.append([*predictions.values()])
+        found[-1] += [x.grad for sent in inputs.values() for x in tensors_of(sent)]
+    replicas = zip(*map(gradients_of, (group.own, group.others.replica)), strict=True)
+    found[0] += [sum(parts) for parts in replicas]
+    found[1] += [p.grad for p in alone.model.parameters()]
+    assert len(found[0]) == 4 + 6 + (fusion == "late") + len(gradients_of(group.own))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -186,7 +229,7 @@ def test_a_replica_without_clients_steps_on_the_others_gradients() -> None:
     toy = toys.experiment(training={"server": {"name": "sgd", "lr": 1.0}})
     server = Server(layer, Stepper(layer.parameters(), toy.training.server))
     replica, total = Replica(server), torch.ones(2, 2)
-    assert replica.forward({}, ()) == {} and replica.backward({}) == {}
+    assert replica.forward({}, {}) == {} and replica.backward({}) == {}
     replica.reduction = SimpleNamespace(sum=lambda own, parameters: [total, None])
     before = [p.detach().clone() for p in layer.parameters()]
     replica.step(0, (1, 1))
