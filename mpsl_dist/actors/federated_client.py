@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -190,9 +191,8 @@ class FederatedClient:
     # -- checkpoints, written where the client is ------------------------------------------
 
     def save(self, folder: str) -> str:
-        """Write its optimizers' state, the model is the server's; return the file's SHA-256."""
-        kept = self.learner.optimizer_state() if self.keep_optimizer else {}
-        return state.save(self._file(folder), kept | {"unread": self.data.unread.state()})
+        """Write its own state, the model is the server's; return the file's SHA-256."""
+        return state.save(self._file(folder), self._kept() | {"unread": self.data.unread.state()})
 
     def damage(self, folder: str, digest: str | None) -> str | None:
         """Say what is wrong with the file that :meth:`save` wrote; nothing if it is whole.
@@ -212,14 +212,21 @@ class FederatedClient:
         """Continue from what :meth:`save` wrote."""
         with state.continuing(self._file(folder)) as kept:
             self.data.unread.load(kept.pop("unread", None))
-            if kept:
-                self.learner.load_optimizer_state(kept)
+            self._take_up(kept)
 
     # -- its own business ------------------------------------------------------------------
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters that it steps."""
         return self.learner.parameters
+
+    def _kept(self) -> dict[str, Any]:
+        """Return what it carries from round to round: its optimizers' state."""
+        return self.learner.optimizer_state() if self.keep_optimizer else {}
+
+    def _take_up(self, kept: dict[str, Any]) -> None:
+        if kept:
+            self.learner.load_optimizer_state(kept)
 
     def _load(self, weights: Mapping[str, Tensor]) -> None:
         load_trainable(self.model, weights, some=bool(self.modalities))

@@ -195,8 +195,9 @@ class Holdings:
     def only(self, numbers: Sequence[int]) -> Holdings:
         """Return the same without the samples of other clients than these, for a worker of many.
 
-        Splits that lie in memory are cut to what these clients hold; what lies in files is not
-        read before it is asked for.
+        Splits that lie in memory are cut to what these clients hold, but for a public test set
+        that clients test their own models on; what lies in files is not read before it is asked
+        for.
         """
         places = {number - self.first for number in numbers}
 
@@ -204,7 +205,10 @@ class Holdings:
             return [part if n in places else part[:0] for n, part in enumerate(parts)]
 
         train, parts = _cut(self.splits.train, own(self.dealt.parts))
-        test, tests = _cut(self.splits.test, own(self.tests))
+        public = self.experiment.data.test_at == "server" and facts_of(self.experiment).alone
+        test, tests = self.splits.test, self.tests
+        if not public:
+            test, tests = _cut(test, own(tests))
         splits = replace(self.splits, train=train, test=test)
         return replace(
             self,

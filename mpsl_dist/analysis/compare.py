@@ -31,7 +31,7 @@ __all__ = [
     "write",
 ]
 
-_ORDER = ("centralized", "mpsl", "psl", "fedavg", "fedclip")
+_ORDER = ("centralized", "mpsl", "psl", "fedavg", "fedclip", "standalone")
 
 
 @dataclass(frozen=True)

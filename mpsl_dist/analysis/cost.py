@@ -289,7 +289,7 @@ def _memory(method: str, parts: ModelParts, of: Measured) -> Iterator[Row]:
         size = batch if facts.one_process else experiment.federated.batch_size or own
         whole["kept for backward"] = of.kept("client", size) + of.kept("server", size)
         owners = {owner_of(method, "client"): whole}
-        if not facts.one_process:
+        if not (facts.one_process or facts.alone):
             owners["server"] = _averaging(parts, whole["parameters"])
     for owner, items in owners.items():
         for part, value in (items | {"total": sum(items.values())}).items():

@@ -98,7 +98,7 @@ def training(
         Which samples have which modality; by default all have all.
     """
     experiment, facts = parts.experiment, facts_of(parts.experiment)
-    if facts.one_process:
+    if facts.one_process or facts.alone:
         return {}
     if not facts.split:
         return _rounds(parts, plan.shape[1], epochs, gaps)
@@ -197,7 +197,7 @@ def testing(parts: ModelParts, held: NDArray[np.int64], gaps: Gaps | None = None
         As of :func:`training`.
     """
     experiment, clients, facts = parts.experiment, len(held), facts_of(parts.experiment)
-    if facts.one_process:
+    if facts.one_process or facts.alone:
         return {}
     if not facts.split:
         sent = (held > 0) * _model_bytes(parts, gaps)

@@ -12,7 +12,11 @@ from mpsl_dist.errors import ConfigError
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add ``evaluate``, ``compare`` and ``audit`` to the command line."""
     evaluate = commands.add_parser("evaluate", help="test the model that a run left, without RPC")
-    evaluate.add_argument("run_directory", metavar="RUN", help="a run directory, runs/<name>")
+    evaluate.add_argument(
+        "run_directory",
+        metavar="RUN",
+        help="a run directory, runs/<name>; or a client's own model, runs/<name>/model/client-0000",
+    )
     evaluate.add_argument(
         "overrides",
         nargs="*",
@@ -47,12 +51,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     from mpsl_dist.actors.holdings import Holdings, load_data, loaders_of
     from mpsl_dist.actors.local_data import TestData
 
-    folder = Path(options.run_directory) / "model"
+    folder = Path(options.run_directory)
+    if not (folder / "config.json").is_file():  # no folder of a model itself
+        folder /= "model"
     if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{options.run_directory}: no model/ there; the run is not completed, or its clients "
-            "keep their own tokenizers (defences.secret_tokenizers)"
-        )
+        own = [found.parent for found in sorted(folder.glob("*/config.json"))]
+        why = "the run is not completed, or its clients keep their own tokenizers "
+        why += "(defences.secret_tokenizers)"
+        why = f"its clients have each their own: {own[0]}, ..." if own else why
+        raise ConfigError(f"{options.run_directory}: no model/ there; {why}")
     model, experiment, classes = deployable.load(folder, options.overrides)
     place = (experiment.data.place, experiment.data.test_at)
     needs = ("test",) if place == ("own", "server") else ("train", "test")

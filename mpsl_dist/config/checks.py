@@ -52,6 +52,12 @@ def problems(experiment: Experiment) -> list[str]:
                 f"data.place: own has no meaning for method={experiment.method}, which has all "
                 "the data in one process; take data.place=simulated"
             )
+        own_data = experiment.data.place == "own" and experiment.data.test_at == "server"
+        if facts_of(experiment).alone and own_data:
+            found.append(
+                f"data.test_at: server, but with method={experiment.method} every client tests its "
+                "own model, where the server's test set is not; take data.test_at=clients"
+            )
         found += _modality_problems(experiment)
         found += split_problems(experiment) + defence_problems(experiment)
     except ConfigError as error:

@@ -36,6 +36,9 @@ class MethodFacts:
         Whether a user has a client for each modality, which sees no other; ``clients`` counts all.
     tolerant : bool
         Whether it goes on without clients that are lost, and so reads ``faults``.
+    alone : bool
+        Whether every client has a whole model of its own, which nobody else ever has, and tests it
+        where it is; at the end ``save_models()`` has all of them written there.
     options : type, optional
         A frozen dataclass: what ``method_options`` may say.
     """
@@ -49,6 +52,7 @@ class MethodFacts:
     unimodal: bool = False
     backwards: Literal["one", "per client"] = "one"
     tolerant: bool = False
+    alone: bool = False
     options: type | None = None
 
     @property
@@ -113,6 +117,18 @@ METHODS: dict[str, MethodFacts] = {
         reads=(*_REMOTE, "m2fedsa"),
         unimodal=True,
         tolerant=True,
+    ),
+    "standalone": MethodFacts(
+        "mpsl_dist.methods.standalone:build",
+        server_model="client",
+        reads=(
+            *_REMOTE,
+            "federated.batch_size",
+            "federated.local_epochs",
+            "federated.round_timeout",
+        ),
+        tolerant=True,
+        alone=True,
     ),
     "centralized": MethodFacts(
         "mpsl_dist.methods.centralized:build",

@@ -435,7 +435,8 @@ class Experiment:
 
     #: Name of the run directory.
     name: str = "run"
-    #: ``mpsl``, ``psl``, ``centralized``, ``fedavg``, ``fedclip``, ``m2fedsa``, or a plugin's.
+    #: ``mpsl``, ``psl``, ``centralized``, ``standalone``, ``fedavg``, ``fedclip``, ``m2fedsa``, or
+    #: a plugin's.
     method: str = "mpsl"
     #: Options of a plugin's method.
     method_options: dict[str, Any] = field(default_factory=dict)

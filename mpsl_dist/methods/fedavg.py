@@ -111,8 +111,7 @@ class FedAvg:
         if not updates:
             return None
         load_trainable(self.model, aggregate(updates), some=True)
-        samples = sum(update.samples for update in updates.values())
-        return sum(update.loss * update.samples / samples for update in updates.values())
+        return mean_loss(updates)
 
     def evaluate(self) -> dict[str, float]:
         """Test the server's model, where the test samples are."""
@@ -172,6 +171,12 @@ def draw(clients: int, fraction: float, seed: int, round_: int) -> list[int]:
     count = max(1, round(fraction * clients))
     rng = np.random.default_rng([seed, round_, 2])
     return sorted(rng.choice(clients, count, replace=False).tolist())
+
+
+def mean_loss(updates: Mapping[int, Update]) -> float:
+    """Return the mean of the clients' losses, weighted by their samples."""
+    samples = sum(update.samples for update in updates.values())
+    return sum(update.loss * update.samples / samples for update in updates.values())
 
 
 def aggregate(updates: Mapping[int, Update]) -> dict[str, torch.Tensor]:

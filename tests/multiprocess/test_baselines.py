@@ -17,9 +17,10 @@ from local_fleet import LocalRounds
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.config import to_dict
-from mpsl_dist.methods import centralized
+from mpsl_dist.methods import centralized, standalone
 from mpsl_dist.methods.fedavg import FedAvg, build_clients
-from mpsl_dist.methods.hosting import Setup
+from mpsl_dist.methods.hosting import BuildClients, Setup
+from mpsl_dist.methods.link import Transport
 from mpsl_dist.models.average import trainable_state
 
 HERE = Path(__file__).parent
@@ -48,6 +49,8 @@ def _cases() -> dict[str, dict]:
     found["fedavg alone"] = {"method": "fedavg", "clients": 1}
     found["fedavg"] = {"method": "fedavg", "federated": {"fraction": 0.75}}
     found["fedclip"] = {"method": "fedclip"}
+    gaps = {"missing": {"rate": 0.5, "seed": 3}}
+    found["standalone"] = {"method": "standalone", "data": {"name": "toy-image+audio"} | gaps}
     sgd = {"name": "sgd", "lr": 0.1}  # AdamW would hide a gradient of the wrong scale
     for method in ("mpsl", "psl"):
         training = _training(server=sgd, client=sgd)
@@ -125,6 +128,21 @@ def test_federated_training_over_rpc_equals_the_same_in_one_process(case: str, t
     assert told[case]["losses"] == pytest.approx(losses, rel=1e-13)
     assert_states_close(told[case]["server"], trainable_state(method.model), 1e-13)
     assert told[case]["bytes"] == method.traffic.by_kind()
+
+
+def test_clients_alone_on_workers_train_as_in_one_process_and_send_no_tensor(told: dict) -> None:
+    chosen = toys.experiment(**_cases()["standalone"])
+    torch.set_num_threads(1)
+    holdings = Holdings.load(chosen)
+
+    def local(build: BuildClients) -> Transport:
+        return LocalRounds(build(chosen, list(range(4)), holdings)).fleet
+
+    method = standalone.build(Setup(chosen, holdings, 1, transport=local))
+    losses = [method.step(0, round_) for round_ in range(STEPS)]
+    assert told["standalone"]["losses"] == pytest.approx(losses, rel=1e-13)
+    assert told["standalone"]["test"] == method.evaluate()
+    assert told["standalone"]["bytes"] == {}
 
 
 def _start(launch: Launch, folder: Path, method: str, *words: str, **changes) -> World:

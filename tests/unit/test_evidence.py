@@ -19,13 +19,16 @@ from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.data import Batch
 from mpsl_dist.data.decode.samples import FileDataset
 from mpsl_dist.errors import DataError
-from mpsl_dist.methods import centralized, fedavg, loop
+from mpsl_dist.methods import centralized, fedavg, loop, standalone
 from mpsl_dist.methods.evidence import sentences
-from mpsl_dist.methods.hosting import Setup
+from mpsl_dist.methods.hosting import BuildClients, Setup
+from mpsl_dist.methods.link import Transport
 from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime.process import StopRequest
 
 METHODS = ("mpsl", "fedavg", "centralized")
+#: Where clients read a public test set too, each for itself.
+ALL = (*METHODS, "standalone")
 
 
 @pytest.fixture
@@ -62,6 +65,12 @@ def build(chosen: Experiment) -> Any:
     holdings = Holdings.load(chosen)
     if chosen.method == "centralized":
         return centralized.build(Setup(chosen, holdings, 1))
+    if chosen.method == "standalone":
+
+        def local(build: BuildClients) -> Transport:
+            return LocalRounds(build(chosen, [0, 1], holdings)).fleet
+
+        return standalone.build(Setup(chosen, holdings, 1, transport=local))
     clients = fedavg.build_clients(chosen, [0, 1], holdings)
     model = deployable.build(chosen, holdings.splits)
     return fedavg.FedAvg(chosen, holdings.splits, model, LocalRounds(clients))
@@ -77,7 +86,7 @@ def train(chosen: Experiment, method: Any = None, resume: bool = False) -> dict[
 
 @pytest.mark.parametrize("place", ["server", "clients"])
 @pytest.mark.parametrize("loaders", [0, 1])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_damaged_and_missing_files_are_counted_apart(
     pictures: Path, method: str, loaders: int, place: str
 ) -> None:
@@ -168,7 +177,7 @@ def test_a_damaged_test_file_ends_the_run_before_its_first_step(
         train(chosen, built)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_without_a_readable_test_sample_nothing_is_trained(pictures: Path, method: str) -> None:
     damage(pictures, *(f"test{n}" for n in range(6)))
     with pytest.raises(DataError, match="no test sample can be read"):
@@ -182,7 +191,7 @@ def test_a_damaged_training_file_ends_a_run_that_was_told_so(pictures: Path, met
         train(experiment(pictures, method, on_error="raise"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_a_resumed_run_goes_on_counting(pictures: Path, method: str) -> None:
     damage(pictures, "train0", "test1")
     values = to_dict(experiment(pictures, method))

@@ -178,6 +178,16 @@ def test_fedclip_trains_adapters_classifier_and_tokenizers() -> None:
     assert [key for key in before if torch.equal(before[key], after[key])] == []
 
 
+def test_around_frozen_tokenizers_adapters_and_classifier_alone_are_averaged() -> None:
+    model = to_dict(toys.experiment())["model"] | {"train_tokenizers": False}
+    federated = fedavg(experiment("fedclip", model=model))
+    parts = ("server_model.adapters.", "server_model.head.")
+    assert all(key.startswith(parts) for key in trainable_state(federated.model))
+    federated.step(0, 0)
+    sent = sum(p.numel() * p.element_size() for p in trainable_state(federated.model).values())
+    assert federated.traffic.by_kind() == {"model_down": [sent] * 4, "model_up": [sent] * 4}
+
+
 def test_one_seed_gives_every_method_the_same_first_weights() -> None:
     plain, central = fedavg(experiment()).model, pooled(experiment("centralized")).learner.model
     adapted = dict(fedavg(experiment("fedclip")).model.named_parameters())

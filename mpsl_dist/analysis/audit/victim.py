@@ -224,19 +224,21 @@ def refuse(experiment: Experiment) -> None:
         raise ConfigError(
             "data.missing.rate: audit attacks whole samples; set 0, or data.missing.zeros=true"
         )
-    if facts_of(experiment).unimodal:
+    facts = facts_of(experiment)
+    if facts.unimodal:
         raise ConfigError(
             f"method: audit's attacks know one encoder of all modalities, {experiment.method} has "
             "one for each; what its clients send stands in actors/unimodal_client.py"
         )
-    if facts_of(experiment).split and not facts_of(experiment).one_process:
+    if facts.split and not facts.one_process:
         return
     split = [
         name
-        for name, facts in METHODS.items()
-        if facts.split and not facts.one_process and not facts.unimodal
+        for name, own in METHODS.items()
+        if own.split and not own.one_process and not own.unimodal
     ]
-    what = "has no clients" if facts_of(experiment).one_process else "sends weights alone"
+    what = "has no clients" if facts.one_process else "sends weights alone"
+    what = "sends no tensor at all" if facts.alone else what
     raise ConfigError(
         f"method: {experiment.method} {what}: audit attacks what crosses the cut of "
         f"{', '.join(split)}, and says nothing of what weights leak"
