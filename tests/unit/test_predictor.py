@@ -83,9 +83,13 @@ def test_predictions_are_the_runs_own_bit_for_bit(run: SimpleNamespace) -> None:
             assert torch.equal(models[place % 4](inputs), logits_bk)
     told = RunDirectory(run.path).summary()["test"]
     classes, everything = run.splits.classes, dict(test.inputs)
+    answers = [model.predict(**everything) for model in models]
+    for one, logits_bk in zip(answers, [logits_bk for _, logits_bk in run.tested], strict=False):
+        assert [*one[0].probabilities.values()] == logits_bk[0].double().softmax(0).tolist()
+        assert tuple(one[0].probabilities) == classes
     right = [
         [one.label == classes[label] for one, label in zip(found, test.labels, strict=True)]
-        for found in (model.predict(**everything) for model in models)
+        for found in answers
     ]
     accuracies = [sum(each) / len(each) for each in right]
     assert accuracies[0] == told["accuracy"]
