@@ -222,4 +222,5 @@ def _cut(
         return dataset, parts
     rows = np.sort(np.concatenate(parts))
     kept = dataset.fetch(rows)
-    return TensorDataset(kept.inputs, kept.labels), [np.searchsorted(rows, p) for p in parts]
+    kept = TensorDataset(kept.inputs, kept.labels, dataset.view)
+    return kept, [np.searchsorted(rows, p) for p in parts]

@@ -119,6 +119,7 @@ def test_predictions_are_those_of_split_learning_bit_for_bit(
     testing.evaluate(method)
     method.deployable().save(run.path.parent / "apart" / "model", chosen, method.splits)
     model = predictor.load(run.path.parent / "apart")
+    assert model.reader.view == predictor.load(run.path).reader.view
     for given, predictions in list(zip(inputs, batches, strict=True))[::2]:
         joined = {name: torch.cat([given[n][name] for n in given]) for name in model.modalities}
         with torch.no_grad():
