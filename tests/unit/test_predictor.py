@@ -189,7 +189,9 @@ def test_colours_sounds_and_texts_become_what_the_manifest_makes_of_them(tmp_pat
             assert torch.equal(inputs[name], value), name
 
 
-def test_a_clip_stands_for_its_picture_and_its_sound(tmp_path: Path) -> None:
+def test_a_clip_stands_for_its_picture_and_its_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = []
     for number in range(4):
         media_files.write_clip(tmp_path / f"{number}.mp4", 1.0 + number / 10)
@@ -205,6 +207,12 @@ def test_a_clip_stands_for_its_picture_and_its_sound(tmp_path: Path) -> None:
     assert not torch.equal(
         model.inputs(video=tmp_path / "1.mp4", image=other)["image"], wanted["image"]
     )
+    silent = torch.zeros(model.reader.shapes["audio"])
+    answer = model.predict(video=tmp_path / "1.mp4", audio=silent)
+    table = media_files.write_csv(tmp_path / "in.csv", ["video", "audio"], [["1.mp4", "none"]])
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path), "--csv", str(table)]) == 0
+    assert repr(answer.probability) in capsys.readouterr().out
 
 
 def test_a_spoken_digit_is_heard_as_the_dataset_heard_it(tmp_path: Path) -> None:
