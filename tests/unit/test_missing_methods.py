@@ -150,7 +150,7 @@ def assert_same_numbers(one: tuple, other: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "fusion"), [("mpsl", "late"), *((method, "early") for method in METHODS)]
+    ("method", "fusion"), [("mpsl", "late"), *((method, "early") for method in READ_GAPS)]
 )
 def test_what_is_absent_changes_nothing_whatever_it_is(
     method: str, fusion: str, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +168,7 @@ def test_what_is_absent_changes_nothing_whatever_it_is(
     assert_same_numbers(numbers_of(open_method(chosen)), clean)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", READ_GAPS)
 def test_with_everything_present_nothing_changes(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
