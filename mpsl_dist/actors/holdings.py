@@ -141,15 +141,15 @@ class Holdings:
         """
         rule, numbers = experiment.data.partition, clients or range(experiment.clients)
         each = clients_of_a_user(experiment, splits)
-        count, seed = len(numbers) // each, experiment.seed + numbers[0]
+        count, seed = max(1, len(numbers) // each), experiment.seed + numbers[0]
         nameless = getattr(splits.train, "clients", None) is None
         kind = "iid" if clients and count == 1 and nameless else rule.kind
         dealt = deal(splits, count, kind, rule.alpha, rule.minimum, seed)
         if len(dealt.parts) != count:
             key = "clients_per_worker" if clients else "clients"
             raise ConfigError(
-                f"{key}: {count}, but the data names {len(dealt.parts)} and "
-                f"data.partition.kind=natural takes each; set {key}={len(dealt.parts)}"
+                f"{key}: {count * each}, but the data names {len(dealt.parts)} and "
+                f"data.partition.kind=natural takes each; set {key}={len(dealt.parts) * each}"
             )
         dealt = replace(dealt, parts=[part for part in dealt.parts for _ in range(each)])
         tests = [np.empty(0, dtype=np.int64)] * count

@@ -31,6 +31,7 @@ from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tokenizers import modality_of
 
 ROUNDS = 2
+READ_GAPS = [name for name, facts in METHODS.items() if "data.missing" in facts.reads]
 SAMPLE = {"data": {"missing": MISSING | {"per": "sample"}}}
 
 
