@@ -23,6 +23,7 @@ from mpsl_dist.data import Dataset, Splits, TensorDataset
 from mpsl_dist.data.decode.samples import PIXELS, with_colours
 from mpsl_dist.data.loading import Loaders
 from mpsl_dist.data.partition import Dealt, deal, partition
+from mpsl_dist.data.pictures import by_picture
 from mpsl_dist.errors import ConfigError
 
 _log = logging.getLogger("mpsl_dist")
@@ -47,6 +48,8 @@ def load_data(experiment: Experiment, needs: Sequence[str] = ("train", "test")) 
     colours = PIXELS.get(pixels_of(experiment))
     train, test = (with_colours(split, colours) for split in (splits.train, splits.test))
     splits = replace(splits, train=train, test=test)
+    if chosen.unit == "picture":
+        splits = by_picture(splits, chosen.name)
     return splits if chosen.classes is None else renumbered(splits, chosen.classes)
 
 

@@ -210,6 +210,8 @@ def _out_of_range(experiment: Experiment) -> list[str]:
 
 def _batch_problems(experiment: Experiment) -> list[str]:
     clients, batch = experiment.clients, experiment.training.batch_size
+    if experiment.client_share == "equal" and experiment.method == "centralized":
+        return []  # batches of one pool
     if batch < clients:
         return [
             f"training.batch_size: {batch} is smaller than the {clients} clients; "
@@ -316,8 +318,6 @@ def _adapter_problems(experiment: Experiment) -> list[str]:
     found = []
     if experiment.model.pooling != "cls":
         found.append("model.pooling: the adapters of fedclip act on first tokens; take cls")
-    if experiment.model.encoder.trainable_blocks not in ("all", 0):
-        found.append("model.encoder.trainable_blocks: fedclip freezes the encoder; leave it out")
     if not experiment.adapters.include:
         found.append("adapters.include: empty; name a modality, or take unified")
     return found

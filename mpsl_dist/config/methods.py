@@ -150,10 +150,12 @@ def unread(experiment: Experiment) -> list[str]:
     """Return the keys that are set to other than their defaults and that the method never reads."""
     facts, defaults = facts_of(experiment), flatten(Experiment())
     reads = (*facts.reads, *_FAULTS) if facts.tolerant else facts.reads
+    frozen = ("model.encoder.trainable_blocks",) if facts.adapted else ()
     return [
         key
         for key, value in flatten(experiment).items()
-        if _below(key, OPTIONAL) and not _below(key, reads) and value != defaults.get(key)
+        if ((_below(key, OPTIONAL) and not _below(key, reads)) or key in frozen)
+        and value != defaults.get(key)
     ]
 
 

@@ -188,8 +188,17 @@ class Tokenizers(nn.Module):
         return [int(tokenizer.length) for tokenizer in self.by_modality.values()]
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the tokens of inputs by modality, (b, l_m, d) each, in fusion order."""
-        return [self.pre_norm(t(inputs[name])) for name, t in self.by_modality.items()]
+        """Return the tokens of inputs by modality, (b, l_m, d) each, in fusion order.
+
+        Of several captions of a sample, (b, c, l), the tokens follow each other, (b, c * l_m, d).
+        """
+        return [self.pre_norm(self._tokens(name, inputs[name])) for name in self.by_modality]
+
+    def _tokens(self, name: str, x: Tensor) -> Tensor:
+        tokenizer = self.by_modality[name]
+        if name == "text" and x.dim() == 3:
+            return tokenizer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1, 2)
+        return tokenizer(x)
 
 
 def fuse(tokens: Sequence[Tensor], fusion: str) -> list[Tensor]:
