@@ -52,6 +52,9 @@ def problems(experiment: Experiment) -> list[str]:
                 f"data.place: own has no meaning for method={experiment.method}, which has all "
                 "the data in one process; take data.place=simulated"
             )
+        if experiment.data.unit == "picture" and experiment.data.place == "own":
+            # Hosts may have pictures of different numbers of captions.
+            found.append("data.unit: picture needs data.place=simulated; take pair")
         found += _modality_problems(experiment)
         found += split_problems(experiment) + defence_problems(experiment)
     except ConfigError as error:
