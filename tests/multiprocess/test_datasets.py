@@ -56,6 +56,7 @@ SMALL = (
     "clients=2",
     "clients_per_worker=2",
     "data.image_size=32",
+    "data.partition={kind: dirichlet, alpha: 0.1}",
     "model.encoder={size: custom, width: 32, depth: 2, heads: 2, trainable_blocks: 1}",
     "weights={}",
     "training.epochs=1",
