@@ -10,6 +10,7 @@ import torch
 import toys
 
 from mpsl_dist.actors import deployable
+from mpsl_dist.actors.defences import guarantees
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.local_data import TestData
@@ -17,6 +18,7 @@ from mpsl_dist.analysis.audit import halves
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Batch, DataError, TensorDataset
 from mpsl_dist.data.pictures import Pictures, by_picture
+from mpsl_dist.models import defences as noise
 from mpsl_dist.models.tasks import contrastive_loss
 
 
@@ -97,6 +99,15 @@ def test_what_cannot_be_read_is_counted_by_the_picture() -> None:
     tested, trained = pictures.fetch([1, 2]), pictures.fetch([1, 2], seed=1)
     assert tested.labels.tolist() == [2] and trained.labels.tolist() == [0, 2]
     assert tested.unreadable == trained.unreadable == {1: ("b.jpg", "torn")}
+
+
+def test_noise_is_counted_for_all_tokens_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(noise, "token_epsilon", lambda _, *size: sizes.append(size[0]) or 1.0)
+    for unit in ("pair", "picture"):
+        chosen = experiment(unit, defences={"token_noise": 1, "secret": "seed"})
+        guarantees(chosen, load_data(chosen))
+    assert sizes[-1] - sizes[0] == 6  # a second text of six tokens
 
 
 def test_an_audit_looks_at_pairs() -> None:
