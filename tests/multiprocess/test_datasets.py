@@ -41,15 +41,15 @@ FILES: dict[str, Callable[[Path], object]] = {
     "flickr30k": lambda root: make_karpathy(root, "flickr30k"),
     "ms-coco": lambda root: make_karpathy(root, "coco"),
 }
-#: Training samples of these small files.
+#: Training samples of these small files; in retrieval pictures, with five captions each.
 SAMPLES = {
     "coco-qa": 12,
     "t4sa": 9,
     "kinetics-sounds": 8,
     "ucf101": 6,
     "meld": 10,
-    "flickr30k": 20,
-    "ms-coco": 20,
+    "flickr30k": 4,
+    "ms-coco": 4,
     "manifest": 8,
 }
 SMALL = (
