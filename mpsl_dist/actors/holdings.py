@@ -27,6 +27,7 @@ from mpsl_dist.data.decode.samples import PIXELS, FileDataset, with_colours
 from mpsl_dist.data.gaps import cells, leave_out
 from mpsl_dist.data.loading import Loaders
 from mpsl_dist.data.partition import Dealt, deal, partition, shares
+from mpsl_dist.data.pictures import by_picture
 from mpsl_dist.errors import ConfigError
 
 _log = logging.getLogger("mpsl_dist")
@@ -53,6 +54,8 @@ def load_data(experiment: Experiment, needs: Sequence[str] = ("train", "test")) 
     if _zeros(experiment):
         train, test = (_with_zeros(split) for split in (train, test))
     splits = replace(splits, train=train, test=test)
+    if chosen.unit == "picture":
+        splits = by_picture(splits, chosen.name)
     return splits if chosen.classes is None else renumbered(splits, chosen.classes)
 
 

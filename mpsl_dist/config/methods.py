@@ -192,6 +192,8 @@ def readers(key: str) -> list[str]:
 
 def _reads(facts: MethodFacts, key: str) -> bool:
     reads = (*facts.reads, *_FAULTS) if facts.tolerant else facts.reads
+    if facts.adapted and key == "model.encoder.trainable_blocks":
+        return False
     return not _below(key, OPTIONAL) or _below(key, reads)
 
 
