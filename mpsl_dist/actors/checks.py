@@ -86,6 +86,14 @@ def check_defences(experiment: Experiment, splits: Splits) -> None:
         raise ConfigError("\n".join(errors))
 
 
+def check_connector(experiment: Experiment, splits: Splits) -> None:
+    """Refuse a connector, by a ConfigError, where modalities must stay apart."""
+    if experiment.model.connector.tokens and splits.retrieval:
+        raise ConfigError(
+            "model.connector.tokens: a connector fuses what retrieval compares; take 0"
+        )
+
+
 def check_patches(experiment: Experiment, splits: Splits) -> None:
     """Refuse patches that do not fit the data's images or spectrograms.
 

@@ -14,7 +14,15 @@ from torch import nn
 from mpsl_dist import plugins
 from mpsl_dist.actors import assembly, defences
 from mpsl_dist.actors.checks import check_cache, check_defences, check_patches, check_task
-from mpsl_dist.actors.choices import dtype_of, head_named, head_of, head_options, width_of, wire_of
+from mpsl_dist.actors.choices import (
+    dtype_of,
+    head_named,
+    head_of,
+    head_options,
+    token_width_of,
+    width_of,
+    wire_of,
+)
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import METHODS, options_of
 from mpsl_dist.data import Splits
@@ -92,7 +100,7 @@ def _try_tokenizers(experiment: Experiment, splits: Splits, tokenizers: Tokenize
         x = torch.empty((2, *splits.shapes[modality]), dtype=dtype, device="meta")
         tokenizer = tokenizers.by_modality[modality]
         found = tuple(tokenizer(x).shape)
-        wanted = (2, tokenizer.length, width_of(experiment))
+        wanted = (2, tokenizer.length, token_width_of(experiment))
         if found != wanted:
             raise ConfigError(
                 f"model.tokenizers.{modality}: two inputs gave tokens {found}, not {wanted}, "

@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from mpsl_dist.actors.choices import clients_own_head
 from mpsl_dist.actors.cut_cache import limit_of
 from mpsl_dist.analysis import flops, traffic_model
 from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
-from mpsl_dist.analysis.flops import HEAD, NORM, Flops, ModelParts
+from mpsl_dist.analysis.flops import CONNECTOR, HEAD, NORM, Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.config import Optimizer as OptimizerSettings
 from mpsl_dist.config.methods import METHODS
 from mpsl_dist.data.catalog import CAPTIONS
+from mpsl_dist.models.connector import Connected
 
 TOWER = "text tower"
 WITH_TOWER = f"total with {TOWER}"
@@ -136,7 +139,10 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
     inputs = inputs or inputs_of(experiment)
     # All methods train one and the same model, but for those that freeze its encoder and add
     # adapters; and it is cut in two ways.
-    each = {method: replace(experiment, method=method) for method in METHODS}
+    language = experiment.model.encoder.kind == "lm"  # which has no adapters
+    each = {
+        m: replace(experiment, method=m) for m in METHODS if not (language and METHODS[m].adapted)
+    }
     kinds = {m: (METHODS[m].adapted, clients_own_head(own)) for m, own in each.items()}
     by_kind = {kind: each[method] for method, kind in kinds.items()}
     measured = {kind: Measured(flops.build(own, inputs)) for kind, own in by_kind.items()}
@@ -184,6 +190,8 @@ def owner_of(method: str, part: str) -> str:
 def _parameters(method: str, parts: ModelParts) -> Iterator[Row]:
     tokenizers, model = parts.tokenizers, parts.server_model
     own = {**tokenizers.by_modality, "pre-norm": tokenizers.pre_norm}
+    if isinstance(tokenizers, Connected):
+        own[CONNECTOR] = nn.ModuleList([tokenizers.encoders, tokenizers.connector])
     if any(True for _ in tokenizers.head.parameters()):
         own[HEAD] = tokenizers.head
     modules = {("client", name): module for name, module in own.items()} | {
@@ -208,7 +216,8 @@ def _parameters(method: str, parts: ModelParts) -> Iterator[Row]:
 def _flops(method: str, client: dict[str, Flops], server: dict[str, Flops]) -> Iterator[Row]:
     named = {"client": {}, "server": {}}
     for name, value in client.items():
-        named["client"][name if name in (TOWER, HEAD) else f"tokenize {name}"] = value
+        plain = name in (TOWER, CONNECTOR, HEAD)
+        named["client"][name if plain else f"tokenize {name}"] = value
     for name, value in server.items():
         named["server"][name if name in (HEAD, NORM) else f"encode {name}"] = value
     totals: dict[tuple[str, str], Flops] = {}

@@ -51,7 +51,7 @@ def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
         Texts of a sample: 1 as this runtime has it, 5 for a picture of the paper's retrieval.
     """
     number, wire = parts.bytes_per_number, wire_of(parts.experiment)
-    lengths = dict(zip(parts.inputs.shapes, parts.tokenizers.lengths, strict=True))
+    lengths = dict(zip(flops.leaving(parts, 1), parts.tokenizers.lengths, strict=True))
     tokens = {name: n * (captions if name == "text" else 1) for name, n in lengths.items()}
     back = sum(tokens[name] for name, trained in trained_tokens(parts).items() if trained)
     returned = parts.server_model.head(flops.features(parts))  # features, where clients own heads
@@ -67,8 +67,8 @@ def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
 
 
 def trained_tokens(parts: ModelParts) -> dict[str, bool]:
-    """Return of every modality whether a gradient comes back for its tokens."""
-    own = {name: flops.embed(parts, name, 1).requires_grad for name in parts.inputs.shapes}
+    """Return of all that leaves, by modality, whether a gradient comes back for it."""
+    own = {name: tokens_bld.requires_grad for name, tokens_bld in flops.leaving(parts, 1).items()}
     if parts.server_model.fusion == "early":
         return dict.fromkeys(own, any(own.values()))
     return own

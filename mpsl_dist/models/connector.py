@@ -96,15 +96,15 @@ class SmallEncoder(nn.Module):
         return self.norm(self.block(tokens_blf)).mean(1)
 
 
-class ConnectedTokenizers(Tokenizers):
+class Connected(Tokenizers):
     """Tokenizers whose tokens never leave: small encoders and a connector make soft tokens of them.
 
     Parameters
     ----------
+    connector : Connector
     by_modality : mapping of str to nn.Module
         Tokenizers of width f, in fusion order.
-    connector : Connector
-    features : int
+    width : int
         f.
     pre_norm : bool
         Whether a LayerNorm stands between tokenizers and encoders.
@@ -112,13 +112,13 @@ class ConnectedTokenizers(Tokenizers):
 
     def __init__(
         self,
-        by_modality: Mapping[str, nn.Module],
         connector: Connector,
-        features: int,
+        by_modality: Mapping[str, nn.Module],
+        width: int,
         pre_norm: bool,
     ) -> None:
-        super().__init__(by_modality, features, pre_norm)
-        self.encoders = nn.ModuleDict({name: SmallEncoder(features) for name in by_modality})
+        super().__init__(by_modality, width, pre_norm)
+        self.encoders = nn.ModuleDict({name: SmallEncoder(width) for name in by_modality})
         self.connector = connector
 
     @property
@@ -126,11 +126,11 @@ class ConnectedTokenizers(Tokenizers):
         """Tokens that leave: the soft tokens, of all modalities together."""
         return [self.connector.tokens]
 
-    def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the modalities' features (b, f) of inputs."""
-        tokens = zip(self.by_modality, super().forward(inputs), strict=True)
-        return {name: self.encoders[name](tokens_blf) for name, tokens_blf in tokens}
+    def connect(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Return the soft tokens (b, l, d) of modalities' own tokens (b, l_m, f)."""
+        return self.connector({name: self.encoders[name](x_blf) for name, x_blf in tokens.items()})
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the soft tokens (b, l, d) of inputs, alone in a list."""
-        return [self.connector(self.features(inputs))]
+        tokens = super().forward(inputs)
+        return [self.connect(dict(zip(self.by_modality, tokens, strict=True)))]

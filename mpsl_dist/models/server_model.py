@@ -1,4 +1,4 @@
-"""The server's part of the model: the unified ViT encoder W_b with what pools its tokens,
+"""The server's part of the model: the unified encoder W_b with what pools its tokens,
 and the task head W_t, where no client owns one.
 
 Shape legend: ``b`` batch, ``m`` modalities, ``l`` length in tokens, ``d`` width, ``k`` classes.
@@ -104,8 +104,9 @@ class ServerModel(nn.Module):
         Features to predictions, see :mod:`mpsl_dist.models.heads`; an identity where clients own
         the head, and the features themselves are returned.
     fusion : "early" or "late"
-    pooling : "cls" or "mean"
-        Mean over every modality's first token, or over all tokens.
+    pooling : "cls", "mean" or "last"
+        Mean over every modality's first token, or over all tokens; or the last token alone, of
+        each pass of the encoder.
     post_norm : bool
         A trained LayerNorm after the encoder.
     apart : bool
@@ -158,10 +159,16 @@ class ServerModel(nn.Module):
         """Return the head's input, (b, d), or (b, m, d) where modalities stay apart."""
         rest = (begin,) if begin else ()  # any module may stand in for the whole encoder
         encoded = [self.post_norm(self.encoder(tokens_bld, *rest)) for tokens_bld in smashed]
+        if self.pooling == "last" and not self.apart:
+            return torch.stack([x_bld[:, -1] for x_bld in encoded]).mean(0)
         if self.fusion == "early":
             encoded = list(encoded[0].split(self.lengths, dim=1))
         if self.pooling == "mean" and not self.apart:
             return torch.cat(encoded, dim=1).mean(1)
-        pooled = [x_bld[:, 0] if self.pooling == "cls" else x_bld.mean(1) for x_bld in encoded]
+        pooled = [_pooled(x_bld, self.pooling) for x_bld in encoded]
         features_bmd = torch.stack(list(self.adapters(pooled)), dim=1)
         return features_bmd if self.apart else features_bmd.mean(1)
+
+
+def _pooled(x_bld: Tensor, pooling: str) -> Tensor:
+    return x_bld.mean(1) if pooling == "mean" else x_bld[:, 0 if pooling == "cls" else -1]

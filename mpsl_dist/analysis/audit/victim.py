@@ -212,7 +212,12 @@ class Victim:
 
 
 def refuse(experiment: Experiment) -> None:
-    """Refuse methods whose server hears no activations."""
+    """Refuse methods whose server hears no activations, and soft tokens, which no attack reads."""
+    if experiment.model.connector.tokens:
+        raise ConfigError(
+            "model.connector.tokens: audit attacks tokens of one modality each, and knows no "
+            "attack on a connector's; nothing is said of what these leak"
+        )
     if facts_of(experiment).split and not facts_of(experiment).one_process:
         return
     split = [name for name, facts in METHODS.items() if facts.split and not facts.one_process]
