@@ -247,7 +247,8 @@ def _passes(parts: ModelParts) -> dict[str, int]:
 
 
 def _tokens(parts: ModelParts, length: int) -> Tensor:
-    return torch.empty(1, length, parts.width, device="meta", requires_grad=cut_trained(parts))
+    shape, kind = (1, length, parts.width), parts.dtype
+    return torch.empty(shape, device="meta", dtype=kind, requires_grad=cut_trained(parts))
 
 
 def count(module: nn.Module, run: Callable[[], Tensor]) -> Flops:

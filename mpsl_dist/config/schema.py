@@ -79,8 +79,6 @@ class Lora:
 class Encoder:
     """The server's encoder W_b."""
 
-    #: A ``vit``, or a causal language model (``lm``) in its place, see ``docs/lm.md``.
-    kind: Literal["vit", "lm"] = "vit"
     #: A ViT of the paper, the language model ``smollm2`` (``depth``: its first blocks; null is all
     #: 30), or ``custom`` with the width, depth and heads below.
     size: Literal["Ti", "S", "B", "L", "H", "custom", "smollm2"] = "Ti"
@@ -89,6 +87,8 @@ class Encoder:
     heads: int | None = None
     #: The last k blocks are trained; ``all`` trains every block.
     trainable_blocks: int | Literal["all"] = "all"
+    #: A ``vit``, or a causal language model (``lm``) in its place, see ``docs/lm.md``.
+    kind: Literal["vit", "lm"] = "vit"
     lora: Lora = field(default_factory=Lora)
 
 
