@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.config.schema import Connector, Experiment, Lora
 
@@ -45,7 +47,7 @@ def _vit_problems(experiment: Experiment) -> list[str]:
     model, encoder = experiment.model, experiment.model.encoder
     only = {
         "model.encoder.size: smollm2": encoder.size == "smollm2",
-        "model.encoder.lora": encoder.lora != Lora(),
+        "model.encoder.lora": _given(encoder.lora),
         "model.connector": model.connector != Connector(),
         "model.pooling: last": model.pooling == "last",
         "weights.encoder: smollm2": experiment.weights.encoder.partition(":")[0] == "smollm2",
@@ -74,8 +76,8 @@ def _size_problems(experiment: Experiment) -> list[str]:
 def _lora_problems(experiment: Experiment) -> list[str]:
     encoder = experiment.model.encoder
     if not encoder.lora.rank:
-        given = encoder.lora != Lora()
-        return ["model.encoder.lora: only with model.encoder.lora.rank above 0"] if given else []
+        lone = "model.encoder.lora: only with model.encoder.lora.rank above 0"
+        return [lone] if _given(encoder.lora) else []
     found = []
     if encoder.trainable_blocks != "all":
         found.append(
@@ -85,6 +87,11 @@ def _lora_problems(experiment: Experiment) -> list[str]:
     if not encoder.lora.targets:
         found.append("model.encoder.lora.targets: empty; name a layer, or set lora.rank=0")
     return found
+
+
+def _given(lora: Lora) -> bool:
+    """Return whether anything is asked for; a number that is none is told of elsewhere."""
+    return lora != Lora() and math.isfinite(lora.alpha)
 
 
 def _connector_problems(experiment: Experiment) -> list[str]:

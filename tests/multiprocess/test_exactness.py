@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -43,7 +44,17 @@ def cases(device: str = "cpu") -> dict[str, dict]:
         # In float64 alone: the reference writes the loss as another sum, and AdamW makes steps of
         # full size from float32's rounding in parameters without a gradient (a key's bias).
         found[f"retrieval {contrastive}"] = _retrieval(contrastive, "float64")
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("peft"):
+        found["soft tokens to a language model"] = _language(found["early image+text float64"])
     return {name: case | {"device": device} for name, case in found.items()}
+
+
+def _language(case: dict) -> dict:
+    """Two clients a worker, with connectors; the server's language model frozen, with LoRA."""
+    sizes = {"size": "custom", "width": 16, "depth": 2, "heads": 2}
+    encoder = {"kind": "lm", "lora": {"rank": 2}} | sizes
+    model = {"encoder": encoder, "pooling": "last", "connector": {"tokens": 3, "features": 8}}
+    return case | {"model": model, "clients_per_worker": 2}
 
 
 def _heads(case: dict, mode: str) -> dict:
@@ -150,7 +161,13 @@ def test_every_clients_tokenizers_change(case: str, gold: dict) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["4 clients on 2 workers", "retrieval global", "heads at clients, late", *coded_cases()],
+    [
+        "4 clients on 2 workers",
+        "retrieval global",
+        "heads at clients, late",
+        *(name for name in cases() if "language" in name),
+        *coded_cases(),
+    ],
 )
 def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, gold: dict) -> None:
     experiment, told = gold[case]
