@@ -71,7 +71,7 @@ def shape_of(width: int, blocks: int, heads: int, like: LanguageShape | None) ->
     """
     if like is not None:
         return replace(like, blocks=blocks, vocabulary=1)
-    return LanguageShape(width, blocks, heads, heads, 4 * width, 1)
+    return LanguageShape(width, blocks, heads, heads, 8 * width // 3, 1)
 
 
 def build_language(shape: LanguageShape) -> LlamaForCausalLM:

@@ -130,7 +130,7 @@ def test_the_operations_are_those_of_its_products() -> None:
     chosen = experiment(model=SOFT)
     counted = flops.count_server(flops.build(chosen, inputs_of(chosen)))["joint"]
     tokens, d, r = 3, 16, 2
-    linear = 4 * d * d + 3 * d * 4 * d + 4 * r * 2 * d
+    linear = 4 * d * d + 3 * d * (8 * d // 3) + 4 * r * 2 * d
     attention = 2 * tokens * d
     assert counted.forward == 2 * 2 * tokens * (linear + attention)
 

@@ -84,9 +84,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 def test_float32_is_float64_rounded() -> None:
-    middle = drawn(8, 1, 64)
-    near_bkd = functional.normalize(middle + 0.05 * drawn(8, 5, 64, seed=2), dim=-1).float()
-    close(gram_volume(near_bkd, 0).double(), gram_volume(near_bkd.double(), 0), 1e-6)
+    near_bkd = (drawn(8, 1, 64) + 0.01 * drawn(8, 5, 64, seed=2)).float()
+    wanted_b = gram_volume(near_bkd.double(), 0)
+    torch.testing.assert_close(gram_volume(near_bkd, 0).double(), wanted_b, rtol=1e-6, atol=0)
 
 
 # -- the contrast ------------------------------------------------------------------------------
@@ -107,6 +107,7 @@ def test_of_two_unit_vectors_it_is_info_nce_on_their_sine() -> None:
     own = torch.arange(6)
     wanted = functional.cross_entropy(scores, own) + functional.cross_entropy(scores.T, own)
     close(VolumeContrast(5, 5)(anchors, others[:, None]), wanted / 2)
+    close(VolumeContrast(5, 5)(3 * anchors, 7 * others[:, None]), wanted / 2)
 
 
 def test_both_directions_count_alike_and_one_sample_is_told_from_none() -> None:
