@@ -28,6 +28,7 @@ from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.psl import Psl
 from mpsl_dist.models.language import TINY, as_encoder, build_language
 from mpsl_dist.models.lora import lora_state
+from mpsl_dist.models.server_model import ServerModel
 
 pytest.importorskip("transformers", reason="mpsl_dist[lm] is not installed")
 pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
@@ -78,6 +79,21 @@ def test_blocks_and_norm_are_the_language_models_own() -> None:
     with torch.no_grad():
         wanted = model.model(inputs_embeds=soft_bld).last_hidden_state
         assert torch.equal(norm(encoder(soft_bld)), wanted)
+
+
+def test_the_last_token_of_a_pass_is_what_the_head_reads() -> None:
+    image_bld, text_bld = torch.randn(2, 2, 4), torch.randn(2, 3, 4)
+    joint = [torch.cat([image_bld, text_bld], dim=1)]
+
+    def features(smashed: list[torch.Tensor], fusion: str, apart: bool) -> torch.Tensor:
+        same = torch.nn.Identity()
+        return ServerModel(same, 4, [2, 3], same, fusion, "last", False, apart).features(smashed)
+
+    lasts_bmd = torch.stack([image_bld[:, -1], text_bld[:, -1]], dim=1)
+    assert torch.equal(features(joint, "early", False), text_bld[:, -1])
+    assert torch.equal(features(joint, "early", True), lasts_bmd)
+    late = features([image_bld, text_bld], "late", False)
+    torch.testing.assert_close(late, lasts_bmd.mean(1))
 
 
 def test_it_equals_plain_training(trained: tuple[Mpsl, list[float]]) -> None:
