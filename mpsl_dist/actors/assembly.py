@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from mpsl_dist import plugins
-from mpsl_dist.actors.checks import check_patches
+from mpsl_dist.actors.checks import check_connector, check_patches
 from mpsl_dist.actors.choices import (
     clients_own_head,
     device_of,
@@ -20,6 +21,7 @@ from mpsl_dist.actors.choices import (
     fusion_of,
     head_of,
     head_options,
+    token_width_of,
     width_of,
 )
 from mpsl_dist.config import Experiment, Weights
@@ -27,12 +29,14 @@ from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.decode.text import VOCABULARY
 from mpsl_dist.errors import ConfigError
-from mpsl_dist.models import weight_sources, weights
+from mpsl_dist.models import language, weight_sources, weights
 from mpsl_dist.models.adapters import Adapters
 from mpsl_dist.models.clip_text import ClipText, build_text_tower, default_tower
+from mpsl_dist.models.connector import Connected, Connector
+from mpsl_dist.models.lora import add_lora
 from mpsl_dist.models.pretrained import PARTS, PartTokenizer
 from mpsl_dist.models.pretrained_weights import load_part
-from mpsl_dist.models.server_model import ServerModel, build_encoder
+from mpsl_dist.models.server_model import Encoder, ServerModel, build_encoder
 from mpsl_dist.models.tokenizers import (
     PatchTokenizer,
     TextTokenizer,
@@ -71,12 +75,15 @@ def build_tokenizers(
         If the patches do not fit the data, there is no such head, an option is wrong, or weights
         cannot be loaded.
     """
-    model, width = experiment.model, width_of(experiment)
+    model, width = experiment.model, token_width_of(experiment)
     check_patches(experiment, splits)
+    check_connector(experiment, splits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
         parts = _build_parts(experiment, splits, shared_text, modalities)
-        tokenizers = Tokenizers(parts, width, model.pre_norm)
+        connector = _build_connector(experiment, list(parts))
+        kind = partial(Connected, connector) if connector else Tokenizers
+        tokenizers = kind(parts, width, model.pre_norm)
     _load_stems(experiment, tokenizers)
     if not model.train_tokenizers:
         tokenizers.requires_grad_(False)
@@ -108,6 +115,15 @@ def _build_parts(
     return parts
 
 
+def _build_connector(experiment: Experiment, modalities: list[str]) -> Connector | None:
+    chosen = experiment.model.connector
+    if not chosen.tokens:
+        return None
+    # A dropout would have to be the same where a step is repeated; there is none.
+    widths = chosen.features, chosen.features, chosen.fused
+    return Connector(modalities, *widths, chosen.tokens, width_of(experiment))
+
+
 @dataclass(frozen=True)
 class _Own:
     """Our own tokenizers' view of the experiment, in place of a plugin's options."""
@@ -119,7 +135,7 @@ class _Own:
 def _image(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
     model, placed = own.experiment.model, not own.experiment.defences.shuffle_patches
     if model.image in PARTS:
-        return _pretrained(own.experiment, "image", shape)
+        return _pretrained(own.experiment, "image", shape, width)
     patch, merge = model.image_patch, model.merge_patches
     return PatchTokenizer(*shape, patch, patch, width, merge, placed)
 
@@ -127,25 +143,27 @@ def _image(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
 def _audio(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
     model, placed = own.experiment.model, not own.experiment.defences.shuffle_patches
     if model.audio in PARTS:
-        return _pretrained(own.experiment, "audio", shape)
+        return _pretrained(own.experiment, "audio", shape, width)
     patch, stride, merge = model.audio_patch, model.audio_stride, model.merge_patches
     return PatchTokenizer(1, *shape, patch, stride, width, merge, placed)
 
 
 def _text(shape: tuple[int, ...], width: int, own: _Own) -> nn.Module:
     if own.experiment.model.text in PARTS:
-        return _pretrained(own.experiment, "text", shape)
+        return _pretrained(own.experiment, "text", shape, width)
     text = build_text(own.experiment) if own.shared_text is None else own.shared_text
     return text if isinstance(text, ClipText) else TextTokenizer(text, shape[0])
 
 
-def _pretrained(experiment: Experiment, modality: str, shape: tuple[int, ...]) -> PartTokenizer:
+def _pretrained(
+    experiment: Experiment, modality: str, shape: tuple[int, ...], width: int
+) -> PartTokenizer:
     name, source = getattr(experiment.model, modality), getattr(experiment.weights, modality)
     part = PARTS[name].build()
     if source != "random":
         _log.info("%s", load_part(part, name, modality))
     part.train_last(experiment.model.trainable_part_blocks)
-    return PartTokenizer(part, PARTS[name].length(shape), width_of(experiment))
+    return PartTokenizer(part, PARTS[name].length(shape), width)
 
 
 #: Modality -> its tokenizer.
@@ -162,7 +180,7 @@ def _build_tokenizer(
     facts, options = tokenizer_facts(experiment, modality), tokenizer_options(experiment, modality)
     if modality in TOKENIZERS:
         options = _Own(experiment, shared_text)
-    built = plugins.resolve(facts.build)(shape, width_of(experiment), options)
+    built = plugins.resolve(facts.build)(shape, token_width_of(experiment), options)
     if not isinstance(getattr(built, "length", None), int):
         raise ConfigError(
             f"model.tokenizers.{modality}: {type(built).__name__} needs a whole number 'length', "
@@ -205,7 +223,7 @@ def _tower(experiment: Experiment) -> ClipText:
     name = experiment.model.text_tower or default_tower(width_of(experiment))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed + 2)
-        tower = ClipText(build_text_tower(name), width_of(experiment))
+        tower = ClipText(build_text_tower(name), token_width_of(experiment))
     source, size = experiment.weights.text, experiment.model.encoder.size
     if source != "random":
         label, state = weight_sources.fetch("text", source, size, experiment.weights.root, name)
@@ -217,7 +235,7 @@ def _seeded_table(experiment: Experiment) -> nn.Embedding:
     trainable = experiment.model.train_token_table
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed + 2)
-        table = token_table(VOCABULARY, width_of(experiment), trainable=trainable)
+        table = token_table(VOCABULARY, token_width_of(experiment), trainable=trainable)
     return table.to(dtype=dtype_of(experiment))
 
 
@@ -249,12 +267,14 @@ def build_server_model(experiment: Experiment, splits: Splits, lengths: list[int
         If there is no such head, an option is wrong, or weights cannot be loaded.
     """
     model, dimensions = experiment.model, dimensions_of(experiment)
-    adapted = facts_of(experiment).adapted
+    adapted, language = facts_of(experiment).adapted, model.encoder.kind == "lm"
     _, head = head_of(experiment, splits)
+    encoder, norm = _language_encoder(experiment) if language else (None, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed + 1)
+        trained = 0 if adapted else model.encoder.trainable_blocks
         built = ServerModel(
-            build_encoder(*dimensions, 0 if adapted else model.encoder.trainable_blocks),
+            build_encoder(*dimensions, trained) if encoder is None else encoder,
             dimensions[0],
             lengths,
             nn.Identity() if clients_own_head(experiment) else _build_head(experiment, splits),
@@ -269,8 +289,32 @@ def build_server_model(experiment: Experiment, splits: Splits, lengths: list[int
             built.adapters = Adapters(modalities, rules.include, dimensions[0], rules.form, late)
     built.encoder.autocast = experiment.training.autocast
     built.encoder.checkpoint_blocks = experiment.training.checkpoint_blocks
-    _load_encoder(experiment, built.encoder)
+    if norm is None:
+        _load_encoder(experiment, built.encoder)
+    else:
+        built.post_norm = norm
     return built.to(device_of(experiment), dtype_of(experiment))
+
+
+def _language_encoder(experiment: Experiment) -> tuple[Encoder, nn.Module]:
+    """Build a language model's blocks and last norm, frozen as asked, with factors if asked."""
+    chosen, dimensions = experiment.model.encoder, dimensions_of(experiment)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed + 3)
+        if experiment.weights.encoder == "smollm2":
+            model = language.read_smollm2(dimensions[1])
+            _log.info("weights.encoder from smollm2: its first %d blocks", dimensions[1])
+        else:
+            known = language.SMOLLM2 if chosen.size == "smollm2" else None
+            model = language.build_language(language.shape_of(*dimensions, known))
+        encoder, norm = language.as_encoder(model)
+        if chosen.lora.rank:
+            add_lora(encoder, chosen.lora.rank, chosen.lora.alpha, chosen.lora.targets)
+    if chosen.trainable_blocks != "all":
+        for block in encoder[: max(0, len(encoder) - int(chosen.trainable_blocks))]:
+            block.requires_grad_(False)
+    norm.requires_grad_(not chosen.lora.rank and chosen.trainable_blocks != 0)
+    return encoder, norm
 
 
 def _build_head(experiment: Experiment, splits: Splits) -> nn.Module:
@@ -285,9 +329,10 @@ def _build_clients_head(experiment: Experiment, splits: Splits) -> nn.Module:
     They are drawn after the encoder's, which are drawn here too, and dropped block by block.
     """
     width, depth, heads = dimensions_of(experiment)
+    before = 0 if experiment.model.encoder.kind == "lm" else depth  # a language model's own seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed + 1)
-        for _ in range(depth):
+        for _ in range(before):
             build_encoder(width, 1, heads)
         return _build_head(experiment, splits)
 

@@ -107,6 +107,11 @@ def check_unimodal(experiment: Experiment, splits: Splits) -> None:
             errors.append(f"{key}: {each}; {value} is no multiple of {len(names)}, take {wanted}")
     if splits.retrieval:
         errors.append(f"data.name: {name} is a retrieval dataset, and a client has a classifier")
+    if experiment.model.encoder.kind == "lm" or experiment.model.connector.tokens:
+        errors.append(
+            f"model: {experiment.method} cuts an encoder of each modality, and has no connector; "
+            "take model.encoder.kind=vit and model.connector.tokens=0"
+        )
     if experiment.data.missing.rate or presence(splits.train) or presence(splits.test):
         errors.append(
             f"data.name: samples of {name} lack parts, and {each}, with the same samples; take "
@@ -143,13 +148,15 @@ def check_missing(experiment: Experiment, splits: Splits) -> None:
 
 
 def _not_with_gaps(experiment: Experiment, splits: Splits) -> list[str]:
-    defences = experiment.defences
+    defences, model = experiment.defences, experiment.model
     own = experiment.training.evaluate_own and experiment.data.test_at == "server"
     asked = {
         "tokenizer_sync.masked: a sum over those who have a modality may be over very few": (
             experiment.tokenizer_sync.masked
         ),
         "wire.cache: the server keeps whole samples": experiment.wire.cache,
+        "model.encoder.kind: lm attends to all that is before": model.encoder.kind == "lm",
+        "model.connector.tokens: a connector fuses whole samples": bool(model.connector.tokens),
         "server.shard: shards compute the same passes, and not all clients' samples need all": (
             experiment.server.shard
         ),
@@ -176,6 +183,14 @@ def _has_nothing(split: Dataset) -> bool:
     """Return whether any sample has no modality at all."""
     present = presence(split)
     return present is not None and not bool(torch.stack([*present.values()]).any(0).all())
+
+
+def check_connector(experiment: Experiment, splits: Splits) -> None:
+    """Refuse a connector, by a ConfigError, where modalities must stay apart."""
+    if experiment.model.connector.tokens and splits.retrieval:
+        raise ConfigError(
+            "model.connector.tokens: a connector fuses what retrieval compares; take 0"
+        )
 
 
 def check_patches(experiment: Experiment, splits: Splits) -> None:

@@ -14,6 +14,7 @@ from mpsl_dist.data.decode.samples import PIXELS
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.models.codecs import CODECS, Codec, Wire
 from mpsl_dist.models.heads import HEADS, HeadFacts
+from mpsl_dist.models.language import SMOLLM2
 from mpsl_dist.models.server_model import SIZES
 from mpsl_dist.models.tasks import TASKS, Task
 from mpsl_dist.models.weight_sources import colours_of
@@ -43,12 +44,20 @@ def dimensions_of(experiment: Experiment) -> tuple[int, int, int]:
     encoder = experiment.model.encoder
     if encoder.size == "custom":
         return encoder.width, encoder.depth, encoder.heads
+    if encoder.size == "smollm2":
+        return SMOLLM2.width, encoder.depth or SMOLLM2.blocks, SMOLLM2.heads
     return SIZES[encoder.size]
 
 
 def width_of(experiment: Experiment) -> int:
     """Return the encoder's width d."""
     return dimensions_of(experiment)[0]
+
+
+def token_width_of(experiment: Experiment) -> int:
+    """Return the width of a client's tokens: d, unless a connector makes others of them."""
+    connector = experiment.model.connector
+    return connector.features if connector.tokens else width_of(experiment)
 
 
 def task_of(splits: Splits) -> Task:

@@ -21,7 +21,15 @@ from mpsl_dist.actors.checks import (
     check_task,
     check_unimodal,
 )
-from mpsl_dist.actors.choices import dtype_of, head_named, head_of, head_options, width_of, wire_of
+from mpsl_dist.actors.choices import (
+    dtype_of,
+    head_named,
+    head_of,
+    head_options,
+    token_width_of,
+    width_of,
+    wire_of,
+)
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import METHODS, facts_of, options_of
 from mpsl_dist.data import Splits
@@ -103,7 +111,7 @@ def _try_tokenizers(experiment: Experiment, splits: Splits, tokenizers: Tokenize
         x = torch.empty((2, *splits.shapes[modality]), dtype=dtype, device="meta")
         tokenizer = tokenizers.by_modality[modality]
         found = tuple(tokenizer(x).shape)
-        wanted = (2, tokenizer.length, width_of(experiment))
+        wanted = (2, tokenizer.length, token_width_of(experiment))
         if found != wanted:
             raise ConfigError(
                 f"model.tokenizers.{modality}: two inputs gave tokens {found}, not {wanted}, "

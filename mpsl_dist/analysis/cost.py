@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from mpsl_dist.actors.choices import clients_own_head
 from mpsl_dist.actors.cut_cache import limit_of
 from mpsl_dist.analysis import flops, traffic_model, unimodal
 from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
-from mpsl_dist.analysis.flops import HEAD, NORM, Flops, ModelParts
+from mpsl_dist.analysis.flops import CONNECTOR, HEAD, NORM, Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.config import Optimizer as OptimizerSettings
 from mpsl_dist.config.methods import METHODS, facts_of
+from mpsl_dist.models.connector import Connected
 
 TOWER = "text tower"
 WITH_TOWER = f"total with {TOWER}"
@@ -148,7 +151,12 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
     inputs = inputs or inputs_of(experiment)
     # All methods train one and the same model, but for those that freeze its encoder and add
     # adapters; and it is cut in two ways.
-    shown = [m for m, facts in METHODS.items() if not facts.unimodal or m == experiment.method]
+    language = experiment.model.encoder.kind == "lm"  # which has no adapters
+    shown = [
+        m
+        for m, facts in METHODS.items()
+        if (not facts.unimodal or m == experiment.method) and not (language and facts.adapted)
+    ]
     each = {method: replace(experiment, method=method) for method in shown}
     kinds = {
         m: (METHODS[m].adapted, METHODS[m].unimodal, clients_own_head(own))
@@ -202,6 +210,8 @@ def owner_of(method: str, part: str) -> str:
 def _parameters(method: str, parts: ModelParts) -> Iterator[Row]:
     tokenizers, model = parts.tokenizers, parts.server_model
     own = {**tokenizers.by_modality, "pre-norm": tokenizers.pre_norm}
+    if isinstance(tokenizers, Connected):
+        own[CONNECTOR] = nn.ModuleList([tokenizers.encoders, tokenizers.connector])
     if any(True for _ in tokenizers.head.parameters()):
         own[HEAD] = tokenizers.head
     modules = {("client", name): module for name, module in own.items()} | {
@@ -226,7 +236,8 @@ def _parameters(method: str, parts: ModelParts) -> Iterator[Row]:
 def _flops(method: str, client: dict[str, Flops], server: dict[str, Flops]) -> Iterator[Row]:
     named = {"client": {}, "server": {}}
     for name, value in client.items():
-        named["client"][name if name in (TOWER, HEAD) else f"tokenize {name}"] = value
+        plain = name in (TOWER, CONNECTOR, HEAD)
+        named["client"][name if plain else f"tokenize {name}"] = value
     for name, value in server.items():
         named["server"][name if name in (HEAD, NORM) else f"encode {name}"] = value
     totals: dict[tuple[str, str], Flops] = {}

@@ -21,6 +21,7 @@ from mpsl_dist.analysis.cost_inputs import Inputs
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.models.clip_text import ClipText
+from mpsl_dist.models.connector import Connected
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
@@ -28,6 +29,8 @@ from mpsl_dist.models.tokenizers import Tokenizers, fuse
 #: What is counted beside the modalities and the passes: the head, and the norm after the encoder
 #: where no head follows it.
 HEAD, NORM = "head", "post-norm"
+#: Small encoders and connector; and what they make of all modalities together.
+CONNECTOR, SOFT = "connector", "soft tokens"
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,18 @@ def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
     return parts.tokenizers.pre_norm(tokenizer(x) if tokens_bld is None else tokens_bld)
 
 
+def leaving(parts: ModelParts, batch: int) -> dict[str, Tensor]:
+    """Return what crosses the cut, (b, l, d): every modality's tokens, or a connector's."""
+    own, times = parts.tokenizers, parts.inputs.times
+    tokens = {name: embed(parts, name, batch * times(name)) for name in parts.inputs.shapes}
+    return {SOFT: own.connect(tokens)} if isinstance(own, Connected) else tokens
+
+
+def leaving_names(parts: ModelParts) -> list[str]:
+    """Return the names that :func:`leaving` has, without computing."""
+    return [SOFT] if isinstance(parts.tokenizers, Connected) else list(parts.inputs.shapes)
+
+
 def count_client(parts: ModelParts) -> dict[str, Flops]:
     """Return a client's operations per sample, by modality and, if it owns one, those of its head;
     the frozen text tower apart.
@@ -146,11 +161,15 @@ def count_client(parts: ModelParts) -> dict[str, Flops]:
             x = meta_inputs(parts, 1)[name]
             tower = count(tokenizer, lambda t=tokenizer, x=x: t.encode(x))
             counted["text tower"] = tower.times(texts)
-            token_b1d = torch.empty(1, 1, parts.width, device="meta")
+            token_b1d = torch.empty(1, 1, choices.token_width_of(parts.experiment), device="meta")
             run = count(parts.tokenizers.pre_norm, lambda x=token_b1d: parts.tokenizers.pre_norm(x))
         else:
             run = count(parts.tokenizers, lambda name=name: embed(parts, name, 1))
         counted[name] = run.times(texts)
+    if isinstance(connected := parts.tokenizers, Connected):
+        known = {n: embed(parts, n, 1) for n in parts.inputs.shapes}
+        tokens = {n: torch.empty_like(x, requires_grad=x.requires_grad) for n, x in known.items()}
+        counted[CONNECTOR] = count(connected, lambda: connected.connect(tokens))
     own = parts.tokenizers.head
     if (head := count(own, lambda: own(features(parts)))).forward:
         counted[HEAD] = head
@@ -197,7 +216,7 @@ def features(parts: ModelParts, batch: int = 1) -> Tensor:
 
 def cut_trained(parts: ModelParts) -> bool:
     """Return whether any gradient comes back through the cut layer."""
-    return any(embed(parts, name, 1).requires_grad for name in parts.inputs.shapes)
+    return any(tokens_bld.requires_grad for tokens_bld in leaving(parts, 1).values())
 
 
 def count_encoder(encoder: nn.Sequential, tokens_bld: Tensor) -> Flops:
@@ -232,7 +251,8 @@ def _passes(parts: ModelParts) -> dict[str, int]:
 
 
 def _tokens(parts: ModelParts, length: int) -> Tensor:
-    return torch.empty(1, length, parts.width, device="meta", requires_grad=cut_trained(parts))
+    shape, kind = (1, length, parts.width), parts.dtype
+    return torch.empty(shape, device="meta", dtype=kind, requires_grad=cut_trained(parts))
 
 
 def count(module: nn.Module, run: Callable[[], Tensor]) -> Flops:
@@ -284,8 +304,7 @@ def kept_by_client(parts: ModelParts, batch: int) -> int:
     own = parts.tokenizers
 
     def run() -> list[Tensor]:
-        times = parts.inputs.times
-        tokens = [embed(parts, name, batch * times(name)) for name in parts.inputs.shapes]
+        tokens = list(leaving(parts, batch).values())
         return [*fuse(tokens, parts.experiment.model.fusion), own.head(features(parts, batch))]
 
     return kept_bytes(own, run)

@@ -62,14 +62,16 @@ def per_sample(parts: ModelParts) -> dict[str, int]:
 
 
 def tokens_of(parts: ModelParts) -> dict[str, int]:
-    """Return how many tokens of every modality a sample has, those of all its captions."""
-    lengths = zip(parts.inputs.shapes, parts.tokenizers.lengths, strict=True)
+    """Return how many tokens of a sample leave, by modality, or a connector's; those of all its
+    captions.
+    """
+    lengths = zip(flops.leaving_names(parts), parts.tokenizers.lengths, strict=True)
     return {name: length * parts.inputs.times(name) for name, length in lengths}
 
 
 def trained_tokens(parts: ModelParts) -> dict[str, bool]:
-    """Return of every modality whether a gradient comes back for its tokens."""
-    own = {name: flops.embed(parts, name, 1).requires_grad for name in parts.inputs.shapes}
+    """Return of all that leaves, by modality, whether a gradient comes back for it."""
+    own = {name: tokens_bld.requires_grad for name, tokens_bld in flops.leaving(parts, 1).items()}
     if parts.server_model.fusion == "early":
         return dict.fromkeys(own, any(own.values()))
     return own

@@ -7,6 +7,7 @@ import re
 
 from mpsl_dist import plugins
 from mpsl_dist.config.defence_checks import defence_problems
+from mpsl_dist.config.language_checks import language_problems
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.config.schema import MODALITIES, PARTS, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
 from mpsl_dist.config.split_checks import split_problems
@@ -63,6 +64,7 @@ def problems(experiment: Experiment) -> list[str]:
             found.append("data.unit: picture needs data.place=simulated; take pair")
         found += _modality_problems(experiment)
         found += split_problems(experiment) + defence_problems(experiment)
+        found += language_problems(experiment)
     except ConfigError as error:
         found += str(error).splitlines()
     classes = experiment.data.classes
@@ -113,6 +115,8 @@ def _too_small(experiment: Experiment) -> list[str]:
             "model.audio_patch": model.audio_patch,
             "model.audio_stride": model.audio_stride,
             "model.merge_patches": model.merge_patches,
+            "model.connector.features": model.connector.features,
+            "model.connector.fused": model.connector.fused,
             "data.partition.minimum": data.partition.minimum,
             "data.image_size": data.image_size,
             "data.audio_frames": data.audio_frames,
@@ -129,6 +133,8 @@ def _too_small(experiment: Experiment) -> list[str]:
             "data.loaders": data.loaders,
             "data.missing.seed": data.missing.seed,
             "model.encoder.trainable_blocks": None if blocks == "all" else blocks,
+            "model.connector.tokens": model.connector.tokens,
+            "model.encoder.lora.rank": model.encoder.lora.rank,
             "model.trainable_part_blocks": None if part_blocks == "all" else part_blocks,
             "training.server.warmup_steps": training.server.warmup_steps,
             "training.client.warmup_steps": training.client.warmup_steps,
@@ -155,6 +161,9 @@ _AT_MOST = {
     "data.text_length": 100_000,
     "model.audio_patch": 16_384,
     "model.audio_stride": 16_384,
+    "model.connector.features": 65_536,
+    "model.connector.fused": 65_536,
+    "model.connector.tokens": 65_536,
     "model.encoder.depth": 4096,
     "model.encoder.heads": 65_536,
     "model.encoder.width": 65_536,
@@ -181,6 +190,7 @@ def _out_of_range(experiment: Experiment) -> list[str]:
     above_zero = {
         "data.partition.alpha": experiment.data.partition.alpha,
         "model.temperature": experiment.model.temperature,
+        "model.encoder.lora.alpha": experiment.model.encoder.lora.alpha,
         "federated.fraction": federated.fraction,
         "federated.round_timeout": federated.round_timeout,
         "runtime.rpc_timeout": runtime.rpc_timeout,
@@ -256,6 +266,8 @@ def _compute_problems(experiment: Experiment) -> list[str]:
 def _encoder_problems(experiment: Experiment) -> list[str]:
     encoder = experiment.model.encoder
     shape = {name: getattr(encoder, name) for name in ("width", "depth", "heads")}
+    if encoder.size == "smollm2":
+        shape.pop("depth")
     if encoder.size != "custom":
         given = [f"model.encoder.{name}" for name, value in shape.items() if value is not None]
         return [f"{', '.join(given)}: only with model.encoder.size=custom"] if given else []

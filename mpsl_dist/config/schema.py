@@ -94,11 +94,24 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """The server's ViT encoder W_b."""
+class Lora:
+    """Trained factors beside the frozen layers of a language model."""
 
-    #: A ViT of the paper, or ``custom`` with the width, depth and heads below.
-    size: Literal["Ti", "S", "B", "L", "H", "custom"] = "Ti"
+    #: 0 has none, and the model itself is trained.
+    rank: int = 0
+    #: The factors' product is scaled by alpha / rank.
+    alpha: float = 16.0
+    #: Linear layers that have them.
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The server's encoder W_b."""
+
+    #: A ViT of the paper, the language model ``smollm2`` (``depth``: its first blocks; null is all
+    #: 30), or ``custom`` with the width, depth and heads below.
+    size: Literal["Ti", "S", "B", "L", "H", "custom", "smollm2"] = "Ti"
     #: Of ``custom``: numbers of a token.
     width: int | None = None
     #: Of ``custom``: blocks.
@@ -107,6 +120,20 @@ class Encoder:
     heads: int | None = None
     #: The last k blocks are trained; ``all`` trains every block.
     trainable_blocks: int | Literal["all"] = "all"
+    #: A ``vit``, or a causal language model (``lm``) in its place, see ``docs/lm.md``.
+    kind: Literal["vit", "lm"] = "vit"
+    lora: Lora = field(default_factory=Lora)
+
+
+@dataclass(frozen=True)
+class Connector:
+    """What makes soft tokens for a language model of all modalities together, at the client."""
+
+    #: Soft tokens of a sample; 0 has no connector: the tokenizers' tokens themselves leave.
+    tokens: int = 0
+    #: Width of tokenizers and small encoders behind a connector, and of the fused representation.
+    features: int = 64
+    fused: int = 256
 
 
 @dataclass(frozen=True)
@@ -125,6 +152,7 @@ class Model:
 
     encoder: Encoder = field(default_factory=Encoder)
     head: Head = field(default_factory=Head)
+    connector: Connector = field(default_factory=Connector)
     #: Who owns the head: the server, as in the paper, or every ``client`` its own, trained, synced
     #: and averaged with its tokenizers, the server's model ending at the pooled features. That
     #: hides logits, not labels: the features' gradients are W_tᵀ(p - e_y), which lie in k
@@ -134,8 +162,9 @@ class Model:
     tokenizers: dict[str, Any] = field(default_factory=dict)
     #: ``early`` concatenates the modalities' tokens before the encoder, ``late`` after it (Eq. 1).
     fusion: Literal["early", "late"] = "early"
-    #: ``cls`` averages every modality's first token, ``mean`` all tokens (GAP of Eq. 3).
-    pooling: Literal["cls", "mean"] = "cls"
+    #: ``cls`` averages every modality's first token, ``mean`` all tokens (GAP of Eq. 3); ``last``
+    #: is the last token, which of a language model alone has seen all others.
+    pooling: Literal["cls", "mean", "last"] = "cls"
     #: Side of a square image patch, in pixels.
     image_patch: int = 16
     #: Side of an audio patch, in frames and mel bins (AST: 16).
@@ -181,7 +210,8 @@ class Weights:
     ``timm:vit_base_patch16_224.mae``, and any part may be a file. See ``docs/weights.md``.
     """
 
-    #: ``random``, ``timm``, ``meta-transformer``, ``clip`` or a file.
+    #: ``random``, ``timm``, ``meta-transformer``, ``clip`` or a file; of
+    #: ``model.encoder.size=smollm2`` ``random`` or ``smollm2``.
     encoder: str = "random"
     #: The image tokenizer: ``random``, ``timm``, ``clip`` (with its pre-norm) or a file; of
     #: ``model.image=efficientnet-lite0`` the part of that name.
@@ -198,7 +228,7 @@ class Weights:
 
 #: Part -> its named sources.
 WEIGHT_SOURCES: dict[str, tuple[str, ...]] = {
-    "encoder": ("random", "timm", "meta-transformer", "clip"),
+    "encoder": ("random", "timm", "meta-transformer", "clip", "smollm2"),
     "image": ("random", "timm", "clip", "efficientnet-lite0"),
     "audio": ("random", "ast", "whisper-tiny"),
     "text": ("random", "clip", "minilm"),

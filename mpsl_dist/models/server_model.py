@@ -1,4 +1,4 @@
-"""The server's part of the model: the unified ViT encoder W_b with what pools its tokens,
+"""The server's part of the model: the unified encoder W_b with what pools its tokens,
 and the task head W_t, where no client owns one.
 
 Shape legend: ``b`` batch, ``m`` modalities, ``c`` captions of a picture, ``l`` length in tokens,
@@ -118,8 +118,9 @@ class ServerModel(nn.Module):
         Features to predictions, see :mod:`mpsl_dist.models.heads`; an identity where clients own
         the head, and the features themselves are returned.
     fusion : "early" or "late"
-    pooling : "cls" or "mean"
-        Mean over every modality's first token, or over all tokens.
+    pooling : "cls", "mean" or "last"
+        Mean over every modality's first token, or over all tokens; or the last token alone, of
+        each pass of the encoder.
     post_norm : bool
         A trained LayerNorm after the encoder.
     apart : bool
@@ -183,6 +184,8 @@ class ServerModel(nn.Module):
         if present_bm is not None:
             return self._of_present(smashed, begin, present_bm)
         encoded = [self.post_norm(x_bld) for x_bld in self.encode(smashed, begin)]
+        if self.pooling == "last" and not self.apart:
+            return torch.stack([x_bld[:, -1] for x_bld in encoded]).mean(0)
         if self.fusion == "early":
             encoded = list(encoded[0].split(self.lengths, dim=1))
         if self.pooling == "mean" and not self.apart:
@@ -214,7 +217,7 @@ class ServerModel(nn.Module):
         captions = x_bld.shape[1] // length
         if captions > 1:
             x_bld = x_bld.unflatten(1, (captions, length)).flatten(0, 1)
-        pooled = x_bld[:, 0] if self.pooling == "cls" else x_bld.mean(1)
+        pooled = _pooled(x_bld, self.pooling)
         return pooled.unflatten(0, (-1, captions)) if captions > 1 else pooled
 
     def _of_present(self, smashed: Sequence[Tensor], begin: int, present_bm: Tensor) -> Tensor:
@@ -225,7 +228,8 @@ class ServerModel(nn.Module):
         rows = dict(zip(present_bm.any(0).nonzero().flatten().tolist(), smashed, strict=True))
         encode = self._encode_joint if self.fusion == "early" else self._encode_apart
         encoded = encode(rows, begin, present_bm)
-        pooled = [self._pooled(encoded.get(m)) for m in range(present_bm.shape[1])]
+        there = (encoded.get(m) for m in range(present_bm.shape[1]))
+        pooled = [None if x_bld is None else _pooled(x_bld, self.pooling) for x_bld in there]
         pooled_bmd = like.new_zeros(*present_bm.shape, self.width)
         for m, x_bd in enumerate(self.adapters(pooled)):
             if x_bd is not None:
@@ -235,11 +239,6 @@ class ServerModel(nn.Module):
         weights_bm = present_bm * pooled_bmd.new_tensor(sizes)
         shares_bm = weights_bm / weights_bm.sum(1, keepdim=True)
         return (pooled_bmd * shares_bm.unsqueeze(-1)).sum(1)
-
-    def _pooled(self, encoded_bld: Tensor | None) -> Tensor | None:
-        if encoded_bld is None:
-            return None
-        return encoded_bld[:, 0] if self.pooling == "cls" else encoded_bld.mean(1)
 
     def _encode_joint(
         self, rows: Mapping[int, Tensor], begin: int, present_bm: Tensor
@@ -260,3 +259,7 @@ class ServerModel(nn.Module):
         """Return the same by a pass for each modality, over those samples alone that have it."""
         rest = (begin,) if begin else ()
         return {m: self.post_norm(self.encoder(x_bld, *rest)) for m, x_bld in rows.items()}
+
+
+def _pooled(x_bld: Tensor, pooling: str) -> Tensor:
+    return x_bld.mean(1) if pooling == "mean" else x_bld[:, 0 if pooling == "cls" else -1]

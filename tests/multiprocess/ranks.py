@@ -97,7 +97,7 @@ def tell_built() -> list[str]:
 def _count_passes(encoder: torch.nn.Module, told: dict[str, Any]) -> None:
     told["block_forwards"] = 0
     for block in encoder:
-        block.norm1.register_forward_hook(
+        getattr(block, "norm1", block).register_forward_hook(
             lambda *_: told.update(block_forwards=told["block_forwards"] + 1)
         )
     encoder.register_forward_hook(lambda *_: told.update(forwards=told["forwards"] + 1))

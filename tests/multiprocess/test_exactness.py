@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -44,6 +45,8 @@ def cases(device: str = "cpu") -> dict[str, dict]:
         # full size from float32's rounding in parameters without a gradient (a key's bias).
         found[f"retrieval {contrastive}"] = _retrieval(contrastive, "float64")
     found |= _with_gaps()
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("peft"):
+        found["soft tokens to a language model"] = _language(found["early image+text float64"])
     return {name: case | {"device": device} for name, case in found.items()}
 
 
@@ -60,6 +63,14 @@ def _with_gaps() -> dict[str, dict]:
         "gaps of the data": _case("early", "gaps", "float64") | {"clients": 3},
     }
     return {name: {"clients": 4} | case for name, case in found.items()}
+
+
+def _language(case: dict) -> dict:
+    """Two clients a worker, with connectors; the server's language model frozen, with LoRA."""
+    sizes = {"size": "custom", "width": 16, "depth": 2, "heads": 2}
+    encoder = {"kind": "lm", "lora": {"rank": 2}} | sizes
+    model = {"encoder": encoder, "pooling": "last", "connector": {"tokens": 3, "features": 8}}
+    return case | {"model": model, "clients_per_worker": 2}
 
 
 def _heads(case: dict, mode: str) -> dict:
@@ -175,6 +186,7 @@ def test_every_clients_tokenizers_change(case: str, gold: dict) -> None:
     [
         *("4 clients on 2 workers", "retrieval global", "heads at clients, late"),
         *(*_with_gaps(), *coded_cases()),
+        *(name for name in cases() if "language" in name),
     ],
 )
 def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, gold: dict) -> None:

@@ -109,7 +109,10 @@ def test_commands_within_lines_exist(words: str, parsed) -> None:
 @pytest.mark.parametrize("words", shown(r"python launch/submit\.py (.*)"))
 def test_shown_jobs_can_be_asked_for(words: str) -> None:
     options, rest = submit._parser().parse_known_args(shlex.split(words))
-    assert (ROOT / options.config).is_file() and all(re.match(r"[a-z_.]+=", word) for word in rest)
+    files = [word for word in options.words if "=" not in word]
+    assert files and all(list(ROOT.glob(name)) for name in files)
+    asked = [*(word for word in options.words if "=" in word), *rest]
+    assert all(re.match(r"[a-z_.]+=", word) for word in asked)
 
 
 SCRIPTS = r"(?:^|[ /])((?:python -m mpsl_dist\.|(?:python )?(?:tests|launch)/)\S.*)"

@@ -219,10 +219,17 @@ class Victim:
 
 
 def refuse(experiment: Experiment) -> None:
-    """Refuse methods whose server hears no activations, and samples that lack parts."""
+    """Refuse methods whose server hears no activations, samples that lack parts, and soft tokens,
+    which no attack reads.
+    """
     if experiment.data.missing.rate and not experiment.data.missing.zeros:
         raise ConfigError(
             "data.missing.rate: audit attacks whole samples; set 0, or data.missing.zeros=true"
+        )
+    if experiment.model.connector.tokens:
+        raise ConfigError(
+            "model.connector.tokens: audit attacks tokens of one modality each, and knows no "
+            "attack on a connector's; nothing is said of what these leak"
         )
     facts = facts_of(experiment)
     if facts.unimodal:
