@@ -16,7 +16,14 @@ from typing import Any
 import yaml
 
 from mpsl_dist.analysis.finished_run import FinishedRun
-from mpsl_dist.analysis.report.content import Cell, Section, Table, Words, mean_and_spread
+from mpsl_dist.analysis.report.content import (
+    Cell,
+    Section,
+    Table,
+    Words,
+    mean_and_spread,
+    number,
+)
 from mpsl_dist.analysis.report.gather import Gathered, setting
 from mpsl_dist.analysis.report.paper_figures import blocks, figures
 
@@ -245,7 +252,7 @@ def table4(runs: Runs, paper: Mapping[Any, Any]) -> Table:
             theirs = _at(paper, "part", name, n, trained)
             cells.append(_part(own, pool, theirs) if pools else _mean([score(r) for r in own]))
         rows.append([Cell(_heading(name)), *cells])
-    heads = [f"N={n}, {b}" for n in clients for b in counts]
+    heads = [f"N={n}, {number(b, 'block')}" for n in clients for b in counts]
     if pools:
         what, remark = "part of centralized in %", "Centralized with the same blocks is 100 %."
     else:

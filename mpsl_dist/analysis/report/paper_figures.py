@@ -69,7 +69,8 @@ def _by_dataset(runs: Runs) -> dict[str, list[FinishedRun]]:
 
 def _figure2(runs: Runs, mark: str) -> Picture:
     found: dict[str, list[FinishedRun]] = {}
-    for run in runs:
+    order = ("dataset", "clients", "method")
+    for run in sorted(runs, key=lambda r: [r.summary[key] for key in order]):
         s = run.summary
         found.setdefault(f"{s['dataset']}, N={s['clients']}, {s['method']}", []).append(run)
     values = {
@@ -82,7 +83,8 @@ def _figure2(runs: Runs, mark: str) -> Picture:
     }
     what = f"Figure 2: rounds to 95 % of peak performance{mark}"
     told = "; ".join(f"{label} {note}" for label, note in notes.items())
-    drawing = pictures.bars("figure-2", values, "rounds", notes)
+    methods = [own[0].summary["method"] for own in found.values()]
+    drawing = pictures.bars("figure-2", values, "rounds", notes, methods)
     return Picture("figure-2", what, f"{what}. {told}.", drawing)
 
 

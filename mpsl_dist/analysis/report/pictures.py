@@ -130,6 +130,7 @@ def lines(
         plot.set(xlabel=axes[0], ylabel=axes[1])
         if logarithmic:
             plot.set_yscale("log")
+            plot.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         if ticks:
             plot.set_xticks(range(len(ticks)), ticks)
         elif whole_x:
@@ -159,13 +160,22 @@ def bars(
     values: Mapping[str, float],
     axis: str,
     notes: Mapping[str, str] | None = None,
+    kinds: Sequence[str] = (),
 ) -> str:
-    """Return one horizontal bar for every label, with a note at its end."""
+    """Return one horizontal bar for every label, with a note at its end.
+
+    Parameters
+    ----------
+    kinds : sequence of str
+        What each bar is one of; bars of a kind share a colour.
+    """
+    colours = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(dict.fromkeys(kinds))}
 
     def draw(figure: Figure) -> None:
         plot = figure.subplots()
         for row, (label, value) in enumerate(values.items()):
-            plot.barh(row, value, color=COLOURS[0], height=0.7)
+            colour = colours[kinds[row]] if kinds else COLOURS[0]
+            plot.barh(row, value, color=colour, height=0.7)
             note = (notes or {}).get(label, f"{value:g}")
             plot.annotate(f" {note}", (value, row), va="center")
         _rows(plot, list(values))

@@ -74,15 +74,16 @@ def _answers(groups: Sequence[Group]) -> Iterator[str]:
         best = max(apart or here, key=lambda g: g.figures["mean"])
         figures = best.figures
         told = (
-            f"{dataset}, N={clients}: {'best is ' if len(apart) > 1 else ''}{best.label} with "
+            f"{dataset}, {f'N={clients}' if apart else 'one pool'}: "
+            f"{'best is ' if len(apart) > 1 else ''}{best.label} with "
             f"{percent(figures['mean'], figures['std'])} test {figures['metric']} "
             f"({number(figures['seeds'], 'seed')}, {number(figures['rounds'], 'round')})"
         )
-        pool = [g for g in pools if g.dataset == dataset and g is not best]
+        pool = [g for g in pools if g.dataset == dataset and apart]
         pool = [g for g in pool if g.clients == clients] or pool
         if pool:
             reached = max(pool, key=lambda g: g.figures["mean"]).figures
-            told += f"; centralized reaches {percent(reached['mean'], reached['std'])}"
+            told += f"; centralized at best {percent(reached['mean'], reached['std'])}"
         names = best.runs[0].summary["baselines"]
         if names:
             least = ", ".join(f"{name} {percent(value)}" for name, value in names.items())
