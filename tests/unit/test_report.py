@@ -167,13 +167,12 @@ def test_groups_have_means_and_deviations_over_seeds(reported: tuple[list[Path],
 
 def test_traffic_is_by_kind_client_and_epoch(reported: tuple[list[Path], Path]) -> None:
     _runs, out = reported
-    (rows,) = [
-        t for c, t in Page(out / "report.html").tables.items() if c.startswith("What is sent")
-    ]
-    found = {(row[0][0], row[1][0]): [float(value) for _, value in row[4:]] for row in rows[1:]}
-    # 6 MiB of 4 clients in 2 epochs; one client 1.5 MiB an epoch.
-    sent = found["mpsl on toy-image+text, N=4", "activations"]
-    assert sent == [0.75 * 2**20, 0.5 * 2**20, 1.5 * 2**20]
+    row = Page(out / "report.html").table("What is sent")["mpsl on toy-image+text, N=4"]
+    # 6 MiB of 4 clients in 2 epochs, and half a MiB of each besides; one client has 3 of the 6.
+    assert row["activations, up"] == ("0.750", 0.75 * 2**20)
+    assert row["predictions, down"] == ("0.250", 0.25 * 2**20)
+    assert row["least of a client"][1] == 0.75 * 2**20
+    assert row["most of a client"][1] == 1.75 * 2**20
 
 
 def test_clients_own_models_losses_and_returns_are_told(reported: tuple[list[Path], Path]) -> None:

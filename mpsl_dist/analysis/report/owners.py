@@ -143,25 +143,29 @@ def _by_kind(one: Group) -> dict[str, float]:
 
 
 def _kinds(sending: Sequence[tuple[Group, dict[str, float]]]) -> Table:
+    found = [kind for kind in KINDS if any(kind in kinds for _, kinds in sending)]
     rows = []
     for one, kinds in sending:
-        for kind, value in kinds.items():
-            way, phase = KINDS[kind]
-            own = _of_each(one, kind)
-            ends = [mib(min(own)), mib(max(own))] if own else [Cell("–"), Cell("–")]
-            rows.append([Cell(one_of(one)), Cell(kind), Cell(way), Cell(phase), mib(value), *ends])
-    head = ["method", "kind", "way", "phase", "MiB per client and epoch", "least", "most"]
+        each = _of_each(one)
+        ends = [mib(min(each)), mib(max(each))] if each else [Cell("–"), Cell("–")]
+        own = [mib(kinds[kind]) if kind in kinds else Cell("–") for kind in found]
+        rows.append([Cell(one_of(one)), *own, *ends])
+    heads = [f"{kind.replace('_', ' ')}, {KINDS[kind][0]}" for kind in found]
     return Table(
-        "What is sent, by kind: the mean over clients, the least and the most of one", head, rows
+        "What is sent, by kind: MiB per client and epoch, and all kinds of one client",
+        ["method", *heads, "least of a client", "most of a client"],
+        rows,
+        "Kinds that begin with test are of tests, the others of training.",
     )
 
 
-def _of_each(one: Group, kind: str) -> list[float]:
-    """Return the bytes per epoch of every client of every run."""
+def _of_each(one: Group) -> list[float]:
+    """Return the bytes per epoch, of all kinds, of every client of every run."""
     found: list[float] = []
     for run in one.runs:
         sent = run.summary["communication"].get("bytes_by_kind_and_client") or {}
-        found += [value / run.summary["epochs_completed"] for value in sent.get(kind, ())]
+        totals = [sum(each) for each in zip(*sent.values(), strict=True)]
+        found += [total / run.summary["epochs_completed"] for total in totals]
     return found
 
 

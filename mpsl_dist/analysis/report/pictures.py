@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ _INK = "#010203"
 _FAINT = "#8a929a"
 #: Lines that one picture may hold and still be read.
 LINES = 10
+#: Characters of a line of a legend.
+_WIDTH = 80
 
 
 def contrast(one: str, other: str) -> float:
@@ -138,8 +141,7 @@ def lines(
         plot.grid(axis="y", color=_FAINT, alpha=0.35, linewidth=0.6)
         _legend(figure, plot)
 
-    rows = math.ceil(len(series) / _columns(series))
-    return drawn(draw, 7.2, 3.3 + 0.2 * rows, name)
+    return drawn(draw, 7.2, 3.3 + _legend_height(series), name)
 
 
 def _thin(chosen: dict[str, Any], points: int) -> dict[str, Any]:
@@ -152,7 +154,14 @@ def _columns(labels: Iterable[str]) -> int:
 
 def _legend(figure: Figure, plot: Axes) -> None:
     handles, labels = plot.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(labels))
+    wrapped = [textwrap.fill(label, _WIDTH) for label in labels]
+    figure.legend(handles, wrapped, loc="outside lower center", ncols=_columns(labels))
+
+
+def _legend_height(labels: Iterable[str]) -> float:
+    """Return the inches of a legend."""
+    lines = [-(-max(1, len(label)) // _WIDTH) for label in labels]
+    return 0.2 * math.ceil(sum(lines) / _columns(labels))
 
 
 def bars(
@@ -180,7 +189,8 @@ def bars(
             plot.annotate(f" {note}", (value, row), va="center")
         _rows(plot, list(values))
         plot.set_xlabel(axis)
-        plot.margins(x=0.3)
+        # Room for the notes, which the layout knows nothing of.
+        plot.set_xlim(0, 1.75 * max(*values.values(), 1e-9))
 
     return drawn(draw, 7.2, 1.0 + 0.3 * len(values), name)
 
@@ -203,7 +213,7 @@ def stacked(name: str, rows: Mapping[str, Mapping[str, float]], axis: str) -> st
         _legend(figure, plot)
 
     parts = {part for own in rows.values() for part in own}
-    return drawn(draw, 7.2, 1.2 + 0.3 * len(rows) + 0.2 * math.ceil(len(parts) / 2), name)
+    return drawn(draw, 7.2, 1.2 + 0.3 * len(rows) + _legend_height(parts), name)
 
 
 def _rows(plot: Axes, labels: Sequence[str]) -> None:

@@ -185,12 +185,12 @@ def _details(groups: Sequence[Group]) -> Table:
         "rounds to 95 % of peak",
         "trained at a client",
         "client GFLOP per input",
-        "MiB up per client and epoch",
+        "MiB up",
         "MiB down",
         "seconds a step",
         "seconds in all",
     ]
-    return Table("What it takes, means over seeds", head, rows)
+    return Table("What it takes, means over seeds; MiB per client and epoch", head, rows)
 
 
 def curves(found: Gathered) -> Section:
@@ -241,14 +241,16 @@ def _losses(task: str, part: int, groups: Sequence[Group]) -> Iterator[Picture]:
     for one in groups:
         lines = RunDirectory(one.runs[0].path).metrics()
         steps = [(s["step"], s["loss"]) for s in lines if s["split"] == "train"]
-        steps = [(step, loss) for step, loss in steps if isinstance(loss, int | float)]
+        # In rounds, as a step of one method is a whole round of another.
+        each = one.figures["rounds"] / max((step for step, _ in steps), default=1)
+        steps = [(step * each, loss) for step, loss in steps if isinstance(loss, int | float)]
         if steps:
             found[one.label] = _smooth(steps)
     if found:
         key = key_of(f"loss-{task}-{part}")
         ends = ", ".join(f"{label} {points[-1][1]:.3g}" for label, points in found.items())
         what = f"Global training loss of {task}, the first run of each group, smoothed"
-        drawing = pictures.lines(key, found, ("step", "training loss"), whole_x=True)
+        drawing = pictures.lines(key, found, ("round", "training loss"), whole_x=True)
         yield Picture(key, what, f"{what}. At the end: {ends}.", drawing)
 
 
