@@ -1,4 +1,4 @@
-"""What is asked of runs that are there: their test, their comparison, what they give away."""
+"""What is asked of runs that are there: test, comparison, report, what they give away."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpsl_dist.errors import ConfigError
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add ``evaluate``, ``compare`` and ``audit`` to the command line."""
+    """Add ``evaluate``, ``compare``, ``report`` and ``audit`` to the command line."""
     evaluate = commands.add_parser("evaluate", help="test the model that a run left, without RPC")
     evaluate.add_argument(
         "run_directory",
@@ -28,7 +28,17 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="completed run directories")
     compare.add_argument("--out", metavar="FILE.md", help="write page, csv and picture")
     compare.set_defaults(run=_compare)
+    _add_report(commands)
     _add_audit(commands)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    report = commands.add_parser("report", help="one page to show around, and markdown, of runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, runs/<name>")
+    where = "a folder for report.html, report.md and pictures/"
+    report.add_argument("--out", metavar="DIR", required=True, help=where)
+    report.add_argument("--overwrite", action="store_true", help="replace an earlier report there")
+    report.set_defaults(run=_report)
 
 
 def _add_audit(commands: argparse._SubParsersAction) -> None:
@@ -86,6 +96,14 @@ def _compare(options: argparse.Namespace) -> int:
     groups = compare.group(compare.read(options.runs))
     print(compare.markdown(groups))
     for path in compare.write(groups, Path(options.out)) if options.out else ():
+        print(f"wrote {path}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from mpsl_dist.analysis.report import page
+
+    for path in page.write(options.runs, Path(options.out), options.overwrite):
         print(f"wrote {path}")
     return 0
 

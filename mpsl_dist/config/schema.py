@@ -131,8 +131,9 @@ class Connector:
 
     #: Soft tokens of a sample; 0 has no connector: the tokenizers' tokens themselves leave.
     tokens: int = 0
-    #: Width of tokenizers and small encoders behind a connector, and of the fused representation.
+    #: Width of tokenizers and small encoders behind a connector.
     features: int = 64
+    #: Width of the fused representation.
     fused: int = 256
 
 

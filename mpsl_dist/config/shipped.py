@@ -92,7 +92,8 @@ def copy(name: str, to: Path) -> Path:
         place = (source.parent / found[1]).resolve().relative_to(folder().resolve())
         return f"config: {place.with_suffix('').as_posix()}"
 
-    text = re.sub(r"^config: (\S+\.yaml)$", renamed, source.read_text("utf-8"), flags=re.MULTILINE)
+    # Its tasks may have experiments of their own, each in a line.
+    text = re.sub(r"\bconfig: (\S+\.yaml)\b", renamed, source.read_text("utf-8"))
     try:
         with to.open("x", encoding="utf-8") as file:
             file.write(text)
