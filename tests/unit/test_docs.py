@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from mpsl_dist import config
+from mpsl_dist.__main__ import _parser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
 
@@ -36,6 +37,13 @@ def shown_commands() -> list[str]:
         for line in shown
         if re.search(r"mpsl_dist (train|cost|partition|data|bench|audit) ", line)
     ]
+
+
+def test_shown_reports_are_commands() -> None:
+    text = (ROOT / "docs" / "report.md").read_text("utf-8")
+    lines = re.findall(r"^    python -m mpsl_dist (.*)$", text, re.MULTILINE)
+    told = [_parser().parse_args(shlex.split(line)) for line in lines]
+    assert len(told) == 2 and all(options.command == "report" for options in told)
 
 
 @pytest.mark.parametrize("line", shown_commands())
