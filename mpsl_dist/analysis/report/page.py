@@ -19,7 +19,6 @@ from mpsl_dist.analysis.report.content import (
     Picture,
     Points,
     Section,
-    Table,
     Words,
     number,
 )
