@@ -350,3 +350,30 @@ def test_published_figures_are_the_papers() -> None:
     assert found["table3"]["part"]["ucf101"][300] == 100.0
     assert found["table4"]["part"]["ms-coco"][25][12] == 68.5
     assert found["table5"]["accuracy"]["kinetics-sounds"]["mpsl"]["late"] == 66.2
+
+
+def test_the_papers_figures_say_their_points_in_words(tmp_path: Path) -> None:
+    runs = [
+        of_paper(tmp_path, "table1-coco-qa-n25-mpsl-seed1", 0.5),
+        of_paper(tmp_path, "table4-coco-qa-n25-trainable_blocks6-seed1", 0.4),
+        of_paper(tmp_path, "figure6-vit-s-n25-seed1", 0.3, size="S"),
+        of_paper(tmp_path, "table3-flickr30k-mpsl-batch_size50-seed1", 0.2, dataset="flickr30k"),
+    ]
+    recalls = {f"{way}_r{k}": 0.2 for way in ("image_to_text", "text_to_image") for k in (1, 10)}
+    change(runs[3], test=recalls)
+    counted = tmp_path / "figure3-coco-qa-S-clients100"
+    counted.mkdir()
+    row = {"section": "bytes_per_epoch", "owner": "client", "part": "total", "method": "mpsl"}
+    rows = [row | {"quantity": way, "value": 2**20, "unit": "bytes"} for way in ("up", "down")]
+    about = {"dataset": "coco-qa", "clients": 100, "encoder": "S"}
+    (counted / "cost.json").write_text(json.dumps({"about": about, "rows": rows}))
+    (drawn,) = [s for s in paper.sections_of(gather([*runs, counted])) if s.key == "paper-figures"]
+    told = {getattr(part, "alt", None) or part.text for part in drawn.parts}
+    for wanted in (
+        "Figure 2: .* coco-qa, N=25, mpsl 1.0 \\(ends at 50.0 %\\)",
+        "Figure 3: .* coco-qa, N=100, in MiB: mpsl S 2.0",
+        "Figure 4, flickr30k, MPSL, batch 100: .*no model/ there",
+        "Figure 5: .* mpsl, N=25 6 40.0 %",
+        "Figure 6: .* mpsl, N=25 S 30.0 %",
+    ):
+        assert any(re.search(wanted, text) for text in told), (wanted, told)

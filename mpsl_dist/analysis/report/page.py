@@ -19,7 +19,6 @@ from mpsl_dist.analysis.report.content import (
     Picture,
     Points,
     Section,
-    Table,
     Words,
     number,
 )
@@ -183,6 +182,3 @@ def _plain(text: str) -> str:
     for i in range(1, len(pieces), 2):
         pieces[i] = pieces[i].replace("|", r"\|").replace("<", "‹")
     return "`".join(pieces) if len(pieces) % 2 else "`".join(pieces).replace("`", "'")
-
-
-__all__ = ["Table", "check_out", "contents", "markdown", "page", "write"]
