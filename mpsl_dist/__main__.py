@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mpsl_dist.commands import planning, results, train, ways
+from mpsl_dist.commands import models, planning, results, train, ways
 from mpsl_dist.commands.ending import user_error
 from mpsl_dist.errors import RefusedError, UserError
 
@@ -50,13 +50,13 @@ def _perform(options: argparse.Namespace) -> int:
     try:
         return options.run(options)
     except UserError as error:
-        return user_error(str(error), told=isinstance(error, RefusedError))
+        return user_error(error, told=isinstance(error, RefusedError))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpsl_dist", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for group in (train, results, planning, ways):
+    for group in (train, results, models, planning, ways):
         group.add_to(commands)
     return parser
 

@@ -14,10 +14,11 @@ from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment, Faults
-from mpsl_dist.methods import fedavg
+from mpsl_dist.methods import fedavg, m2fedsa
 from mpsl_dist.methods.fedavg import FedAvg
-from mpsl_dist.methods.hosting import build_clients
+from mpsl_dist.methods.hosting import BuildClients, Setup, build_clients
 from mpsl_dist.methods.link import RoundLink
+from mpsl_dist.methods.m2fedsa import M2FedSA
 from mpsl_dist.methods.mpsl import Mpsl
 from mpsl_dist.methods.split_link import SplitLink
 from mpsl_dist.records.traffic import Traffic
@@ -90,6 +91,17 @@ def rounds_in_one_process(chosen: Experiment) -> FedAvg:
     clients = fedavg.build_clients(chosen, range(chosen.clients), holdings)
     model = deployable.build(chosen, holdings.splits)
     return FedAvg(chosen, holdings.splits, model, LocalRounds(clients, chosen.faults))
+
+
+def users_in_one_process(chosen: Experiment) -> M2FedSA:
+    """M²FedSA with all clients of all users in this process, on one thread."""
+    torch.set_num_threads(1)
+    holdings = Holdings.load(chosen)
+
+    def transport(build: BuildClients) -> WatchedFleet:
+        return WatchedFleet(Host(build(chosen, range(chosen.clients), holdings)))
+
+    return m2fedsa.build(Setup(chosen, holdings, 1, transport=transport))
 
 
 def steps_of(method: Any, steps: int) -> list[float | None]:

@@ -88,6 +88,34 @@ def check_defences(experiment: Experiment, splits: Splits) -> None:
         raise ConfigError("\n".join(errors))
 
 
+def check_unimodal(experiment: Experiment, splits: Splits) -> None:
+    """Refuse clients that are not whole users, and data that M²FedSA's users cannot share.
+
+    Raises
+    ------
+    ConfigError
+        With every such option, one a line.
+    """
+    if not facts_of(experiment).unimodal:
+        return
+    names, name, errors = list(splits.shapes), experiment.data.name, []
+    each = f"a user has one client for each of {', '.join(names)}"
+    for key in ("clients", "clients_per_worker"):
+        value = getattr(experiment, key)
+        if value % len(names):
+            wanted = max(1, value // len(names)) * len(names)
+            errors.append(f"{key}: {each}; {value} is no multiple of {len(names)}, take {wanted}")
+    if splits.retrieval:
+        errors.append(f"data.name: {name} is a retrieval dataset, and a client has a classifier")
+    if experiment.data.missing.rate or presence(splits.train) or presence(splits.test):
+        errors.append(
+            f"data.name: samples of {name} lack parts, and {each}, with the same samples; take "
+            "data.missing.rate=0, or another method"
+        )
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
 def check_missing(experiment: Experiment, splits: Splits) -> None:
     """Refuse what cannot be done with samples that lack parts, see ``docs/missing.md``.
 

@@ -104,7 +104,7 @@ def wire_of(experiment: Experiment) -> Wire:
     wire = experiment.wire
     activations = _codec("activations", wire.activations)
     gradients = _codec("gradients", wire.gradients)
-    if not facts_of(experiment).split:
+    if not facts_of(experiment).split or facts_of(experiment).unimodal:
         return Wire()
     return Wire(activations, gradients, wire.rounding == "stochastic")
 
@@ -129,7 +129,8 @@ def head_of(experiment: Experiment, splits: Splits) -> tuple[str, HeadFacts]:
 
 def clients_own_head(experiment: Experiment) -> bool:
     """Return whether every client has a head of its own (``model.head_at: client``)."""
-    return experiment.model.head_at == "client" and facts_of(experiment).split
+    facts = facts_of(experiment)
+    return facts.unimodal or (experiment.model.head_at == "client" and facts.split)
 
 
 def head_named(experiment: Experiment, kind: str) -> HeadFacts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
 from mpsl_dist.actors.choices import device_of, pixels_of, task_of, wire_of
+from mpsl_dist.actors.halves import build_lower, build_upper
 from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.loading import override
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Batch, Splits, catalog
 from mpsl_dist.errors import ConfigError, DiskError, RunError, UserError
 from mpsl_dist.models.codecs import Wire
@@ -116,6 +118,7 @@ class Deployable(nn.Module):
             "experiment": to_dict(replace(experiment, data=told)),
             "shapes": {name: list(shape) for name, shape in splits.shapes.items()},
             "classes": list(splits.classes),
+            "view": asdict(splits.view) if splits.view else None,
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +130,47 @@ class Deployable(nn.Module):
                 partial.unlink()
             met = error if isinstance(error, OSError) else OSError(str(error))
             raise DiskError.of(folder, met) from error
+
+
+class UnimodalDeployable(Deployable):
+    """M²FedSA's: an encoder and a classifier for each modality, and the fusion.
+
+    ``tokenizers`` are the clients' halves, ``server_model`` is the server's
+    :class:`~mpsl_dist.models.halves.UpperModel`.
+    """
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return logits (b, classes): of all modalities the fusion's, of one its own."""
+        found = self.predictions(inputs)
+        return found["fused"] if "fused" in found else next(iter(found.values()))
+
+    def predictions(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the logits (b, classes) of each modality that there are inputs of, and of all of
+        them, if all are there, ``fused``.
+        """
+        halves, heads = self.server_model.encoders, self.tokenizers.head.by_modality
+        lower = self.tokenizers.by_modality
+        features = {m: halves[m](lower[m](x)) for m, x in inputs.items() if m in halves}
+        found = {m: heads[m](feature_bd) for m, feature_bd in features.items()}
+        if len(features) == len(halves):
+            found["fused"] = self.server_model.fusion([features[m] for m in halves])[0]
+        return found
+
+    def test(self, held: TestData, batch_size: int) -> dict[str, float]:
+        """Return each modality's accuracy by itself, their mean ``accuracy``, and the fusion's."""
+        right: dict[str, int] = {}
+        samples = 0
+        for batch in filter(len, held.batches(batch_size)):
+            with torch.no_grad():
+                found = self.predictions(self.to_own(batch.inputs))
+            for name, logits_bk in found.items():
+                right[name] = right.get(name, 0) + self.task.score(logits_bk, batch.labels)
+            samples += len(batch)
+        each = {f"accuracy_{name}": number / samples for name, number in right.items()}
+        alone = [each[f"accuracy_{name}"] for name in self.server_model.encoders]
+        return {"accuracy": sum(alone) / len(alone)} | each
 
 
 def build(
@@ -144,6 +188,9 @@ def build(
     UserError
         As the builders of :mod:`mpsl_dist.actors.assembly`.
     """
+    if facts_of(experiment).unimodal:
+        halves = build_lower(experiment, splits), build_upper(experiment, splits)
+        return UnimodalDeployable(*halves, task_of(splits)).to(device_of(experiment))
     tokenizers = build_tokenizers(experiment, splits, modalities=modalities)
     built = dict(zip(tokenizers.by_modality, tokenizers.lengths, strict=True))
     # Nothing is asked of the length of a modality that no sample has here.

@@ -26,7 +26,7 @@ from mpsl_dist.data import Dataset, Splits, TensorDataset, presence
 from mpsl_dist.data.decode.samples import PIXELS, FileDataset, with_colours
 from mpsl_dist.data.gaps import cells, leave_out
 from mpsl_dist.data.loading import Loaders
-from mpsl_dist.data.partition import Dealt, deal, partition
+from mpsl_dist.data.partition import Dealt, deal, partition, shares
 from mpsl_dist.errors import ConfigError
 
 _log = logging.getLogger("mpsl_dist")
@@ -63,6 +63,21 @@ def _zeros(experiment: Experiment) -> bool:
 
 def _with_zeros(split: Dataset) -> Dataset:
     return replace(split, zeros=True) if isinstance(split, FileDataset | TensorDataset) else split
+
+
+def clients_of_a_user(experiment: Experiment, splits: Splits) -> int:
+    """Return how many clients in a row have the same samples: one, or one for each modality."""
+    return len(splits.shapes) if facts_of(experiment).unimodal else 1
+
+
+def plan_of(experiment: Experiment, splits: Splits, sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Return (steps, clients): samples of every client in every step of an epoch.
+
+    Clients of one user give the same samples, which count once in ``training.batch_size``.
+    """
+    each = clients_of_a_user(experiment, splits)
+    plan = shares(list(sizes)[::each], experiment.training.batch_size, experiment.client_share)
+    return plan.repeat(each, axis=1)
 
 
 def loaders_of(experiment: Experiment, splits: Splits) -> Loaders:
@@ -125,7 +140,8 @@ class Holdings:
             If there are too few samples, or the data names another number of clients.
         """
         rule, numbers = experiment.data.partition, clients or range(experiment.clients)
-        count, seed = len(numbers), experiment.seed + numbers[0]
+        each = clients_of_a_user(experiment, splits)
+        count, seed = len(numbers) // each, experiment.seed + numbers[0]
         nameless = getattr(splits.train, "clients", None) is None
         kind = "iid" if clients and count == 1 and nameless else rule.kind
         dealt = deal(splits, count, kind, rule.alpha, rule.minimum, seed)
@@ -135,9 +151,11 @@ class Holdings:
                 f"{key}: {count}, but the data names {len(dealt.parts)} and "
                 f"data.partition.kind=natural takes each; set {key}={len(dealt.parts)}"
             )
+        dealt = replace(dealt, parts=[part for part in dealt.parts for _ in range(each)])
         tests = [np.empty(0, dtype=np.int64)] * count
         if experiment.data.test_at == "clients":
             tests = partition(splits.test.labels, count, "iid", 1.0, 1, seed)
+        tests = [part for part in tests for _ in range(each)]
         missing = experiment.data.missing
         if missing.rate:
             drawn = experiment.seed if missing.seed is None else missing.seed
@@ -208,8 +226,10 @@ class Holdings:
     def of(self, number: int) -> tuple[LocalData, TestData]:
         """Return a client's own training and test samples."""
         part, test = self.dealt.parts[number - self.first], self.tests[number - self.first]
-        train = LocalData(self.splits.train, part, self.experiment.seed, number, self.loaders)
-        return train, TestData(self.splits.test, test, self.loaders)
+        seed, user = self.experiment.seed, number // clients_of_a_user(self.experiment, self.splits)
+        seen = self.modalities(number) if facts_of(self.experiment).unimodal else ()
+        train = LocalData(self.splits.train, part, seed, user, self.loaders, seen)
+        return train, TestData(self.splits.test, test, self.loaders, seen)
 
     @cached_property
     def _masks(self) -> tuple[Mapping[str, Tensor] | None, ...]:
@@ -234,6 +254,8 @@ class Holdings:
         trains on; empty where these are all.
         """
         names, parts = list(self.splits.shapes), (self.dealt.parts, self.tests)
+        if facts_of(self.experiment).unimodal:
+            return (names[number % len(names)],) if len(names) > 1 else ()
         has = np.zeros(len(names), dtype=bool)
         for mask_nm, part in list(zip(self.present(number), parts, strict=True))[: 1 + tests]:
             has |= bool(len(part[number - self.first])) if mask_nm is None else mask_nm.any(0)
@@ -276,7 +298,7 @@ def _cut(
     """Return a split in memory with the rows that are in the parts alone, and where they are."""
     if not isinstance(dataset, TensorDataset):
         return dataset, parts
-    rows = np.sort(np.concatenate(parts))
+    rows = np.unique(np.concatenate(parts))  # clients of one user have the same
     kept = dataset.fetch(rows)
     cut = replace(dataset, inputs=kept.inputs, labels=kept.labels, present=kept.present)
     return cut, [np.searchsorted(rows, p) for p in parts]

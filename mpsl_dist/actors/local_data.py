@@ -60,6 +60,8 @@ class LocalData:
         The experiment's seed and the client's number.
     loaders : Loaders, optional
         Reads samples ahead; by default they are read when they are asked for.
+    modalities : sequence of str
+        All that the client sees of a sample; by default everything.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class LocalData:
         seed: int,
         client: int,
         loaders: Loaders | None = None,
+        modalities: Sequence[str] = (),
     ) -> None:
         self.indices = indices
+        self.modalities = modalities
         self.seed = seed
         self.client = client
         self.epoch = 0
@@ -119,7 +123,8 @@ class LocalData:
         DataError
             If a file cannot be read and ``data.on_error`` is ``raise``.
         """
-        return self._reader.batch(step)
+        batch = self._reader.batch(step)
+        return batch.only(self.modalities) if self.modalities else batch
 
 
 class TestData:
@@ -133,6 +138,8 @@ class TestData:
         Positions in it; by default all.
     loaders : Loaders, optional
         Reads samples ahead; by default they are read when they are asked for.
+    modalities : sequence of str
+        All that the owner sees of a sample; by default everything.
     """
 
     __test__ = False  # pytest: no test
@@ -142,7 +149,9 @@ class TestData:
         dataset: Dataset,
         indices: Sequence[int] | None = None,
         loaders: Loaders | None = None,
+        modalities: Sequence[str] = (),
     ) -> None:
+        self.modalities = modalities
         self.indices = range(len(dataset.labels)) if indices is None else [*map(int, indices)]
         self._reader = (loaders or Loaders([dataset])).reader(dataset)
 
@@ -170,7 +179,8 @@ class TestData:
         DataError
             If a file cannot be read and ``data.on_error`` is ``raise``.
         """
-        return self._reader.batch(step)
+        batch = self._reader.batch(step)
+        return batch.only(self.modalities) if self.modalities else batch
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Read all samples, ``size`` at once; raises as :meth:`batch`."""

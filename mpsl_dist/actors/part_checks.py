@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from mpsl_dist import plugins
-from mpsl_dist.actors import assembly, defences
+from mpsl_dist.actors import assembly, defences, halves
 from mpsl_dist.actors.checks import (
     check_cache,
     check_defences,
     check_missing,
     check_patches,
     check_task,
+    check_unimodal,
 )
 from mpsl_dist.actors.choices import dtype_of, head_named, head_of, head_options, width_of, wire_of
 from mpsl_dist.config import Experiment
-from mpsl_dist.config.methods import METHODS, options_of
+from mpsl_dist.config.methods import METHODS, facts_of, options_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.catalog import DATASETS
 from mpsl_dist.errors import ConfigError, UserError
@@ -60,6 +61,7 @@ def refusals_with_data(experiment: Experiment, splits: Splits) -> list[str]:
         lambda: check_cache(experiment, splits),
         lambda: check_defences(experiment, splits),
         lambda: check_missing(experiment, splits),
+        lambda: check_unimodal(experiment, splits),
         lambda: head_options(experiment, head_of(experiment, splits)[1]),
     ]
     checks += [
@@ -85,6 +87,8 @@ def _build(experiment: Experiment, splits: Splits) -> None:
         _refuse_changing(experiment, tokenizers)
         # One of them is an identity.
         _try_head(experiment, splits, nn.Sequential(model.head, tokenizers.head))
+        if facts_of(experiment).unimodal:
+            halves.build_on_meta(experiment, splits)
     except RuntimeError as error:
         # A part may read numbers that are not there; it can still work where they are.
         if "meta" not in str(error):

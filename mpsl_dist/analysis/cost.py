@@ -14,12 +14,12 @@ from pathlib import Path
 
 from mpsl_dist.actors.choices import clients_own_head
 from mpsl_dist.actors.cut_cache import limit_of
-from mpsl_dist.analysis import flops, traffic_model
+from mpsl_dist.analysis import flops, traffic_model, unimodal
 from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
 from mpsl_dist.analysis.flops import HEAD, NORM, Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.config import Optimizer as OptimizerSettings
-from mpsl_dist.config.methods import METHODS
+from mpsl_dist.config.methods import METHODS, facts_of
 from mpsl_dist.data.catalog import CAPTIONS
 
 TOWER = "text tower"
@@ -125,7 +125,8 @@ def about(experiment: Experiment, inputs: Inputs) -> dict[str, object]:
 
 
 def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
-    """Return every method's figures for an experiment; its own ``method`` does not matter.
+    """Return every method's figures for an experiment; its own ``method`` matters to m2fedsa alone,
+    whose clients are not everybody's: its rows are there where it is the experiment's own.
 
     Parameters
     ----------
@@ -136,8 +137,12 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
     inputs = inputs or inputs_of(experiment)
     # All methods train one and the same model, but for those that freeze its encoder and add
     # adapters; and it is cut in two ways.
-    each = {method: replace(experiment, method=method) for method in METHODS}
-    kinds = {m: (METHODS[m].adapted, clients_own_head(own)) for m, own in each.items()}
+    shown = [m for m, facts in METHODS.items() if not facts.unimodal or m == experiment.method]
+    each = {method: replace(experiment, method=method) for method in shown}
+    kinds = {
+        m: (METHODS[m].adapted, METHODS[m].unimodal, clients_own_head(own))
+        for m, own in each.items()
+    }
     by_kind = {kind: each[method] for method, kind in kinds.items()}
     measured = {kind: Measured(flops.build(own, inputs)) for kind, own in by_kind.items()}
     rows: list[Row] = []
@@ -149,7 +154,8 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
         if inputs.retrieval:
             rows += _picture_rows(method, parts)
         rows += _bytes(method, parts)
-        rows += _memory(method, parts, of)
+        if not METHODS[method].unimodal:
+            rows += _memory(method, parts, of)
     return Cost(experiment, inputs, tuple(rows))
 
 
@@ -163,8 +169,9 @@ class Measured:
 
     def __init__(self, parts: ModelParts) -> None:
         self.parts = parts
-        self.client = flops.count_client(parts)
-        self.server = flops.count_server(parts)
+        counted = unimodal if facts_of(parts.experiment).unimodal else flops
+        self.client = counted.count_client(parts)
+        self.server = counted.count_server(parts)
         self._kept: dict[tuple[str, int], int] = {}
 
     def kept(self, part: str, batch: int) -> int:
@@ -246,7 +253,8 @@ def _bytes(method: str, parts: ModelParts) -> Iterator[Row]:
     if METHODS[method].one_process:
         return
     if METHODS[method].split:
-        for kind, value in traffic_model.per_sample(parts).items():
+        each = unimodal if METHODS[method].unimodal else traffic_model
+        for kind, value in each.per_sample(parts).items():
             direction = traffic_model.direction(kind)
             yield Row("bytes_per_sample", method, "client", kind, direction, value, "bytes")
     totals = {"up": 0.0, "down": 0.0}

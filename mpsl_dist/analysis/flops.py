@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpsl_dist.actors import assembly, choices
+from mpsl_dist.actors import assembly, choices, halves
 from mpsl_dist.analysis.cost_inputs import Inputs
 from mpsl_dist.config import ConfigError, Experiment
+from mpsl_dist.config.methods import facts_of
 from mpsl_dist.models.clip_text import ClipText
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task
@@ -69,7 +70,7 @@ class ModelParts:
         W_h, without its frozen text tower's weights where ``model.text=clip``; and W_t, where
         clients own it.
     server_model : ServerModel
-        W_b, and otherwise W_t.
+        W_b, and otherwise W_t; M²FedSA's upper halves.
     """
 
     experiment: Experiment
@@ -105,8 +106,10 @@ class ModelParts:
 
 def build(experiment: Experiment, inputs: Inputs) -> ModelParts:
     """Build a method's parts on the meta device, where they take no memory."""
+    unimodal = facts_of(experiment).unimodal
     try:
-        parts = assembly.build_on_meta(experiment, inputs.splits())
+        build_on_meta = halves.build_on_meta if unimodal else assembly.build_on_meta
+        parts = build_on_meta(experiment, inputs.splits())
     except RuntimeError as error:
         if "meta" not in str(error):
             raise

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE, BESIDE = "mpsl_dist", "launch"
-#: What nothing else of the package imports: the command line, and the scripts beside it.
-_TOPS = ("__main__", BESIDE)
+#: What nothing else of the package imports: the command line, the scripts beside it, and what the
+#: package offers to Python, which its ``__init__`` alone imports, when it is asked for.
+_TOPS = ("__main__", "api", BESIDE)
+_OFFERS = ("__init__", "api")
 #: The room that alone may import ``torch.distributed``.
 _DOOR = "runtime"
 
@@ -130,9 +132,10 @@ def upward(edges: Mapping[Edge, int]) -> list[Edge]:
     """Return the imports that go up.
 
     In a circle of rooms the edge with the fewest imports is taken to go up, and the others down.
-    Whatever leads to the command line or to ``launch/`` goes up.
+    Whatever leads to the command line, to ``launch/`` or to the Python API goes up.
     """
-    up = [edge for edge in edges if edge[1] in _TOPS and edge[0] not in _TOPS]
+    tops = [edge for edge in edges if edge[1] in _TOPS and edge[0] not in _TOPS]
+    up = [edge for edge in tops if edge != _OFFERS]
     down = {edge: count for edge, count in edges.items() if edge not in up}
     while found := circles(down):
         inside = [edge for edge in down if edge[0] in found[0] and edge[1] in found[0]]

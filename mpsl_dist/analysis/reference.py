@@ -70,10 +70,10 @@ class Section:
 
 def read() -> list[Section]:
     """Return all sections, in the schema's order: those of no section first."""
-    comments, found = _comments(), {}
+    found: dict[type, Section] = {}
     for path, value in _sections(schema.Experiment()):
         kind = type(value)
-        keys = tuple(_keys(path, value, comments[kind.__name__]))
+        keys = tuple(_keys(path, value, _comments(kind)))
         earlier = found.get(kind)
         paths = (*earlier.paths, path) if earlier else (path,)
         all_keys = (*earlier.keys, *keys) if earlier else keys
@@ -98,18 +98,15 @@ def _keys(path: str, value: Any, comments: Mapping[str, str]) -> Iterator[Key]:
             yield Key(name, describe(hints[entry.name]), shown, comments.get(entry.name, ""))
 
 
-def _comments() -> dict[str, dict[str, str]]:
-    """Return the ``#:`` comment above every field of the schema, by class and field."""
-    source = inspect.getsource(schema)
-    lines = source.splitlines()
+def _comments(kind: type) -> dict[str, str]:
+    """Return the ``#:`` comment above every field of a section's class, by field."""
+    lines = inspect.getsource(kind).splitlines()
+    (node,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(node, ast.ClassDef)
     return {
-        node.name: {
-            field.target.id: _above(lines, field.lineno - 1)
-            for field in node.body
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        }
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef)
+        field.target.id: _above(lines, field.lineno - 1)
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
     }
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpsl_dist.actors.choices import wire_of
 from mpsl_dist.actors.cut_cache import Aging, limit_of
-from mpsl_dist.analysis import flops, gapped_traffic
+from mpsl_dist.analysis import flops, gapped_traffic, unimodal
 from mpsl_dist.analysis.flops import ModelParts
 from mpsl_dist.analysis.gapped_traffic import Gaps
 from mpsl_dist.config import Experiment
@@ -28,8 +28,10 @@ Bytes = dict[str, NDArray[np.int64]]
 
 
 def direction(kind: str) -> str:
-    """Return the direction of a kind of traffic: ``up`` (client to server) or ``down``."""
-    return KINDS[kind][0]
+    """Return the direction of a kind of traffic: ``up`` (client to server) or ``down``; what a
+    comma separates from the kind says when.
+    """
+    return KINDS[kind.partition(",")[0]][0]
 
 
 def equal_plan(experiment: Experiment, samples: int) -> NDArray[np.int64]:
@@ -100,6 +102,8 @@ def training(
         return {}
     if not facts.split:
         return _rounds(parts, plan.shape[1], epochs, gaps)
+    if facts.unimodal:
+        return unimodal.training(parts, plan, epochs)
     samples, steps = plan.sum(0) * epochs, (plan > 0).sum(0) * epochs
     found = {kind: samples * each for kind, each in per_sample(parts).items()}
     if experiment.wire.cache:
@@ -120,10 +124,13 @@ def training(
 
 def per_epoch(parts: ModelParts) -> dict[str, float]:
     """Return the bytes of a client and epoch by kind: the mean over all clients, with
-    ``wire.cache`` over all epochs too, as the first sends most.
+    ``wire.cache`` over all epochs too, as the first sends most, and under m2fedsa.
     """
-    epochs = parts.experiment.training.epochs if parts.experiment.wire.cache else 1
+    changes = parts.experiment.wire.cache or facts_of(parts.experiment).unimodal
+    epochs = parts.experiment.training.epochs if changes else 1
     plan = equal_plan(parts.experiment, parts.inputs.train)
+    if facts_of(parts.experiment).unimodal:
+        plan = unimodal.equal_plan(parts)
     shapes = list(parts.inputs.shapes)
     gaps = gapped_traffic.expected(parts.experiment, shapes, parts.inputs.train)
     sent = training(parts, plan, epochs, gaps)
@@ -195,6 +202,8 @@ def testing(parts: ModelParts, held: NDArray[np.int64], gaps: Gaps | None = None
     if not facts.split:
         sent = (held > 0) * _model_bytes(parts, gaps)
         return {"test_weights_down": sent} if held.any() else {}
+    if facts.unimodal:
+        return unimodal.testing(parts, held)
     weights = trained_bytes(parts, "client") if gaps is None else gaps.weights(parts)
     found = _averaging(parts, clients, experiment.training.evaluate_own, gaps)
     if held.any():
@@ -211,6 +220,8 @@ def exporting(parts: ModelParts, clients: int, gaps: Gaps | None = None) -> Byte
     facts = facts_of(parts.experiment)
     if facts.one_process or not facts.split:
         return {}
+    if facts.unimodal:
+        return unimodal.averaging(parts, clients)
     return _averaging(parts, clients, gaps=gaps)
 
 

@@ -9,16 +9,18 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mpsl_dist.errors import UserError
+from mpsl_dist.runtime import caller
 
 
-def user_error(message: str, told: bool) -> int:
+def user_error(error: UserError, told: bool) -> int:
     """Print a mistake and return the exit status; ``told`` if rank 0 has told its own user."""
     if not told and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         # Rank 0 meets the same error. Ending first would make a launcher end rank 0 before it can
         # say so; then the launcher ends this process. Where rank 0 meets no error (this host lacks
         # a plugin or a file), it waits for this process.
         time.sleep(60)
-    say(message)
+    caller.tell(error)
+    say(str(error))
     return 2
 
 

@@ -46,11 +46,13 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     from mpsl_dist.config.methods import comes_back, goes_on, processes_of
-    from mpsl_dist.runtime import environment, launch, supervisor
+    from mpsl_dist.runtime import caller, environment, launch, supervisor
 
     launched, patience = environment.resolve(os.environ), experiment.faults.exit_timeout
     if launched is None and processes_of(experiment) > 1:
         return _launch(options, experiment, processes_of(experiment))
+    if launched is None:
+        caller.follow()
     worker = launched is not None and launched.rank > 0
     hosts = launched is not None and launched.rank >= experiment.server.replicas
     if hosts and goes_on(experiment) and not supervisor.is_child():
@@ -149,9 +151,11 @@ def _check_everything(
         try:
             results.append(check())
         except UserError as error:
-            refusals.append(str(error))
+            refusals.append(error)
+    if len(refusals) == 1:
+        raise refusals[0]
     if refusals:
-        raise ConfigError("\n".join(refusals))
+        raise ConfigError("\n".join(map(str, refusals)))
     launched, data, *_ = results
     return launched, data
 
@@ -189,9 +193,11 @@ def _train_as_server(
 def _tell_failure(experiment: Experiment, run: RunDirectory, error: Exception) -> None:
     """Print why the run failed, then record it as far as the disk allows."""
     from mpsl_dist.methods.summary import failed_summary
+    from mpsl_dist.runtime import caller
 
     reason = str(error) or type(error).__name__
     details = getattr(error, "details", "") or traceback.format_exc()
+    caller.tell(error)
     say(reason)
     if isinstance(error, ResumeError):
         return  # what the run left stays as it is

@@ -32,6 +32,8 @@ class MethodFacts:
         Whether the encoder is frozen and surrounded by adapters.
     backwards : "one" or "per client"
         How many backward passes the server runs in a step.
+    unimodal : bool
+        Whether a user has a client for each modality, which sees no other; ``clients`` counts all.
     tolerant : bool
         Whether it goes on without clients that are lost, and so reads ``faults``.
     alone : bool
@@ -47,6 +49,7 @@ class MethodFacts:
     reads: tuple[str, ...] = ()
     one_process: bool = False
     adapted: bool = False
+    unimodal: bool = False
     backwards: Literal["one", "per client"] = "one"
     tolerant: bool = False
     alone: bool = False
@@ -94,7 +97,7 @@ _SPLIT = (
 _GROUP = ("server.replicas", "server.shard")
 _ROUNDS = (*_REMOTE, "federated")
 #: What only some methods read.
-OPTIONAL = (*_SPLIT, *_GROUP, *_FAULTS, "adapters", "federated")
+OPTIONAL = (*_SPLIT, *_GROUP, *_FAULTS, "adapters", "federated", "m2fedsa")
 
 METHODS: dict[str, MethodFacts] = {
     "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=(*_SPLIT, *_GROUP), tolerant=True),
@@ -120,6 +123,12 @@ METHODS: dict[str, MethodFacts] = {
         ),
         tolerant=True,
         alone=True,
+    ),
+    "m2fedsa": MethodFacts(
+        "mpsl_dist.methods.m2fedsa:build",
+        reads=(*_REMOTE, "m2fedsa"),
+        unimodal=True,
+        tolerant=True,
     ),
     "centralized": MethodFacts(
         "mpsl_dist.methods.centralized:build",

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mpsl_dist.config.m2fedsa import M2FedSA
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -433,7 +435,8 @@ class Experiment:
 
     #: Name of the run directory.
     name: str = "run"
-    #: ``mpsl``, ``psl``, ``centralized``, ``standalone``, ``fedavg``, ``fedclip``, or a plugin's.
+    #: ``mpsl``, ``psl``, ``centralized``, ``standalone``, ``fedavg``, ``fedclip``, ``m2fedsa``, or
+    #: a plugin's.
     method: str = "mpsl"
     #: Options of a plugin's method.
     method_options: dict[str, Any] = field(default_factory=dict)
@@ -464,6 +467,7 @@ class Experiment:
     defences: Defences = field(default_factory=Defences)
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
+    m2fedsa: M2FedSA = field(default_factory=M2FedSA)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
     faults: Faults = field(default_factory=Faults)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mpsl_dist.config.methods import facts_of, goes_on
+import math
+
+from mpsl_dist.config.methods import facts_of, goes_on, unread
 from mpsl_dist.config.schema import Experiment
 
 #: Clients of a masked sum, at least: of a sum of two, either knows what the other added.
@@ -11,8 +13,46 @@ FEWEST_IN_SUM = 3
 
 def split_problems(experiment: Experiment) -> list[str]:
     """Return a line for every option of replicas, head, masks and cache that cannot be had."""
+    if facts_of(experiment).unimodal:
+        return _unimodal_problems(experiment)
     found = _replica_problems(experiment) + _head_problems(experiment) + _cache_problems(experiment)
     return found + (_mask_problems(experiment) if experiment.tokenizer_sync.masked else [])
+
+
+def _unimodal_problems(experiment: Experiment) -> list[str]:
+    """Refuse what M²FedSA never reads, and values of its own that mean nothing."""
+    chosen, training, method = experiment.m2fedsa, experiment.training, experiment.method
+    found = [f"{key}: method={method} never reads it; leave it out" for key in unread(experiment)]
+    for key in ("autocast", "checkpoint_blocks"):
+        if getattr(training, key):
+            found.append(f"training.{key}: method={method} cuts the encoder up; leave it out")
+    if experiment.data.place == "own":
+        found.append(
+            f"data.place: own, but method={method} deals the same samples to all clients of a "
+            "user; take simulated"
+        )
+    lambdas = chosen.lambdas
+    if len(lambdas) != 3 or min(lambdas, default=0) < 0 or not all(map(math.isfinite, lambdas)):
+        found.append(
+            "m2fedsa.lambdas: expected three weights of at least 0, of the labels, the decisions "
+            f"and the features; found {lambdas}"
+        )
+    at_least = {
+        "m2fedsa.cut_block": (chosen.cut_block, 0),
+        "m2fedsa.switch.round": (chosen.switch.round, 0),
+    }
+    at_least |= {
+        "m2fedsa.adapter_rank": (chosen.adapter_rank, 1),
+        "m2fedsa.switch.window": (chosen.switch.window, 1),
+    }
+    found += [
+        f"{key}: must be at least {least}, found {value}"
+        for key, (value, least) in at_least.items()
+        if value < least
+    ]
+    if chosen.switch.cv <= 0:
+        found.append(f"m2fedsa.switch.cv: must be greater than 0, found {chosen.switch.cv}")
+    return found
 
 
 def _replica_problems(experiment: Experiment) -> list[str]:

@@ -13,6 +13,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from mpsl_dist.data.decode.view import View
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -47,6 +49,10 @@ class Batch:
         inputs = {name: x[index] for name, x in self.inputs.items()}
         return Batch(inputs, self.labels[index], present=rows_of(self.present, index))
 
+    def only(self, modalities: Sequence[str]) -> Batch:
+        """Return the same samples with no other modalities than these."""
+        return replace(self, inputs={name: self.inputs[name] for name in modalities})
+
 
 def rows_of(present: Mapping[str, Tensor] | None, rows: Tensor) -> dict[str, Tensor] | None:
     """Return these rows of a mask by modality; None where they have everything."""
@@ -65,7 +71,8 @@ class Dataset(Protocol):
     listed and not there, whose samples are left out; and ``unchanging``, whether a sample is the
     same whatever seed it is fetched with: without it, samples are taken to change; and ``present``,
     which samples have a modality, (samples,) bool for each, and ``without(present)``, which returns
-    the split with no more than that: ``data.missing`` needs it.
+    the split with no more than that: ``data.missing`` needs it; and ``view``, how files become its
+    samples, which whoever uses a trained model needs.
     """
 
     #: (samples,) int64.
@@ -114,6 +121,11 @@ class Splits:
         """Whether samples are (picture, caption) pairs without classes."""
         return not self.classes
 
+    @property
+    def view(self) -> View | None:
+        """How files become samples; None where neither split tells."""
+        return getattr(self.test, "view", None) or getattr(self.train, "view", None)
+
 
 def presence(split: Dataset) -> Mapping[str, Tensor] | None:
     """Return which samples have a modality, (samples,) bool for each, in the order of fusion.
@@ -135,12 +147,15 @@ class TensorDataset:
         Which samples have a modality, (samples,) bool for each; None where all have everything.
     zeros : bool
         Whether what is absent is zeros, as if it were data.
+    view : View, optional
+        How files become such inputs.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     present: Mapping[str, Tensor] | None = None
     zeros: bool = False
+    view: View | None = None
     unchanging: ClassVar[bool] = True
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:

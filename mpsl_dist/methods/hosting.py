@@ -166,7 +166,8 @@ def timeout_of(experiment: Experiment) -> float:
 def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) -> Transport:
     """Have every worker build its clients; all workers get about equally many samples.
 
-    Where the data are the workers' own, clients live on the workers in the order of their numbers.
+    Where the data are the workers' own, or a user has several clients, these live on the workers in
+    the order of their numbers.
 
     Parameters
     ----------
@@ -184,7 +185,7 @@ def open_fleet(setup: Setup, build: BuildClients, timeout: float | None = None) 
         return setup.transport(build)
     experiment, agreement = setup.experiment, setup.holdings.agreement
     spread = place(setup.holdings.sizes, experiment.workers)
-    if agreement is not None:
+    if agreement is not None or facts_of(experiment).unimodal:
         spread = place_in_order(experiment.clients, experiment.clients_per_worker)
     placed = dict(enumerate(spread, experiment.server.replicas))
 

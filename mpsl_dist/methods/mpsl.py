@@ -8,23 +8,21 @@ steps its own optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import numpy as np
 from torch import Tensor
 
 from mpsl_dist.actors.assembly import build_tokenizers
 from mpsl_dist.actors.choices import task_of, wire_of
 from mpsl_dist.actors.cut_cache import cut_cache_of
 from mpsl_dist.actors.deployable import Deployable
-from mpsl_dist.actors.holdings import loaders_of
+from mpsl_dist.actors.holdings import loaders_of, plan_of
 from mpsl_dist.actors.local_data import Damage, TestData
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.data.loading import Unread
-from mpsl_dist.data.partition import shares
 from mpsl_dist.errors import BackwardError, NonFiniteError
 from mpsl_dist.methods import hosting, testing
 from mpsl_dist.methods.by_key import Keys
@@ -83,8 +81,8 @@ class Mpsl:
             {n: told.modalities for n, told in held.items() if told.modalities},
             {n: told.trained for n, told in held.items() if told.trained},
         )
-        batch_size, epochs = experiment.training.batch_size, experiment.training.epochs
-        self.plan = shares(list(self.sizes.values()), batch_size, experiment.client_share)
+        epochs = experiment.training.epochs
+        self.plan = plan_of(experiment, splits, list(self.sizes.values()))
         self.total_steps = len(self.plan) * epochs
         clients.cache = cut_cache_of(experiment, server)
         clients.masks = masks_of(experiment, tokenizers)
@@ -146,9 +144,12 @@ class Mpsl:
         RemoteError
             If too few clients are left, or none may be lost.
         """
-        wanted = set(np.flatnonzero(self.plan[epoch_step]).tolist())
-        again = False
-        while taking_part := [n for n in self.clients.present if n in wanted]:
+        return self._step_with(self.plan[epoch_step].nonzero()[0].tolist(), epoch_step, number)
+
+    def _step_with(self, clients: Sequence[int], epoch_step: int, number: int) -> float | None:
+        """Train one step with those of these clients that can take part."""
+        wanted, again = set(clients), False
+        while taking_part := self._there(wanted):
             try:
                 return self._attempt(epoch_step, number, taking_part)
             except ClientsLost as error:
@@ -166,6 +167,9 @@ class Mpsl:
                 again = not self._lose_who_fails_alone(epoch_step, number, taking_part, error)
             self.repeated += 1
         return None
+
+    def _there(self, wanted: Collection[int]) -> list[int]:
+        return [n for n in self.clients.present if n in wanted]
 
     def _attempt(self, epoch_step: int, number: int, taking_part: list[int]) -> float:
         """Train one step with these clients; until its last line nothing has moved."""

@@ -266,20 +266,31 @@ class Step:
             return self._tokenize(self._each(self.epoch_step))
         return self.link.cache.complete(self.epoch_step, self.clients, self._tokenize)
 
-    def loss(self, predictions: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def loss(
+        self,
+        predictions: Mapping[int, Tensor],
+        beside: Mapping[int, Sequence[Tensor]] | None = None,
+    ) -> dict[int, Tensor]:
         """Have every client compare its slice of the predictions with its labels (Eq. 2).
+
+        Parameters
+        ----------
+        predictions : mapping of int to Tensor
+        beside : mapping of int to sequence of Tensor, optional
+            What else a client's loss takes.
 
         Returns
         -------
         dict of int to Tensor
-            Each client's mean loss, a scalar.
+            Each client's mean loss, a scalar; or what its loss is made of.
         """
-        asked = {n: (self.epoch_step, predictions[n]) for n in predictions}
+        received = {n: [x, *(beside or {}).get(n, ())] for n, x in predictions.items()}
+        asked = {n: (self.epoch_step, *tensors) for n, tensors in received.items()}
         losses = self._start("loss", asked, down="predictions", up="losses", needed=True)()
-        received = {n: [slice_b] for n, slice_b in predictions.items()}
-        for client, slice_b in predictions.items():
-            if slice_b.requires_grad:
-                slice_b.register_hook(partial(self._look_at_gradient, client))
+        for client, tensors in received.items():
+            for slice_b in tensors:
+                if slice_b.requires_grad:
+                    slice_b.register_hook(partial(self._look_at_gradient, client))
         self.link.traffic.watch_gradients("prediction_gradients", received)
         self.link.traffic.watch_gradients("loss_gradients", {n: [x] for n, x in losses.items()})
         return losses

@@ -56,9 +56,9 @@ def evaluate(method: SplitMethod) -> dict[str, float]:
     taught = [method.clients.keys.taught(n, own) for n, own in weights.items()]
     mean = average(taught, sizes) if one_by_one else _mean(method)
     if method.experiment.data.test_at == "clients":
-        scores, *alone = _at_clients(method, mean, own)
+        scores, *alone = at_clients(method, mean, own)
         each = [_accuracy(score) for scores_own in alone for score in scores_own.values()]
-        return {"accuracy": _overall(scores.values())} | _spread(each)
+        return {"accuracy": overall(scores.values())} | _spread(each)
     results, *alone = _at_server(method, [mean, *(weights.values() if own else ())])
     return results | _spread(alone)
 
@@ -127,11 +127,12 @@ def read_at_clients(method: SplitMethod) -> Iterator[int]:
         yield sum(method.clients.read_test(batch, asked).values())
 
 
-def _at_clients(
-    method: SplitMethod, mean: Mapping[str, Tensor], own: bool
+def at_clients(
+    method: SplitMethod, mean: Mapping[str, Tensor] | None, own: bool
 ) -> list[dict[int, Score]]:
     """Return the scores by client with the average and, if asked for, then with everyone's own.
 
+    Without an average (None) the first are those with everyone's own.
     A batch is read once for both. Only clients of which a sample could be read are in it.
     """
     counts = _counts(method)
@@ -167,7 +168,8 @@ def _add(score: Score, right: int, samples: int) -> Score:
     return score[0] + right, score[1] + samples
 
 
-def _overall(scores: Iterable[Score]) -> float:
+def overall(scores: Iterable[Score]) -> float:
+    """Return the accuracy over all samples of some scores."""
     rights, samples = zip(*scores, strict=True)
     return sum(rights) / sum(samples)
 

@@ -1,6 +1,7 @@
-"""FedCLIP's attention adapters (Lu et al. 2023) on the features of a frozen encoder.
+"""Adapters of frozen encoders: FedCLIP's attention adapters (Lu et al. 2023) on their features, and
+bottlenecks on their rows (Houlsby et al. 2019).
 
-Shape legend: ``b`` batch, ``d`` width.
+Shape legend: ``b`` batch, ``l`` length in rows, ``d`` width.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class AttentionAdapter(nn.Module):
@@ -65,3 +67,30 @@ class Adapters(nn.Module):
             self.by_name[name](x_bd) if x_bd is not None and name in self.by_name else x_bd
             for name, x_bd in zip(self.applied, features, strict=True)
         ]
+
+
+class BottleneckAdapter(nn.Module):
+    """Two narrow layers between a layer down and a layer up, (b, l, d) -> (b, l, d).
+
+    Parameters
+    ----------
+    width, rank : int
+        d, and the width of the narrow layers.
+    added : bool
+        Whether what comes out is added to something: it then begins as zeros, so that the adapter
+        begins as if it were not there.
+    """
+
+    def __init__(self, width: int, rank: int, added: bool) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank)
+        self.update = nn.Linear(rank, rank)
+        self.up = nn.Linear(rank, width)
+        if added:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+    def forward(self, rows_bld: Tensor) -> Tensor:
+        """Return (b, l, d)."""
+        narrow = functional.gelu(self.down(rows_bld))
+        return self.up(functional.gelu(self.update(narrow)))

@@ -20,7 +20,7 @@ T = TypeVar("T")
 _STD = 0.02
 #: How the names of a modality's own parameters begin; an adapter may be all modalities'.
 _OF_A_MODALITY = re.compile(
-    r"((tokenizers\.)?by_modality|(server_model\.)?adapters\.by_name(?!\.unified\.))\.(?P<name>[^.]+)\."
+    r"((tokenizers\.)?(head\.)?by_modality|(server_model\.)?adapters\.by_name(?!\.unified\.))\.(?P<name>[^.]+)\."
 )
 
 
@@ -220,8 +220,8 @@ class Tokenizers(nn.Module):
 
 
 def modality_of(parameter: str) -> str | None:
-    """Return whose tokenizer or adapter a parameter is in, by its name in the tokenizers, in the
-    server's part or in the whole model; None of what the modalities share.
+    """Return whose tokenizer, head or adapter a parameter is in, by its name in the tokenizers, in
+    the server's part or in the whole model; None of what the modalities share.
     """
     found = _OF_A_MODALITY.match(parameter)
     return found and found["name"]

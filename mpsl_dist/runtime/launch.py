@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mpsl_dist.errors import LaunchError
+from mpsl_dist.errors import LaunchError, RunError
+from mpsl_dist.runtime import caller
 from mpsl_dist.runtime.environment import LAUNCH_FOLDER, Environment
 from mpsl_dist.runtime.process import StopRequest
 from mpsl_dist.runtime.starting import Started, start
@@ -104,7 +105,7 @@ def run(
             failed = _wait(dict(enumerate(started)), folder, stop, grace)
             return _told(failed, folder, stop, grace, replicas)
         except Exception as error:
-            print(f"error: the launch failed: {error}", file=sys.stderr, flush=True)
+            _error(f"the launch failed: {error}")
             return 1
         finally:
             _signal_all(started, signal.SIGKILL)
@@ -143,7 +144,10 @@ def _wait(
     """
     failed: dict[int, int] = {}
     told, deadline, patience = False, float("inf"), float("inf")
+    caller_gone = caller.watch()
     while living:
+        if caller_gone() and not stop:
+            stop.note(signal.SIGTERM, None)
         for rank, status in [(rank, process.poll()) for rank, process in living.items()]:
             if status is not None:
                 del living[rank]
@@ -202,6 +206,7 @@ def _told(
 
 
 def _error(message: str) -> None:
+    caller.tell(RunError(message))
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 

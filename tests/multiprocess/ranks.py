@@ -25,6 +25,7 @@ from mpsl_dist.actors import assembly
 from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.masking import Masked
+from mpsl_dist.actors.modality_server import ModalityServer
 from mpsl_dist.actors.server import Server
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.config.schema import Server as ServerKeys
@@ -51,7 +52,7 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
     told["built"] = list(world.ask(tell_built, dict.fromkeys(ranks, ()), 60).values())
     if isinstance(method.server, ServerGroup):
         give_steps_up(method)
-    else:
+    elif not isinstance(method.server, ModalityServer):
         _count_passes(method.server.model.encoder, told)
     _keep_cut_gradients(method, told["cut_gradients"])
     for step in range(steps):

@@ -11,7 +11,7 @@ import reference
 import torch
 import toys
 from conftest import launcher, torchrun_line
-from local_fleet import in_one_process
+from local_fleet import in_one_process, users_in_one_process
 
 from mpsl_dist.actors import assembly
 from mpsl_dist.actors.holdings import load_data
@@ -70,7 +70,7 @@ def _heads(case: dict, mode: str) -> dict:
 
 
 def coded_cases() -> dict[str, dict]:
-    """What is coded or noisy on its way, which the plain reference knows nothing of."""
+    """What the plain reference knows nothing of: coded or noisy on its way, or M²FedSA's users."""
     wires = {
         "coded early": {"activations": "int4", "gradients": "int8"},
         "coded late": {"activations": "fp8", "gradients": "int4", "rounding": "nearest"},
@@ -85,6 +85,10 @@ def coded_cases() -> dict[str, dict]:
     coded["coded gaps"] = gaps | {"wire": wires["coded early"], "clients_per_worker": 2}
     defences = {"nopeek": 0.5, "gradient_noise": 0.5, "label_epsilon": 2, "token_noise": 0.2}
     defences |= {"shuffle_patches": True, "secret": "seed"}
+    # Two steps after the switch, which ends the first epoch's three.
+    users = {"method": "m2fedsa", "data": late["data"], "clients_per_worker": 2}
+    users |= {"m2fedsa": {"switch": {"rule": "round", "round": 1}}, "training": {"batch_size": 40}}
+    coded |= {"unimodal clients": users}
     return coded | {"defended": late | {"clients_per_worker": 2, "defences": defences}}
 
 
@@ -175,7 +179,8 @@ def test_every_clients_tokenizers_change(case: str, gold: dict) -> None:
 )
 def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, gold: dict) -> None:
     experiment, told = gold[case]
-    method = in_one_process(experiment)
+    users = experiment.method == "m2fedsa"
+    method = users_in_one_process(experiment) if users else in_one_process(experiment)
     for step in range(STEPS):
         epoch, epoch_step = divmod(step, len(method.plan))
         if epoch_step == 0:
@@ -184,7 +189,7 @@ def test_a_step_over_rpc_is_the_step_in_one_process_to_the_last_bit(case: str, g
     for key, value in method.server.model.state_dict().items():
         assert torch.equal(told["server"][key], value), key
     for client, state in told["clients"].items():
-        own = method.clients.references[client].tokenizer_weights()
+        own = method.clients.fleet.host.clients[client].tokenizer_weights()
         for key, value in state.items():
             assert torch.equal(own[key], value), (client, key)
 

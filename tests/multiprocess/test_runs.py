@@ -16,6 +16,7 @@ from conftest import ROOT, small_disk, until
 from safetensors.torch import load_file
 
 from mpsl_dist import config as configs
+from mpsl_dist.analysis import watch
 from mpsl_dist.config.methods import processes_of
 
 WORLD = 3
@@ -89,11 +90,22 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert steps[0] == steps[1]
 
 
+def assert_watched(run: Path) -> None:
+    """Who looks on by the run's files alone is told what its summary says."""
+    seen, summary = watch.Watcher(run).look(), json.loads((run / "summary.json").read_text())
+    assert (seen.status, seen.tally.step) == (summary["status"], summary["steps_completed"])
+    environment = json.loads((run / "environment.json").read_text())
+    assert seen.steps == environment["steps_per_epoch"] * seen.epochs
+    per_epoch = summary["communication"]["up_bytes_per_client_per_epoch"]
+    assert f"{per_epoch / 2**20:.2f} MiB up" in dict(watch.rows(seen))["traffic"]
+
+
 def test_interrupted_and_killed_runs_resume_bit_identical(torchrun, config, tmp_path) -> None:
     world = train(torchrun, config, "name=whole")
     status, output = world.finish()
     assert status == 0, output
     runs = tmp_path / "runs"
+    assert_watched(runs / "whole")
 
     world = train(torchrun, config, "name=parts")
     until(lambda: steps_done(runs / "parts") >= 6, 90, "six steps")
@@ -101,6 +113,7 @@ def test_interrupted_and_killed_runs_resume_bit_identical(torchrun, config, tmp_
     _, output = world.finish()
     stopped = json.loads((runs / "parts" / "summary.json").read_text())
     assert stopped["status"] == "stopped" and stopped["steps_completed"] >= 6, output
+    assert_watched(runs / "parts")
 
     world = train(torchrun, config, "name=parts", "--resume")
     until(lambda: steps_done(runs / "parts") >= 18, 90, "eighteen steps")

@@ -11,7 +11,7 @@ import pytest
 import toys
 from local_fleet import in_one_process, steps_of
 
-from mpsl_dist.actors import client, federated_client, standalone_client
+from mpsl_dist.actors import client, federated_client, standalone_client, unimodal_client
 from mpsl_dist.actors.host import Host
 from mpsl_dist.errors import Failure
 
@@ -53,6 +53,14 @@ def test_the_table_has_whatever_a_client_may_answer_and_what_it_tells(
     rows = table(module)
     assert rows.keys() == sent_by(kind)
     assert [name for name, text in rows.items() if "tells" not in text] == []
+
+
+def test_a_unimodal_client_sends_nothing_else_and_says_what_more_it_tells() -> None:
+    assert sent_by(unimodal_client.UnimodalClient) == sent_by(client.Client)
+    changed = set(vars(unimodal_client.UnimodalClient)) & sent_by(client.Client)
+    rows = table(unimodal_client)
+    assert changed == {"loss"} and rows.keys() == {"loss", "tokenize"}
+    assert [name for name, text in rows.items() if "tell" not in text] == []
 
 
 @pytest.fixture

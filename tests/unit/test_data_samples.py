@@ -44,7 +44,8 @@ def test_pictures_are_squashed_and_standardised(tmp_path: Path) -> None:
     batch = dataset.fetch([0])
     assert batch.inputs["image"].shape == (1, 3, 32, 32)
     colours = batch.inputs["image"][0, :, 5, 30]
-    expected = (200 / 255 - np.array(samples.IMAGE_MEAN)) / np.array(samples.IMAGE_STD)
+    mean, deviation = map(np.array, samples.PIXELS["imagenet"])
+    expected = (200 / 255 - mean) / deviation
     assert np.allclose(colours, expected, atol=0.02)
     assert batch.inputs["text"].shape == (1, 12) and batch.inputs["text"].dtype == torch.int64
     assert batch.inputs["text"][0, 0] == 49_406 and batch.inputs["text"][0, 5] == 49_407

@@ -106,6 +106,14 @@ def test_the_command_line_and_the_scripts_are_imported_by_no_room(build, target)
     assert fault.startswith("upward import: mpsl_dist/methods/a.py:1")
 
 
+def test_what_is_offered_to_python_is_imported_by_the_package_itself_alone(build):
+    files = {"mpsl_dist/__init__.py": "def f():\n    from mpsl_dist import api\n"}
+    files["mpsl_dist/api.py"] = "import mpsl_dist.actors.client\n"
+    assert house_plan.faults(build(SOUND | files)) == []
+    (fault,) = house_plan.faults(build({"mpsl_dist/methods/a.py": "import mpsl_dist.api\n"}))
+    assert fault.startswith("upward import: mpsl_dist/methods/a.py:1")
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -131,7 +139,8 @@ def test_check_prints_the_faults_and_fails(build, tmp_path, capsys):
 
 def test_no_arrow_of_the_projects_picture_runs_through_a_room(project):
     boxes = house._lay_out(project, house_plan.rows(project))
-    edges = [edge for edge in project.edges() if boxes[edge[1]].row > 0]
+    drawn = [edge for edge in project.edges() if edge[0] in boxes]
+    edges = [edge for edge in drawn if boxes[edge[1]].row > 0]
     ways = house._ways(boxes, edges, house._WIDTH)
     assert set(ways) == set(edges)
     for points in ways.values():

@@ -225,9 +225,18 @@ def refuse(experiment: Experiment) -> None:
             "data.missing.rate: audit attacks whole samples; set 0, or data.missing.zeros=true"
         )
     facts = facts_of(experiment)
+    if facts.unimodal:
+        raise ConfigError(
+            f"method: audit's attacks know one encoder of all modalities, {experiment.method} has "
+            "one for each; what its clients send stands in actors/unimodal_client.py"
+        )
     if facts.split and not facts.one_process:
         return
-    split = [name for name, own in METHODS.items() if own.split and not own.one_process]
+    split = [
+        name
+        for name, own in METHODS.items()
+        if own.split and not own.one_process and not own.unimodal
+    ]
     what = "has no clients" if facts.one_process else "sends weights alone"
     what = "sends no tensor at all" if facts.alone else what
     raise ConfigError(

@@ -54,12 +54,16 @@ def read_image(path: str | Path) -> Tensor:
     with _naming(path), Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{path}: {image.width}x{image.height} pixels are too many")
-        upright = _in_eight_bits(ImageOps.exif_transpose(image))
-        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-            over = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        pixels = np.array(upright.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return pixels_of(image)
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """Return what :func:`read_image` does, of a picture that is open."""
+    upright = _in_eight_bits(ImageOps.exif_transpose(image))
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        over = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
@@ -151,6 +155,35 @@ def read_waveform(path: str | Path, fraction: float = 0.5, samples: int | None =
         if whole and exact and had < 0.9 * promised - 0.5:
             raise DataError(f"{path}: truncated, {had:.1f} of {promised:.1f} s")
     return waveform if samples is None else cut(waveform, fraction, samples, total)
+
+
+def read_recording(path: str | Path) -> tuple[Tensor, int]:
+    """Read sound as one channel (s,) float32 at its own rate, and return that too."""
+    with _naming(path), _open(path) as container:
+        if not container.streams.audio:
+            raise DataError(f"{path}: no sound track")
+        stream = container.streams.audio[0]
+        rate, pieces, had = stream.codec_context.sample_rate, [], 0
+        if not _RATES[0] <= rate <= _RATES[1] or (rate % 1_000 and rate % 11_025):
+            # An odd rate would make a resampling filter of gigabytes.
+            raise DataError(f"{path}: {rate} samples per second cannot be right")
+        for frame in _decode(container, stream):
+            pieces.append(_mono(frame))
+            had += len(pieces[-1])
+            if had >= MAX_SECONDS * rate:
+                break
+        waveform = torch.from_numpy(np.concatenate([*pieces, np.empty(0, np.float32)]))
+        if not len(waveform) or not waveform.abs().max() <= _LOUDEST:
+            raise DataError(f"{path}: no sound could be decoded, or louder than any is")
+    return waveform, rate
+
+
+def resample(waveform: Tensor, rate: int) -> Tensor:
+    """Return a waveform (s,) of so many samples a second as :func:`read_waveform` resamples it."""
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=audio.RATE)
+    pieces = _resample(resampler, [waveform.float().numpy()], rate) if len(waveform) else []
+    pieces += [piece.to_ndarray()[0] for piece in resampler.resample(None)] if pieces else []
+    return torch.from_numpy(np.concatenate([*pieces, np.empty(0, np.float32)]))
 
 
 def cut(waveform: Tensor, fraction: float, samples: int, total: int | None) -> Tensor:

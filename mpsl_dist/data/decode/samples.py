@@ -21,21 +21,12 @@ from torch import Tensor
 from mpsl_dist.data.dataset import Batch, Dataset, presence, rows_of
 from mpsl_dist.data.decode import audio, media, text
 from mpsl_dist.data.decode.cache import Cache
+from mpsl_dist.data.decode.view import PIXELS, Colours, View
 from mpsl_dist.errors import DataError
 
 OnError = Literal["raise", "skip"]
 #: A sample's tensors by modality, or a batch's.
 Inputs = Mapping[str, Tensor]
-#: Mean and standard deviation of ImageNet's colours.
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: Mean and standard deviation of three colours.
-Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
-#: What pretrained image stems expect, by name (``clip``: OpenAI's).
-PIXELS: dict[str, Colours] = {
-    "imagenet": (IMAGE_MEAN, IMAGE_STD),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 
 class Sample(NamedTuple):
@@ -76,56 +67,6 @@ class Sample(NamedTuple):
         if "audio" not in modalities:
             left = left._replace(audio=None, silent=True)
         return left if "text" in modalities else left._replace(text=None)
-
-
-@dataclass(frozen=True)
-class View:
-    """How a sample becomes tensors.
-
-    Attributes
-    ----------
-    modalities : tuple of str
-        ``image`` (from the picture, else from a frame of the clip), ``audio`` (from the sound
-        file, else from the clip's track) and ``text``, in the order of fusion.
-    image_size : int
-        Side of the square picture, in pixels.
-    crop : bool
-        True: the shorter side is brought to 8/7 of ``image_size`` and a square cut out (training:
-        anywhere, mirrored half of the time, brightness and saturation changed by up to 0.2), values
-        0..1. False: the picture is squashed to the square.
-    audio_frames : int
-        Frames of 10 ms.
-    audio_at : float
-        Centre of the window at test, 0 the start of the clip and 1 its end.
-    text_length : int
-        Tokens of a text.
-    colours : Colours or None
-        Taken out of the values 0..1; None takes ImageNet's where ``crop`` is False, else nothing.
-    tokens : "clip" or "wordpiece"
-        As of :func:`mpsl_dist.data.decode.text.tokenize`.
-    sounds : "kaldi" or "whisper"
-        Kaldi's log-mel of 128 bins, AudioSet's mean and scale taken out, or Whisper's of 80.
-    """
-
-    modalities: tuple[str, ...]
-    image_size: int = 224
-    crop: bool = False
-    audio_frames: int = 1024
-    audio_at: float = 0.5
-    text_length: int = 77
-    colours: Colours | None = None
-    tokens: text.Tokens = "clip"
-    sounds: audio.Sounds = "kaldi"
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """One sample's shape per modality, in the order of fusion."""
-        shapes = {
-            "image": (3, self.image_size, self.image_size),
-            "audio": (self.audio_frames, audio.BINS[self.sounds]),
-            "text": (self.text_length,),
-        }
-        return {name: shapes[name] for name in self.modalities}
 
 
 @dataclass(frozen=True)
@@ -331,14 +272,32 @@ def _image(
 
     def decode() -> Tensor:
         pixels = media.read_image(path) if moment is None else media.read_frame(path, moment)
-        return _crop(pixels, view.image_size, random) if view.crop else _squash(pixels, view)
+        return _fitted(pixels, view, random)
 
     if cache is None or (random is not None and (view.crop or moment is not None)):
-        pixels = decode()
-    else:
-        kind = "crop" if view.crop else "squash"
-        pixels = cache.get(path, f"image {kind} {view.image_size} {moment}", decode)
+        return _scaled(decode(), view, random)
+    kind = "crop" if view.crop else "squash"
+    pixels = cache.get(path, f"image {kind} {view.image_size} {moment}", decode)
+    return _scaled(pixels, view, random)
+
+
+def picture(pixels: Tensor, view: View) -> Tensor:
+    """Return what the pixels (3, h, w) uint8 of a picture become at test."""
+    return _scaled(_fitted(pixels, view, None), view, None)
+
+
+def _fitted(pixels: Tensor, view: View, random: torch.Generator | None) -> Tensor:
+    if view.levels:
+        # As Pillow weighs colours: equal ones stay what they are.
+        weights = torch.tensor([19_595, 38_470, 7_471])[:, None, None]
+        pixels = ((pixels.int() * weights).sum(0, keepdim=True) + 32_768 >> 16).to(torch.uint8)
+    return _crop(pixels, view.image_size, random) if view.crop else _squash(pixels, view)
+
+
+def _scaled(pixels: Tensor, view: View, random: torch.Generator | None) -> Tensor:
     scaled = pixels.float() / 255
+    if view.levels:
+        scaled = (scaled * (view.levels - 1)).round() / (view.levels - 1)
     if view.crop and random is not None:
         scaled = _jitter(scaled, random)
     colours = view.colours or (None if view.crop else PIXELS["imagenet"])
@@ -388,14 +347,34 @@ def _jitter(scaled: Tensor, random: torch.Generator) -> Tensor:
 def _audio(path: str, at: float, view: View, cache: Cache | None) -> Tensor:
     """Return (t, m) float32 of the window whose centre lies at ``at`` of the clip, 0 to 1."""
     samples = audio.samples_for(view.audio_frames)
-    if cache is None:
-        waveform = media.read_waveform(path, at, samples)
-    else:
-        stored = cache.get(path, "waveform 16000", lambda: _whole(path))
-        waveform = media.cut(stored[1:], at, samples, int(stored[0]))
+    if cache is None and view.resampler == "ffmpeg":
+        return _spectrogram(media.read_waveform(path, at, samples), view)
+    if view.resampler == "torchaudio":
+        waveform = _padded_at_16k(*media.read_recording(path), samples)
+        return _spectrogram(media.cut(waveform, at, samples, None), view)
+    stored = cache.get(path, "waveform 16000", lambda: _whole(path))
+    return _spectrogram(media.cut(stored[1:], at, samples, int(stored[0])), view)
+
+
+def sound(waveform: Tensor, view: View, rate: int = audio.RATE) -> Tensor:
+    """Return what a waveform (s,), ``rate`` samples a second, becomes at test, as of a file."""
+    samples = audio.samples_for(view.audio_frames)
+    own = view.resampler == "torchaudio"
+    at_16k = _padded_at_16k(waveform, rate, samples) if own else media.resample(waveform, rate)
+    return _spectrogram(media.cut(at_16k, view.audio_at, samples, None), view)
+
+
+def _padded_at_16k(waveform: Tensor, rate: int, samples: int) -> Tensor:
+    """Return at least so many samples, resampled with the silence that a short sound ends in."""
+    needed = max(len(waveform), samples * rate // audio.RATE + 64)
+    return audio.resample(audio.fit(waveform, needed), rate)
+
+
+def _spectrogram(waveform: Tensor, view: View) -> Tensor:
     if view.sounds == "whisper":
         return audio.log_mel(waveform, view.audio_frames)
-    return (audio.fbank(waveform, view.audio_frames) - audio.AST_MEAN) / audio.AST_SCALE
+    mean, scale = view.loudness
+    return (audio.fbank(waveform, view.audio_frames) - mean) / scale
 
 
 def _whole(path: str) -> Tensor:

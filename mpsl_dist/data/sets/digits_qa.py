@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mpsl_dist.data.dataset import Splits, TensorDataset
 from mpsl_dist.data.decode.text import Tokens, tokenize
+from mpsl_dist.data.decode.view import View
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLASSES = (*NUMBERS, "yes", "no")
@@ -81,10 +82,20 @@ def load(
             answer = CLASSES.index(answers[question](digit))
             rows[is_test].append((picture, question, answer))
 
+    # White on black, 17 levels as 0..16: the pictures as (x - 0.5) / 0.5 of 0..1.
+    view = View(
+        ("image", "text"),
+        image_size=8,
+        text_length=text_length,
+        colours=((0.5,), (0.5,)),
+        tokens=tokens,
+        levels=17,
+    )
+
     def split(is_test: bool) -> TensorDataset:
         picture, question, answer = torch.tensor(rows[is_test]).unbind(1)
         inputs = {"image": images_bchw[picture], "text": tokens_ql[question]}
-        return TensorDataset(inputs, answer)
+        return TensorDataset(inputs, answer, view=view)
 
     shapes = {"image": tuple(images_bchw.shape[1:]), "text": (text_length,)}
     question_of = {split: [row[1] for row in rows[split]] for split in rows}

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from mpsl_dist.data.decode.samples import Sample
 from mpsl_dist.data.sets import listing
@@ -85,7 +85,8 @@ def read(path: Path) -> Rows:
     same: dict[str, str] = {}
     if listing.encoding(path, _SOURCE) == "cp1252":
         rows.notes.append("not UTF-8; read as Windows-1252")
-    for line, cells in (_jsonl if path.suffix == ".jsonl" else _csv)(path, header):
+    for line, row in (_jsonl if path.suffix == ".jsonl" else _csv)(path, header):
+        cells = _given(row)
         lines.append(line)
         rows.samples.append(_sample(folder, cells))
         for name in ("label", "split", "client"):
@@ -100,6 +101,61 @@ def read(path: Path) -> Rows:
     if wrong:
         _refuse(path, [f"line {line}: {what}" for line, what in sorted(wrong, key=lambda w: w[0])])
     return rows
+
+
+class Row(NamedTuple):
+    """A row that is to be predicted.
+
+    Attributes
+    ----------
+    line : int
+        Where it ends in its file.
+    cells : dict of str to str
+        As they are written, by column, whatever the column is called.
+    sample : Sample
+    fault : str
+        Why it is none; empty for a good row.
+    """
+
+    line: int
+    cells: dict[str, str]
+    sample: Sample
+    fault: str
+
+
+def read_unlabelled(path: Path) -> tuple[list[str], Iterator[Row]]:
+    """Read a csv or jsonl file that needs no labels; a row that is wrong says so itself.
+
+    Returns
+    -------
+    header : list of str
+        All columns; of a jsonl file those of its first row.
+    rows : iterator of Row
+
+    Raises
+    ------
+    DataError
+        If it cannot be parsed, has no rows, or no column names a file or a text. The iterator
+        raises it where no further row can be told apart.
+    """
+    header: dict[str, None] = {}
+    wrong: dict[int, str] = {}
+    found = (_jsonl if path.suffix == ".jsonl" else _csv)(path, header, wrong)
+    first = next(found, None)
+    if first is None:
+        raise DataError(f"{path}: no rows")
+    if not header.keys() & {*FILES, "text"}:
+        named, there = ", ".join((*FILES, "text")), ", ".join(map(repr, header))
+        raise DataError(f"{path}: none of the columns {named}; there: {there}")
+
+    def rows() -> Iterator[Row]:
+        folder = str(path.parent)
+        for line, written in itertools.chain([first], found):
+            cells = _given(written)
+            faults = [wrong.pop(line)] if line in wrong else list(_faults_of(cells))
+            yield Row(line, dict(written), _sample(folder, cells), "; ".join(faults))
+
+    return list(header), rows()
 
 
 def _refuse(path: Path, wrong: Sequence[str]) -> NoReturn:
@@ -178,7 +234,10 @@ def _header(path: Path, names: Sequence[str], header: dict[str, None]) -> list[s
     return plain
 
 
-def _csv(path: Path, header: dict[str, None]) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv(
+    path: Path, header: dict[str, None], wrong: dict[int, str] | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield every row and its line; what is wrong with a single one is kept if it may be."""
     csv.field_size_limit(10_000_000)
     with listing.opened(path, _SOURCE) as file:
         # A title's line ends where a quote may not: csv itself tells where the header ends.
@@ -189,12 +248,15 @@ def _csv(path: Path, header: dict[str, None]) -> Iterator[tuple[int, dict[str, s
             names = _header(path, next(reader, []), header)
             for row in reader:
                 if len(row) > len(names):
-                    raise DataError(
-                        f"{path}: line {reader.line_num}: more cells than the header has; "
-                        f"put quotes around texts that hold {delimiter!r}"
+                    what = (
+                        "more cells than the header has; put quotes around texts that hold "
+                        f"{delimiter!r}"
                     )
+                    if wrong is None:
+                        raise DataError(f"{path}: line {reader.line_num}: {what}")
+                    wrong[reader.line_num] = what
                 if row:
-                    yield reader.line_num, _given(dict(zip(names, row, strict=False)))
+                    yield reader.line_num, dict(zip(names, row, strict=False))
         except csv.Error as error:
             raise DataError(f"{path}: line {reader.line_num}: {error}") from error
 
@@ -209,29 +271,46 @@ def _delimiter(first: Sequence[str]) -> str:
     return max(",;\t|", key=known)
 
 
-def _jsonl(path: Path, header: dict[str, None]) -> Iterator[tuple[int, dict[str, str]]]:
+def _jsonl(
+    path: Path, header: dict[str, None], wrong: dict[int, str] | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    with listing.opened(path, _SOURCE, newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, _object(path, line, header)
+            except DataError:
+                raise
+            except ValueError as error:
+                if wrong is None:
+                    raise DataError(f"{path}: line {number}: {error}") from error
+                wrong[number] = str(error)
+                yield number, {}
+
+
+def _object(path: Path, line: str, header: dict[str, None]) -> dict[str, str]:
+    """Return the columns of a line, all but those that are not ours and hold no single text."""
+
     def cells_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = _header(path, [name for name, _ in pairs], {})
         return dict(zip(names, (value for _, value in pairs), strict=True))
 
     # Numbers stay as they are written: 1.0 is not 1.
     written = {"parse_int": str, "parse_float": str, "parse_constant": str}
-    with listing.opened(path, _SOURCE, newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                cells = json.loads(line, object_pairs_hook=cells_of, **written)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: line {number}: not valid json: {error}") from error
-            if not isinstance(cells, dict):
-                raise DataError(f"{path}: line {number}: expected an object of columns")
-            header.update(dict.fromkeys(cells))
-            ours = {name: value for name, value in cells.items() if name in COLUMNS}
-            for name, value in ours.items():
-                if isinstance(value, list | dict):
-                    raise DataError(f"{path}: line {number}: {name}: expected a single text")
-            yield number, _given({name: _WORDS.get(value, value) for name, value in ours.items()})
+    try:
+        cells = json.loads(line, object_pairs_hook=cells_of, **written)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid json: {error}") from error
+    if not isinstance(cells, dict):
+        raise ValueError("expected an object of columns")
+    header.update(dict.fromkeys(cells))
+    nested = [name for name, value in cells.items() if isinstance(value, list | dict)]
+    for name in nested:
+        if name in COLUMNS:
+            raise ValueError(f"{name}: expected a single text")
+        del cells[name]
+    return {name: _WORDS.get(value, value) for name, value in cells.items()}
 
 
 def _given(cells: Mapping[str, str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mpsl_dist.data.dataset import Splits, TensorDataset
 from mpsl_dist.data.decode import audio
+from mpsl_dist.data.decode.view import View
 from mpsl_dist.errors import DataError
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -101,12 +102,30 @@ def load(
             count = total // 10 + (digit < total % 10)
             rows.append(_pair(own, utterances, count, digit, generator))
     split = [torch.cat(rows) for rows in (train, test)]
+    view = view_of(audio_frames, sounds)
     datasets = [
-        TensorDataset({"image": images[rows[:, 0]], "audio": spectrograms[rows[:, 1]]}, rows[:, 2])
+        TensorDataset(
+            {"image": images[rows[:, 0]], "audio": spectrograms[rows[:, 1]]}, rows[:, 2], view=view
+        )
         for rows in split
     ]
     shapes = {"image": (1, 28, 28), "audio": (audio_frames, audio.BINS[sounds])}
     return Splits(datasets[0], datasets[1], shapes, CLASSES)
+
+
+def view_of(audio_frames: int, sounds: audio.Sounds) -> View:
+    """Return how a picture and a recording become what :func:`load` makes of its own."""
+    return View(
+        ("image", "audio"),
+        image_size=28,
+        audio_frames=audio_frames,
+        audio_at=0.0,
+        colours=((IMAGE_MEAN,), (IMAGE_STD,)),
+        sounds=sounds,
+        levels=256,
+        loudness=(AUDIO_MEAN, AUDIO_STD),
+        resampler="torchaudio",
+    )
 
 
 def _pair(
