@@ -88,7 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_client_is_a_centralized_run_of_its_data_bit_for_bit(case: str) -> None:
     settings = {"lr": 1e-2, "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 3}
-    training = {"batch_size": 20, "server": settings, "client": settings, "epochs": 2}
+    training = {"batch_size": 30, "server": settings, "client": settings, "epochs": 2}
     chosen = experiment(training=training, **CASES[case])
     method = alone(chosen)
     for round_ in range(2):
