@@ -93,10 +93,10 @@ def test_every_client_is_a_centralized_run_of_its_data_bit_for_bit(case: str) ->
     method = alone(chosen)
     for round_ in range(2):
         method.step(0, round_)
+    first = trainable_state(deployable.build(chosen, method.splits))
     for number in range(chosen.clients):
         learner = centralized_on(chosen, number, method)
         expected, own = trainable_state(learner.model), client_of(method, number).weights
-        first = trainable_state(deployable.build(chosen, method.splits))
         assert all(torch.equal(own[key], expected[key]) for key in own)
         assert not any(torch.equal(own[key], first[key]) for key in own)
         # What it has not is what its data never moved.
