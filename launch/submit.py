@@ -2,6 +2,7 @@
 
     python launch/submit.py configs/quickstart.yaml training.epochs=5 --nodes 2 --time 2:00:00
     python launch/submit.py configs/sweeps/alpha.yaml --at-once 4 --dry-run
+    python launch/submit.py configs/sweeps/paper/*.yaml --profile tiny --local
 
 A cluster's habits (partition, account, modules, interface ...) come from ``launch/cluster.yaml``.
 """
@@ -27,7 +28,9 @@ from cluster import Cluster, minutes  # noqa: E402
 from job import TrainJob  # noqa: E402
 from sweep import PlannedRun  # noqa: E402
 
+from mpsl_dist import config  # noqa: E402
 from mpsl_dist.errors import ConfigError, UserError  # noqa: E402
+from mpsl_dist.records.run_directory import RunDirectory  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         _require_submitit()
-        runs, at_once = sweep.read(options.config, options.overrides)
+        runs, at_once = _read(options)
         cluster = Cluster.read(options.cluster, **_habits(options))
-        runs = _to_submit(runs, options)
+        runs = _count_costs(_to_submit(runs, options), options)
         groups = _by_shape(runs)
         if options.nodes * (options.tasks_per_node or 10**9) < max(groups, default=0):
             raise ConfigError(
@@ -65,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="submit.py", description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path, help="an experiment or a sweep, configs/**/*.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    what = "experiments or sweeps, configs/**/*.yaml, and key.path=value for all of them"
+    parser.add_argument("words", nargs="+", metavar="CONFIG_OR_key.path=value", help=what)
+    parser.add_argument("--profile", help="of sweeps that have it: tiny is minutes on two cores")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--tasks-per-node", type=int, help="ranks on a node; default: evenly")
     parser.add_argument("--gpus-per-node", type=int)
@@ -98,6 +102,42 @@ def _require_submitit() -> None:
             "submitit is missing: pip install 'mpsl_dist[slurm]', or do without it: "
             "sbatch slurm/train.sbatch CONFIG"
         ) from error
+
+
+def _read(options: argparse.Namespace) -> tuple[list[PlannedRun], int | None]:
+    """Read every file; what two of them ask for alike is one run."""
+    files = [Path(word) for word in options.words if "=" not in word]
+    if not files:
+        raise ConfigError("no file was given: an experiment or a sweep, configs/**/*.yaml")
+    options.title = files[0].stem if len(files) == 1 else files[0].resolve().parent.name
+    overrides = [word for word in options.words if "=" in word]
+    runs, limits, errors = {}, [], []
+    for path in files:
+        try:
+            found, limit = sweep.read(path, overrides, options.profile)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        limits += [limit] if limit else []
+        for run in found:
+            known = runs.setdefault(run.experiment.run_directory, run)
+            if known.experiment != run.experiment:
+                errors.append(f"{path}: another file has another run {run.experiment.name}")
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return list(runs.values()), min(limits, default=None)
+
+
+def _count_costs(runs: list[PlannedRun], options: argparse.Namespace) -> list[PlannedRun]:
+    """Count what runs of ``command: cost`` would cost, here and now; return the others."""
+    for run in runs:
+        if run.command == "cost" and not options.dry_run:
+            from mpsl_dist.analysis.cost import cost_of
+
+            cost_of(run.experiment).save(run.cost_file)
+            RunDirectory(run.experiment.run_directory).record(config.to_dict(run.experiment))
+            print(f"{run.experiment.run_directory}: counted", flush=True)
+    return [run for run in runs if run.command == "train"]
 
 
 def _to_submit(runs: list[PlannedRun], options: argparse.Namespace) -> list[PlannedRun]:
@@ -142,7 +182,7 @@ def _parameters(
 ) -> dict[str, Any]:
     processes, nodes = runs[0].processes, min(options.nodes, runs[0].processes)
     each = options.tasks_per_node or -(-processes // nodes)
-    name = runs[0].experiment.name if len(runs) == 1 else options.config.stem
+    name = runs[0].experiment.name if len(runs) == 1 else options.title
     limit = options.at_once or at_once
     chosen = cluster.parameters(name, processes, nodes, each)
     return chosen | ({"array_parallelism": limit} if limit else {})

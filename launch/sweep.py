@@ -1,4 +1,4 @@
-"""What a file given to ``submit.py`` asks for: one run, or a grid of them.
+"""What files given to ``submit.py`` ask for: one run, or a grid of them.
 
 A sweep is a YAML file with a ``grid``::
 
@@ -12,7 +12,14 @@ A sweep is a YAML file with a ``grid``::
     rows:                             # settings that go together; each row crosses the grid
       central: {method: centralized}  # (optional; runs are then called alpha-central-seed1, ...)
       synced: {tokenizer_sync: {mode: gradients, every: 5}}
+    tasks:                            # as rows, crossing them, each with an experiment of its own
+      coco: {config: ../paper/coco-qa.yaml, training.batch_size: 500}
     at_once: 2                        # at most so many jobs at a time; default: no limit
+    command: cost                     # count what the runs would cost, and train nothing
+    profiles:                         # --profile small: these keys stand in place of those above,
+      small: {grid: {seed: [1]}}      # and the runs are called alpha-small-...
+
+Under a profile, runs on data in files are left out where no ``data.root`` is given.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +40,12 @@ from mpsl_dist.reading import read_yaml
 from mpsl_dist.records.run_directory import RunDirectory, differing_keys
 from mpsl_dist.typed import flatten
 
-SWEEP_KEYS = ("config", "name", "set", "grid", "rows", "at_once")
+SWEEP_KEYS = ("config", "name", "set", "grid", "rows", "tasks", "at_once", "command")
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One experiment to train.
+    """One experiment to train, or whose cost to count.
 
     Attributes
     ----------
@@ -48,11 +55,13 @@ class PlannedRun:
         ``key.path=value``.
     experiment : Experiment
         What the two resolve to.
+    command : "train" or "cost"
     """
 
     config: Path
     overrides: tuple[str, ...]
     experiment: Experiment
+    command: str = "train"
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -83,7 +92,14 @@ class PlannedRun:
     @property
     def completed(self) -> bool:
         """Whether the run has come to its end."""
+        if self.command == "cost":
+            return self.cost_file.is_file()
         return self.summary().get("status") == "completed"
+
+    @property
+    def cost_file(self) -> Path:
+        """Where ``command: cost`` leaves its figures."""
+        return self.experiment.run_directory / "cost.json"
 
     def difference(self) -> str | None:
         """Return how an existing run of this name differs from this one; None if it does not.
@@ -101,7 +117,9 @@ class PlannedRun:
         return None
 
 
-def read(path: Path, overrides: Sequence[str]) -> tuple[list[PlannedRun], int | None]:
+def read(
+    path: Path, overrides: Sequence[str], profile: str | None = None
+) -> tuple[list[PlannedRun], int | None]:
     """Read an experiment or a sweep.
 
     Parameters
@@ -109,7 +127,9 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[list[PlannedRun], int | 
     path : Path
         A YAML file, or the name of a shipped one.
     overrides : sequence of str
-        ``key.path=value``; they win over what the runs share, the grid and the rows over them.
+        ``key.path=value``; they win over what the runs share; tasks, rows and grid win over them.
+    profile : str, optional
+        One of the sweep's profiles.
 
     Returns
     -------
@@ -126,18 +146,53 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[list[PlannedRun], int | 
     path = shipped.path_of(path)
     values = read_yaml(path, ConfigError)
     if "grid" not in values:
+        if profile is not None:
+            raise ConfigError(f"{path}: no sweep, and so without --profile {profile}")
         return [PlannedRun(path, tuple(overrides), config.load(path, overrides))], None
+    profiles = values.pop("profiles", {})
+    if profile is not None:
+        if not isinstance(profiles, dict) or not isinstance(profiles.get(profile), dict):
+            known = ", ".join(map(str, profiles or ())) or "none"
+            raise ConfigError(f"{path}: --profile {profile}: no such profile; there: {known}")
+        name = f"{values.get('name', path.stem)}-{profile}"
+        values = {**values, **profiles[profile], "name": name}
     errors = _problems(values)
     if errors:
         raise ConfigError("\n".join(f"{path}: {error}" for error in errors))
-    return _expand(path, values, overrides), values.get("at_once")
+    runs = _expand(path, values, overrides)
+    return runs if profile is None else _at_hand(path, runs), values.get("at_once")
+
+
+def _at_hand(path: Path, runs: list[PlannedRun]) -> list[PlannedRun]:
+    """Leave out runs whose data are files of which nothing was said."""
+    from mpsl_dist.data import catalog
+
+    def lacks(run: PlannedRun) -> bool:
+        data, modules = run.experiment.data, run.experiment.plugins
+        return (
+            run.command == "train" and data.root is None and catalog.find(data.name, modules).files
+        )
+
+    lacking = sorted({run.experiment.data.name for run in runs if lacks(run)})
+    if lacking:
+        print(f"{path}: without data.root=FOLDER nothing on {', '.join(lacking)}")
+    return [run for run in runs if not lacks(run)]
 
 
 def _problems(values: Mapping[str, Any]) -> list[str]:
-    valid = ", ".join(SWEEP_KEYS)
+    valid = ", ".join((*SWEEP_KEYS, "profiles"))
     found = [f"{key}: unknown key; a sweep has {valid}" for key in values if key not in SWEEP_KEYS]
-    if not isinstance(values.get("config"), str):
-        found.append("config: a sweep names the experiment that its runs share")
+    tasks = values.get("tasks", {})
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+        found.append(
+            f"tasks: expected name: {{config: file, key.path: value, ...}}, found {tasks!r}"
+        )
+    elif not all(isinstance(task.get("config"), str) for task in tasks.values() or [values]):
+        found.append(
+            "config: a sweep names the experiment that its runs share, or each task its own"
+        )
+    if values.get("command", "train") not in ("train", "cost"):
+        found.append(f"command: expected train or cost, found {values['command']!r}")
     grid, shared, limit = values["grid"], values.get("set", {}), values.get("at_once")
     if not isinstance(grid, dict) or not grid:
         found.append("grid: expected key.path: [value, ...]")
@@ -165,22 +220,25 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _expand(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> list[PlannedRun]:
-    base = path.parent / values["config"]
-    if not base.suffix and not base.exists():
-        base = shipped.find(values["config"])
     shared = _overrides(values.get("set", {}))
     grid: Mapping[str, list[Any]] = values["grid"]
     prefix, runs, errors = str(values.get("name", path.stem)), [], []
+    tasks: Mapping[str, Mapping[str, Any]] = values.get("tasks") or {"": values}
     rows: Mapping[str, Mapping[str, Any]] = values.get("rows") or {"": {}}
-    for (row, settings), *combination in itertools.product(rows.items(), *grid.values()):
+    for task, row, *combination in itertools.product(tasks, rows, *grid.values()):
         point = dict(zip(grid, combination, strict=True))
-        labels = [str(row)] if row != "" else []
+        labels = [str(label) for label in (task, row) if label != ""]
         labels += [_label(key, value, grid) for key, value in point.items()]
         name = "-".join([prefix, *labels])
-        chosen = _overrides({**settings, **point})
+        base = path.parent / tasks[task]["config"]
+        if not base.suffix and not base.exists():
+            base = shipped.find(tasks[task]["config"])
+        own = {key: value for key, value in tasks[task].items() if task != "" and key != "config"}
+        chosen = (*_overrides(own), *_overrides(rows[row]), *_overrides(point))
         everything = (*shared, *overrides, *chosen, f"name={json.dumps(name)}")
         try:
-            runs.append(PlannedRun(base, everything, config.load(base, everything)))
+            run = PlannedRun(base, everything, config.load(base, everything))
+            runs.append(replace(run, command=values.get("command", "train")))
         except ConfigError as error:
             errors += [f"{name}: {line}" for line in str(error).splitlines()]
     names = [run.experiment.name for run in runs]

@@ -257,7 +257,8 @@ class Run:
 
     def model(self, *overrides: str, client: int | None = None) -> Predictor:
         """Wait for the end, and return the trained model: :func:`load`."""
-        self.wait()
+        self.process.wait()
+        self._raise_failure()
         return load(self.path, *overrides, client=client)
 
     def _show(self) -> None:

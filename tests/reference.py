@@ -288,6 +288,9 @@ def _meet(
 
 def _info_nce(embeddings: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
     """The paper's bidirectional contrastive loss, pair by pair, other captions left out."""
+    captions = embeddings.shape[1] - 1
+    if captions > 1:  # the first of every picture, the second, ...
+        return sum(_info_nce(embeddings[:, [0, k + 1]], pictures) for k in range(captions))
     image, text = embeddings.unbind(1)
     terms = []
     for i in range(len(pictures)):

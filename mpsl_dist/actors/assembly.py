@@ -265,7 +265,8 @@ def build_server_model(experiment: Experiment, splits: Splits, lengths: list[int
         )
         if adapted:
             rules, modalities = experiment.adapters, list(splits.shapes)
-            built.adapters = Adapters(modalities, rules.include, dimensions[0], rules.form)
+            late = built.fusion == "late"
+            built.adapters = Adapters(modalities, rules.include, dimensions[0], rules.form, late)
     built.encoder.autocast = experiment.training.autocast
     built.encoder.checkpoint_blocks = experiment.training.checkpoint_blocks
     _load_encoder(experiment, built.encoder)

@@ -42,6 +42,9 @@ reveals to the server stands after "tells"; ``docs/privacy.md`` has it measured:
                           tells no more
 ========================  =====================================================================
 
+A client of M²FedSA sends no other messages; :mod:`mpsl_dist.actors.unimodal_client` says what more
+its ``tokenize`` and ``loss`` tell.
+
 Where data stay with their owners (``data.place: own``) its host says before all that, once, as an
 :class:`~mpsl_dist.actors.agreement.Offer`: its host's name, the shapes of its modalities, its class
 names (unless ``data.classes`` declares them), each client's number of training and test samples and

@@ -259,7 +259,7 @@ def guarantees(experiment: Experiment, splits: Splits) -> dict[str, float | None
     if chosen.label_epsilon is not None:
         found["label_epsilon"] = chosen.label_epsilon
     if chosen.token_noise:
-        size = sum(build_on_meta(experiment, splits)[0].lengths), width_of(experiment)
+        size = _tokens_of_a_sample(experiment, splits), width_of(experiment)
         times = 1 if experiment.wire.cache else experiment.training.epochs
         found["token_delta"] = DELTA
         for name, sent in (("token_epsilon_per_epoch", 1), ("token_epsilon", times)):
@@ -269,6 +269,13 @@ def guarantees(experiment: Experiment, splits: Splits) -> dict[str, float | None
                 epsilon = None
             found[name] = epsilon
     return found
+
+
+def _tokens_of_a_sample(experiment: Experiment, splits: Splits) -> int:
+    own = build_on_meta(experiment, splits)[0]
+    lengths = dict(zip(own.by_modality, own.lengths, strict=True))
+    captions = getattr(splits.train, "captions", 1)
+    return sum(lengths.values()) + (captions - 1) * lengths.get("text", 0)
 
 
 def sentences(experiment: Experiment, splits: Splits) -> list[str]:

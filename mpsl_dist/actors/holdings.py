@@ -27,6 +27,7 @@ from mpsl_dist.data.decode.samples import PIXELS, FileDataset, with_colours
 from mpsl_dist.data.gaps import cells, leave_out
 from mpsl_dist.data.loading import Loaders
 from mpsl_dist.data.partition import Dealt, deal, partition, shares
+from mpsl_dist.data.pictures import by_picture
 from mpsl_dist.errors import ConfigError
 
 _log = logging.getLogger("mpsl_dist")
@@ -53,6 +54,8 @@ def load_data(experiment: Experiment, needs: Sequence[str] = ("train", "test")) 
     if _zeros(experiment):
         train, test = (_with_zeros(split) for split in (train, test))
     splits = replace(splits, train=train, test=test)
+    if chosen.unit == "picture":
+        splits = by_picture(splits, chosen.name)
     return splits if chosen.classes is None else renumbered(splits, chosen.classes)
 
 
@@ -141,15 +144,15 @@ class Holdings:
         """
         rule, numbers = experiment.data.partition, clients or range(experiment.clients)
         each = clients_of_a_user(experiment, splits)
-        count, seed = len(numbers) // each, experiment.seed + numbers[0]
+        count, seed = max(1, len(numbers) // each), experiment.seed + numbers[0]
         nameless = getattr(splits.train, "clients", None) is None
         kind = "iid" if clients and count == 1 and nameless else rule.kind
         dealt = deal(splits, count, kind, rule.alpha, rule.minimum, seed)
         if len(dealt.parts) != count:
             key = "clients_per_worker" if clients else "clients"
             raise ConfigError(
-                f"{key}: {count}, but the data names {len(dealt.parts)} and "
-                f"data.partition.kind=natural takes each; set {key}={len(dealt.parts)}"
+                f"{key}: {count * each}, but the data names {len(dealt.parts)} and "
+                f"data.partition.kind=natural takes each; set {key}={len(dealt.parts) * each}"
             )
         dealt = replace(dealt, parts=[part for part in dealt.parts for _ in range(each)])
         tests = [np.empty(0, dtype=np.int64)] * count

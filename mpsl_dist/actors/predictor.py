@@ -253,7 +253,7 @@ def load(path: str | Path, *overrides: str, client: int | None = None) -> Predic
         load_trainable(model.tokenizers, own)
     integers = [name for name in shapes if tokenizer_facts(experiment, name).integers]
     reader = Reader(shapes, _view(folder, description), integers, str(folder / "config.json"))
-    return Predictor(model, reader, classes, experiment.training.test_batch_size)
+    return Predictor(model, reader, classes, experiment.training.test_batch_size).eval()
 
 
 def find(path: str | Path) -> Path:

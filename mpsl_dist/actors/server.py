@@ -111,7 +111,7 @@ class Server:
         """Run the frozen blocks that training begins with once over what these clients sent."""
         sizes, together = self._together(smashed)
         with torch.no_grad():
-            encoded = [self.model.encoder(x_bld, end=self.begin).cpu() for x_bld in together]
+            encoded = [x_bld.cpu() for x_bld in self.model.encode(together, end=self.begin)]
         slices = zip(*(x_bld.split(sizes) for x_bld in encoded), strict=True)
         return {n: list(own) for n, own in zip(smashed, slices, strict=True)}
 

@@ -20,7 +20,6 @@ from mpsl_dist.analysis.flops import HEAD, NORM, Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.config import Optimizer as OptimizerSettings
 from mpsl_dist.config.methods import METHODS, facts_of
-from mpsl_dist.data.catalog import CAPTIONS
 
 TOWER = "text tower"
 WITH_TOWER = f"total with {TOWER}"
@@ -114,7 +113,8 @@ def about(experiment: Experiment, inputs: Inputs) -> dict[str, object]:
         "shapes": {name: list(shape) for name, shape in inputs.shapes.items()},
         "classes": inputs.classes,
         "train_samples": inputs.train,
-        "sample": "a picture and a caption" if inputs.retrieval else "one",
+        "sample": inputs.unit,
+        "steps_per_epoch": _steps(experiment, inputs),
         "encoder": encoder.size,
         "trainable_blocks": encoder.trainable_blocks,
         "fusion": experiment.model.fusion,
@@ -122,6 +122,17 @@ def about(experiment: Experiment, inputs: Inputs) -> dict[str, object]:
         "clients": experiment.clients,
         "batch_size": batch,
     }
+
+
+def _steps(experiment: Experiment, inputs: Inputs) -> str:
+    """Say how many steps an epoch has if all clients hold equally many samples."""
+    if not inputs.retrieval:
+        return f"{len(traffic_model.equal_plan(experiment, inputs.train)):,}"
+    steps = {
+        unit: len(traffic_model.equal_plan(experiment, inputs.in_unit(unit).train))
+        for unit in ("pair", "picture")
+    }
+    return f"{steps['pair']:,} of pairs, {steps['picture']:,} of pictures"
 
 
 def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
@@ -152,7 +163,7 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
         rows += _parameters(method, parts)
         rows += _flops(method, of.client, of.server)
         if inputs.retrieval:
-            rows += _picture_rows(method, parts)
+            rows += _rows_of_other_unit(method, parts)
         rows += _bytes(method, parts)
         if not METHODS[method].unimodal:
             rows += _memory(method, parts, of)
@@ -230,17 +241,15 @@ def _flops(method: str, client: dict[str, Flops], server: dict[str, Flops]) -> I
             yield from _flop_rows(method, owner, total, value)
 
 
-def _picture_rows(method: str, parts: ModelParts) -> Iterator[Row]:
-    """Yield totals in the paper's unit of retrieval: a picture with all its captions."""
-    client = flops.count_client(parts, CAPTIONS)
-    for row in _flops(method, client, flops.count_server(parts, CAPTIONS)):
-        if row.part.startswith("total"):
-            yield replace(row, part=f"{row.part}, picture with {CAPTIONS} captions")
-    if METHODS[method].split:
-        sent = traffic_model.per_sample(parts, CAPTIONS)
-        for kind in ("activations", "cut_layer_gradients"):
-            part, way = f"{kind}, picture with {CAPTIONS} captions", traffic_model.direction(kind)
-            yield Row("bytes_per_sample", method, "client", part, way, sent[kind], "bytes")
+def _rows_of_other_unit(method: str, parts: ModelParts) -> Iterator[Row]:
+    """Yield retrieval's totals in the other unit: a pair, or a picture with all its captions."""
+    inputs = parts.inputs.in_unit("picture" if parts.inputs.captions == 1 else "pair")
+    other, kept = replace(parts, inputs=inputs), ("total", "activations", "cut_layer_gradients")
+    of = inputs.unit.removeprefix("a ")
+    counted = _flops(method, flops.count_client(other), flops.count_server(other))
+    for row in (*counted, *_bytes(method, other)):
+        if row.part.startswith(kept) and (row.section != "bytes_per_epoch" or row.part == "total"):
+            yield replace(row, part=f"{row.part}, {of}")
 
 
 def _flop_rows(method: str, owner: str, part: str, value: Flops) -> Iterator[Row]:

@@ -6,7 +6,7 @@ Our own datasets have their shapes and sizes in :data:`mpsl_dist.data.catalog.DA
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,17 +29,43 @@ class Inputs:
     classes : int
         0 for retrieval.
     train, test : int
-        Samples; in retrieval pairs of a picture and a caption.
+        Samples, in retrieval of the unit that ``data.unit`` says.
+    captions : int
+        Texts of a sample: several where it is a picture with all its captions.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     classes: int
     train: int
     test: int
+    captions: int = 1
+
+    def in_unit(self, unit: str) -> Inputs:
+        """Return the same in pairs or in pictures, of :data:`CAPTIONS` captions each."""
+        pairs = replace(
+            self, train=self.train * self.captions, test=self.test * self.captions, captions=1
+        )
+        if unit == "pair":
+            return pairs
+        each = self.captions if self.captions > 1 else catalog.CAPTIONS
+        return replace(pairs, train=pairs.train // each, test=pairs.test // each, captions=each)
+
+    def times(self, modality: str) -> int:
+        """Return how many inputs of a modality a sample has."""
+        return self.captions if modality == "text" else 1
+
+    @property
+    def unit(self) -> str:
+        """A sample in words."""
+        if not self.retrieval:
+            return "one"
+        if self.captions == 1:
+            return "a picture and a caption"
+        return f"a picture with {self.captions} captions"
 
     @property
     def retrieval(self) -> bool:
-        """Whether samples are pairs of a picture and a caption."""
+        """Whether samples are pictures and captions."""
         return self.splits().retrieval
 
     def splits(self) -> Splits:
@@ -59,7 +85,9 @@ def inputs_of(experiment: Experiment) -> Inputs:
         sounds = forms_of(experiment)["sounds"]
         sizes = data.text_length, data.image_size, data.audio_frames
         shapes = facts.shapes_at(*sizes, None if sounds is None else BINS[sounds])
-        return Inputs(shapes, facts.classes, *facts.samples)
+        found = Inputs(shapes, facts.classes, *facts.samples)
+        return found.in_unit(data.unit) if found.retrieval else found
     splits = load_data(experiment)
     sizes = len(splits.train.labels), len(splits.test.labels)
-    return Inputs(splits.shapes, len(splits.classes), *sizes)
+    captions = getattr(splits.train, "captions", 1)
+    return Inputs(splits.shapes, len(splits.classes), *sizes, captions)

@@ -135,18 +135,13 @@ def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
     return parts.tokenizers.pre_norm(tokenizer(x) if tokens_bld is None else tokens_bld)
 
 
-def count_client(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
+def count_client(parts: ModelParts) -> dict[str, Flops]:
     """Return a client's operations per sample, by modality and, if it owns one, those of its head;
     the frozen text tower apart.
-
-    Parameters
-    ----------
-    captions : int
-        Texts of a sample: 1 as this runtime has it, 5 for a picture of the paper's retrieval.
     """
     counted = {}
     for name, tokenizer in parts.tokenizers.by_modality.items():
-        texts = captions if name == "text" else 1
+        texts = parts.inputs.times(name)
         if isinstance(tokenizer, ClipText):
             x = meta_inputs(parts, 1)[name]
             tower = count(tokenizer, lambda t=tokenizer, x=x: t.encode(x))
@@ -162,19 +157,19 @@ def count_client(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
     return counted
 
 
-def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
+def count_server(parts: ModelParts) -> dict[str, Flops]:
     """Return the server's operations per sample: by pass of the encoder, and the head.
 
     Early fusion has one pass, ``joint``; late fusion and retrieval one per modality. FedCLIP's
     adapters and the norm after the encoder count with the head; where clients own it, the norm is
-    left. ``captions`` as in :func:`count_client`.
+    left.
     """
     model = parts.server_model
     lengths = _passes(parts)
     counted = {}
     for name, length in lengths.items():
-        times = captions if name == "text" else 1
-        counted[name] = count_encoder(model.encoder, _tokens(parts, length)).times(times)
+        run = count_encoder(model.encoder, _tokens(parts, length))
+        counted[name] = run.times(parts.inputs.times(name))
     if not parts.retrieval:
         smashed = [_tokens(parts, length) for length in lengths.values()]
         with _without_encoder(model):
@@ -190,7 +185,8 @@ def count_server(parts: ModelParts, captions: int = 1) -> dict[str, Flops]:
 
 def features(parts: ModelParts, batch: int = 1) -> Tensor:
     """Return what a head takes of ``batch`` samples; it asks for a gradient as in training."""
-    modalities = (len(parts.inputs.shapes),) if parts.server_model.apart else ()
+    apart = len(parts.inputs.shapes) + parts.inputs.captions - 1
+    modalities = (apart,) if parts.server_model.apart else ()
     shape = (batch, *modalities, parts.width)
     model = parts.server_model
     before = (model.encoder, model.post_norm, model.adapters)
@@ -288,7 +284,8 @@ def kept_by_client(parts: ModelParts, batch: int) -> int:
     own = parts.tokenizers
 
     def run() -> list[Tensor]:
-        tokens = [embed(parts, name, batch) for name in parts.inputs.shapes]
+        times = parts.inputs.times
+        tokens = [embed(parts, name, batch * times(name)) for name in parts.inputs.shapes]
         return [*fuse(tokens, parts.experiment.model.fusion), own.head(features(parts, batch))]
 
     return kept_bytes(own, run)
@@ -297,12 +294,16 @@ def kept_by_client(parts: ModelParts, batch: int) -> int:
 def kept_by_server(parts: ModelParts, batch: int) -> int:
     """Return the bytes that the server's autograd keeps for the backward of ``batch`` samples."""
     trained = cut_trained(parts)
-    lengths = list(_passes(parts).values())
+    passes = _passes(parts)
+    lengths = list(passes.values())
 
     def run() -> Tensor:
+        times = parts.inputs.times
         tokens = [
-            torch.empty(batch, length, parts.width, device="meta", requires_grad=trained)
-            for length in lengths
+            torch.empty(
+                batch, length * times(name), parts.width, device="meta", requires_grad=trained
+            )
+            for name, length in passes.items()
         ]
         return parts.server_model(tokens)
 
@@ -311,9 +312,8 @@ def kept_by_server(parts: ModelParts, batch: int) -> int:
     if not encoder.checkpoint_blocks:
         return kept
     # One block at a time is computed again, and then keeps what it would have kept.
-    tokens = [
-        torch.empty(batch, n, parts.width, device="meta", requires_grad=True) for n in lengths
-    ]
+    shapes = [(batch * parts.inputs.times(name), n, parts.width) for name, n in passes.items()]
+    tokens = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
     again = [kept_bytes(encoder[-1], lambda x=x: encoder[-1](x), lengths) for x in tokens]
     return kept + max(again)
 

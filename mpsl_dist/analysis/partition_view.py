@@ -79,7 +79,8 @@ def holdings(experiment: Experiment) -> PartitionTable:
     labels = splits.train.labels.numpy()
     held = [labels[part] for part in dealt.parts]
     if splits.retrieval:
-        counts = [[len(np.unique(pictures)), len(pictures)] for pictures in held]
+        captions = getattr(splits.train, "captions", 1)  # of a sample
+        counts = [[len(np.unique(own)), len(own) * captions] for own in held]
     else:
         counts = [np.bincount(own, minlength=len(splits.classes)) for own in held]
     return PartitionTable(

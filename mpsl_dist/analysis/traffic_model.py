@@ -45,17 +45,9 @@ def equal_plan(experiment: Experiment, samples: int) -> NDArray[np.int64]:
     return shares(sizes, experiment.training.batch_size, experiment.client_share)
 
 
-def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
-    """Return the bytes that one sample causes in a step of split learning, by kind.
-
-    Parameters
-    ----------
-    captions : int
-        Texts of a sample: 1 as this runtime has it, 5 for a picture of the paper's retrieval.
-    """
-    number, wire = parts.bytes_per_number, wire_of(parts.experiment)
-    lengths = dict(zip(parts.inputs.shapes, parts.tokenizers.lengths, strict=True))
-    tokens = {name: n * (captions if name == "text" else 1) for name, n in lengths.items()}
+def per_sample(parts: ModelParts) -> dict[str, int]:
+    """Return the bytes that one sample causes in a step of split learning, by kind."""
+    number, wire, tokens = parts.bytes_per_number, wire_of(parts.experiment), tokens_of(parts)
     back = sum(tokens[name] for name, trained in trained_tokens(parts).items() if trained)
     returned = parts.server_model.head(flops.features(parts))  # features, where clients own heads
     predicted = returned.numel() * number
@@ -67,6 +59,12 @@ def per_sample(parts: ModelParts, captions: int = 1) -> dict[str, int]:
         return found | {"pairs": torch.long.itemsize}
     answered = predicted if returned.requires_grad else 0
     return found | {"predictions": predicted, "prediction_gradients": answered}
+
+
+def tokens_of(parts: ModelParts) -> dict[str, int]:
+    """Return how many tokens of every modality a sample has, those of all its captions."""
+    lengths = zip(parts.inputs.shapes, parts.tokenizers.lengths, strict=True)
+    return {name: length * parts.inputs.times(name) for name, length in lengths}
 
 
 def trained_tokens(parts: ModelParts) -> dict[str, bool]:
@@ -108,7 +106,7 @@ def training(
     found = {kind: samples * each for kind, each in per_sample(parts).items()}
     if experiment.wire.cache:
         # Kept as decoded, whatever they travelled as; there is no gradient to carry.
-        kept = sum(parts.tokenizers.lengths) * parts.width * parts.bytes_per_number
+        kept = sum(tokens_of(parts).values()) * parts.width * parts.bytes_per_number
         sent = sent_samples(experiment, plan, epochs, kept)
         found["activations"] = sent * per_sample(parts)["activations"]
     elif gaps is not None:

@@ -58,6 +58,9 @@ def problems(experiment: Experiment) -> list[str]:
                 f"data.test_at: server, but with method={experiment.method} every client tests its "
                 "own model, where the server's test set is not; take data.test_at=clients"
             )
+        if experiment.data.unit == "picture" and experiment.data.place == "own":
+            # Hosts may have pictures of different numbers of captions.
+            found.append("data.unit: picture needs data.place=simulated; take pair")
         found += _modality_problems(experiment)
         found += split_problems(experiment) + defence_problems(experiment)
     except ConfigError as error:
@@ -218,6 +221,8 @@ def _out_of_range(experiment: Experiment) -> list[str]:
 
 def _batch_problems(experiment: Experiment) -> list[str]:
     clients, batch = experiment.clients, experiment.training.batch_size
+    if experiment.client_share == "equal" and experiment.method == "centralized":
+        return []  # batches of one pool
     if batch < clients:
         return [
             f"training.batch_size: {batch} is smaller than the {clients} clients; "
@@ -324,8 +329,6 @@ def _adapter_problems(experiment: Experiment) -> list[str]:
     found = []
     if experiment.model.pooling != "cls":
         found.append("model.pooling: the adapters of fedclip act on first tokens; take cls")
-    if experiment.model.encoder.trainable_blocks not in ("all", 0):
-        found.append("model.encoder.trainable_blocks: fedclip freezes the encoder; leave it out")
     if not experiment.adapters.include:
         found.append("adapters.include: empty; name a modality, or take unified")
     return found

@@ -112,6 +112,12 @@ METHODS: dict[str, MethodFacts] = {
         adapted=True,
         tolerant=True,
     ),
+    "m2fedsa": MethodFacts(
+        "mpsl_dist.methods.m2fedsa:build",
+        reads=(*_REMOTE, "m2fedsa"),
+        unimodal=True,
+        tolerant=True,
+    ),
     "standalone": MethodFacts(
         "mpsl_dist.methods.standalone:build",
         server_model="client",
@@ -123,12 +129,6 @@ METHODS: dict[str, MethodFacts] = {
         ),
         tolerant=True,
         alone=True,
-    ),
-    "m2fedsa": MethodFacts(
-        "mpsl_dist.methods.m2fedsa:build",
-        reads=(*_REMOTE, "m2fedsa"),
-        unimodal=True,
-        tolerant=True,
     ),
     "centralized": MethodFacts(
         "mpsl_dist.methods.centralized:build",
@@ -192,6 +192,8 @@ def readers(key: str) -> list[str]:
 
 def _reads(facts: MethodFacts, key: str) -> bool:
     reads = (*facts.reads, *_FAULTS) if facts.tolerant else facts.reads
+    if facts.adapted and key == "model.encoder.trainable_blocks":
+        return False
     return not _below(key, OPTIONAL) or _below(key, reads)
 
 

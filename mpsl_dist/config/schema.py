@@ -13,8 +13,10 @@ from mpsl_dist.config.m2fedsa import M2FedSA
 class Partition:
     """How the training samples are spread over the clients."""
 
-    #: ``natural``: as the data names its owners, whatever they hold.
-    kind: Literal["dirichlet", "iid", "natural"] = "dirichlet"
+    #: ``dirichlet-balanced``: the released code's rule, where a client above the mean takes no
+    #: more, and which gives up where clients stay below ``minimum`` (there 10); ``natural``: as the
+    #: data names its owners, whatever they hold.
+    kind: Literal["dirichlet", "dirichlet-balanced", "iid", "natural"] = "dirichlet"
     #: Concentration of the Dirichlet draw per class; smaller is more skewed.
     alpha: float = 0.1
     #: Every client holds at least this many samples.
@@ -54,6 +56,10 @@ class Data:
     #: The classes in the order of their numbers; any other label is refused. Null takes those that
     #: the data have, with ``own`` those of all hosts together.
     classes: list[str] | None = None
+    #: What a sample of retrieval is: a ``pair`` of a picture and a caption, or, as in the released
+    #: code, a ``picture`` with all its captions, each of them encoded by itself. Batch sizes, steps
+    #: and epochs count these.
+    unit: Literal["pair", "picture"] = "pair"
     #: Who holds the test set: the server (a public benchmark), or the clients, a part each.
     test_at: Literal["server", "clients"] = "server"
     partition: Partition = field(default_factory=Partition)
@@ -318,9 +324,11 @@ class Adapters:
     include: list[str] | Literal["unified"] = field(
         default_factory=lambda: ["image", "audio", "text"]
     )
-    #: ``scaled`` multiplies a feature by its softmax (the released form: about 1/width of its
-    #: size is left), ``residual`` adds that product to the feature.
-    form: Literal["scaled", "residual"] = "scaled"
+    #: ``scaled`` multiplies a feature by its softmax (about 1/width of its size is left);
+    #: ``released`` does so too, but for texts of late fusion and retrieval: there the released
+    #: code's softmax runs over the captions, and leaves one alone as it is; ``residual`` adds the
+    #: product to the feature.
+    form: Literal["scaled", "released", "residual"] = "scaled"
 
 
 @dataclass(frozen=True)
@@ -454,7 +462,8 @@ class Experiment:
     #: Clients that share a worker's process.
     clients_per_worker: int = 1
     #: ``proportional``: every client's part of a global batch follows its share of the data;
-    #: ``equal``: ceil(B/N) each until it runs dry, the released code's rule.
+    #: ``equal``: ceil(B/N) each until it runs dry, the released code's rule; ``centralized`` then
+    #: has one pool, shuffled in every epoch and cut into batches of B.
     client_share: Literal["proportional", "equal"] = "proportional"
     tokenizer_sync: TokenizerSync = field(default_factory=TokenizerSync)
     wire: Wire = field(default_factory=Wire)

@@ -201,6 +201,13 @@ DATASETS: dict[str, DatasetFacts] = {
         classes=12,
         samples=(5_768, 1_420),
     ),
+    "digits-captions": DatasetFacts(
+        f"{_SETS}.digits_captions:load",
+        reads=("text_length", "tokens"),
+        files=False,
+        shapes={"image": (1, 8, 24), "text": (16,)},
+        samples=(CAPTIONS * 1_600, CAPTIONS * 200),
+    ),
     "mnist-fsdd": DatasetFacts(
         f"{_SETS}.mnist_fsdd:load",
         reads=("audio_frames", "sounds"),

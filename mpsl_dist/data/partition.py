@@ -14,6 +14,8 @@ from mpsl_dist.errors import DataError
 
 #: The positions of every client's samples in the training set: one (samples,) array a client.
 Positions = list[NDArray[np.int64]]
+#: Draws of the released code's partitioner before it gives up.
+_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ def deal(splits: Splits, clients: int, kind: str, alpha: float, minimum: int, se
             f"dirichlet({alpha:g}) for every class; a client below the minimum of {minimum} takes "
             f"single samples of the largest client; seed {seed}"
         )
+    elif kind == "dirichlet-balanced":
+        rule = (
+            f"dirichlet-balanced({alpha:g}) for every class, nothing more for a client above the "
+            f"mean; at least {minimum} samples each; seed {seed}"
+        )
     return Dealt(partition(labels, clients, kind, alpha, minimum, seed), rule)
 
 
@@ -88,6 +95,7 @@ def partition(
     ``iid`` deals a shuffled deck. A client left with fewer than ``minimum`` samples then receives
     samples one at a time, each a random one of whichever client holds most at that moment: the
     smallest change to the draw that keeps the minimum, and it always succeeds.
+    ``dirichlet-balanced`` is the paper's released code's rule, see :func:`_balanced`.
 
     Parameters
     ----------
@@ -96,19 +104,19 @@ def partition(
     clients : int
         Number of clients.
     kind : str
-        ``dirichlet`` or ``iid``.
+        ``dirichlet``, ``dirichlet-balanced`` or ``iid``.
     alpha : float
         Concentration of the Dirichlet distribution; the smaller, the more the clients' classes
         differ.
     minimum : int
-        Samples that every client has at least, under ``dirichlet``.
+        Samples that every client has at least, unless ``iid``.
     seed : int
         Fixes the draw.
 
     Raises
     ------
     DataError
-        If there are fewer than ``clients * minimum`` samples.
+        If there are fewer than ``clients * minimum`` samples, or ``dirichlet-balanced`` gives up.
     """
     samples = len(labels)
     if samples < clients * minimum:
@@ -119,8 +127,10 @@ def partition(
     rng = np.random.default_rng(seed)
     if kind == "iid":
         return [np.sort(part) for part in np.array_split(rng.permutation(samples), clients)]
-    held: list[list[int]] = [[] for _ in range(clients)]
     values = labels.numpy()
+    if kind == "dirichlet-balanced":
+        return _balanced(values, clients, alpha, minimum, rng)
+    held: list[list[int]] = [[] for _ in range(clients)]
     for label in np.unique(values):
         members = rng.permutation(np.flatnonzero(values == label))
         proportions = rng.dirichlet(np.full(clients, alpha))
@@ -133,6 +143,41 @@ def partition(
             held[client].extend(members[bounds[client] : bounds[client + 1]].tolist())
     _fill(held, minimum, rng)
     return [np.sort(np.array(part, dtype=np.int64)) for part in held]
+
+
+def _balanced(
+    values: NDArray[np.int64], clients: int, alpha: float, minimum: int, rng: np.random.Generator
+) -> Positions:
+    """Spread the classes as the released code does, with Flower's self-balancing partitioner.
+
+    Class by class, a client that holds more than the mean already takes nothing more, and the
+    others' proportions are scaled up; of a class, a client takes samples that follow each other.
+    The whole draw is repeated where a client is left with fewer than ``minimum``, and given up
+    after :data:`_TRIES` draws.
+    """
+    mean, fewest = len(values) / clients, 0
+    for _ in range(_TRIES):
+        held: list[list[int]] = [[] for _ in range(clients)]
+        for label in np.unique(values):
+            members = np.flatnonzero(values == label)
+            open_n = np.array([len(part) <= mean for part in held])
+            proportions = rng.dirichlet(np.full(clients, alpha)) * open_n
+            total = proportions.sum()
+            # With a small alpha the draw can underflow to all zeros: then the open share alike.
+            proportions = proportions / total if total > 0 else open_n / open_n.sum()
+            cuts = (np.cumsum(proportions) * len(members)).astype(int)[:-1]
+            for part, own in zip(held, np.split(members, cuts), strict=True):
+                part.extend(own.tolist())
+        sizes = [len(part) for part in held]
+        if min(sizes) >= minimum:
+            return [np.sort(np.array(part, dtype=np.int64)) for part in held]
+        fewest = max(fewest, min(sizes))
+    raise DataError(
+        f"data.partition.kind: dirichlet-balanced with alpha={alpha:g} left a client with fewer "
+        f"than {minimum} samples (data.partition.minimum) in {_TRIES} of {_TRIES} draws, at best "
+        f"with {fewest}; take a larger alpha, fewer clients, another seed, or kind=dirichlet, "
+        "which always succeeds"
+    )
 
 
 def deal_pictures(pictures: Tensor, clients: int, seed: int) -> Positions:

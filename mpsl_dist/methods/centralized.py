@@ -1,7 +1,8 @@
 """Centralized training: one process, pooled data, MPSL's own global batches.
 
 The upper bound that a distributed method is measured against: the global batch of every step is
-made of exactly the mini-batches that the clients would have contributed, in client order.
+made of exactly the mini-batches that the clients would have contributed, in client order. With
+``client_share: equal`` it is the released code's: one pool of samples, cut into batches of B.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mpsl_dist.actors import deployable
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.learner import Learner
-from mpsl_dist.actors.local_data import Damage, TestData
+from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.config import Experiment
 from mpsl_dist.data import Batch
 from mpsl_dist.data.loading import Unread
@@ -46,7 +47,8 @@ class Centralized:
     Parameters
     ----------
     experiment : Experiment
-        Its ``clients`` and partition say only which samples meet in which global batch.
+        Its ``clients`` and partition say only which samples meet in which global batch; with
+        ``client_share: equal`` not even that.
     holdings : Holdings
     learner : Learner
         The whole model with its optimizers.
@@ -60,7 +62,7 @@ class Centralized:
         self.traffic = Traffic(experiment.clients)  # nothing ever crosses
         self.clients = None
         self.repeated = 0
-        self.held = [holdings.of(client)[0] for client in range(experiment.clients)]
+        self.held = held_by(experiment, holdings)
         sizes = [len(data) for data in self.held]
         self.plan = shares(sizes, experiment.training.batch_size, experiment.client_share)
         learner.plan(len(self.plan), experiment.training.epochs)
@@ -123,6 +125,19 @@ class Centralized:
             self.learner.load_optimizer_state(parts["optimizers"])
             for data, unread in zip(self.held, parts.get("unread", ()), strict=False):
                 data.unread.load(unread)
+
+
+def held_by(experiment: Experiment, holdings: Holdings) -> list[LocalData]:
+    """Return whose mini-batches make a global batch: every client's, or those of one pool.
+
+    Clients that hold unequally much and give equally much run dry one after the other, in batches
+    that grow smaller: in one hand nothing runs dry.
+    """
+    if experiment.client_share == "proportional":
+        return [holdings.of(client)[0] for client in range(experiment.clients)]
+    everything = np.sort(np.concatenate(holdings.dealt.parts))
+    train, loaders = holdings.splits.train, holdings.loaders
+    return [LocalData(train, everything, experiment.seed, client=0, loaders=loaders)]
 
 
 def build(setup: Setup) -> Centralized:

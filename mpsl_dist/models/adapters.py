@@ -1,7 +1,7 @@
 """Adapters of frozen encoders: FedCLIP's attention adapters (Lu et al. 2023) on their features, and
 bottlenecks on their rows (Houlsby et al. 2019).
 
-Shape legend: ``b`` batch, ``l`` length in rows, ``d`` width.
+Shape legend: ``b`` batch, ``c`` captions of a picture, ``l`` length in rows, ``d`` width.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ class AttentionAdapter(nn.Module):
     ----------
     width : int
         d.
-    form : "scaled" or "residual"
-        ``scaled`` is the released form, x * a(x): the d weights sum to one, so a feature comes out
-        about d times smaller. ``residual`` is x + x * a(x), which keeps the feature's size.
+    form : "scaled", "released" or "residual"
+        ``scaled`` is x * a(x): the d weights sum to one, so a feature comes out about d times
+        smaller. ``released`` is the same with the released code's softmax, over the second axis:
+        over the features of what is (b, d), as here, and over the captions of a text that is
+        (b, c, d), where one caption alone is left as it is, a(x) = 1. ``residual`` is x + x * a(x),
+        which keeps the feature's size.
     """
 
     def __init__(self, width: int, form: str) -> None:
         super().__init__()
+        over = 1 if form == "released" else -1
         self.attention = nn.Sequential(
-            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Softmax(dim=-1)
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Softmax(dim=over)
         )
         self.form = form
 
-    def forward(self, feature_bd: Tensor) -> Tensor:
-        """Return the weighted feature, (b, d), of a feature (b, d)."""
-        weighted_bd = feature_bd * self.attention(feature_bd)
-        return weighted_bd if self.form == "scaled" else feature_bd + weighted_bd
+    def forward(self, feature: Tensor) -> Tensor:
+        """Return the weighted feature, of the same shape, of a feature (b, d) or (b, c, d)."""
+        weighted = feature * self.attention(feature)
+        return feature + weighted if self.form == "residual" else weighted
 
 
 class Adapters(nn.Module):
@@ -48,25 +52,40 @@ class Adapters(nn.Module):
         Which of them are adapted; ``unified`` passes all through the same adapter.
     width, form : int, str
         As of :class:`AttentionAdapter`.
+    late : bool
+        Whether modalities are encoded apart: the released code then has a text as (b, c, d).
     """
 
     def __init__(
-        self, modalities: Sequence[str], include: Sequence[str] | str, width: int, form: str
+        self,
+        modalities: Sequence[str],
+        include: Sequence[str] | str,
+        width: int,
+        form: str,
+        late: bool = False,
     ) -> None:
         super().__init__()
         unified = include == "unified"
         names = ["unified"] if unified else [name for name in modalities if name in include]
         self.by_name = nn.ModuleDict({name: AttentionAdapter(width, form) for name in names})
         self.applied = ["unified" if unified else name for name in modalities]
+        self.deep = [late and form == "released" and name == "text" for name in modalities]
 
     def forward(self, features: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return every modality's pooled feature (b, d), adapted if included, in fusion order;
-        None of a modality that no sample has.
+        """Return every modality's pooled feature, (b, d) or (b, c, d), adapted if included, in
+        fusion order; None of a modality that no sample has.
         """
         return [
-            self.by_name[name](x_bd) if x_bd is not None and name in self.by_name else x_bd
-            for name, x_bd in zip(self.applied, features, strict=True)
+            self._adapted(name, deep, feature) if feature is not None else None
+            for name, deep, feature in zip(self.applied, self.deep, features, strict=True)
         ]
+
+    def _adapted(self, name: str, deep: bool, feature: Tensor) -> Tensor:
+        if name not in self.by_name:
+            return feature
+        if deep and feature.dim() == 2:
+            return self.by_name[name](feature.unsqueeze(1)).squeeze(1)
+        return self.by_name[name](feature)
 
 
 class BottleneckAdapter(nn.Module):

@@ -1,6 +1,7 @@
 """Task heads W_t: what turns pooled features into predictions.
 
-Shape legend: ``b`` batch, ``m`` modalities, ``d`` width, ``k`` classes.
+Shape legend: ``b`` batch, ``m`` modalities, ``c`` captions of a picture, ``d`` width, ``k``
+classes.
 """
 
 from __future__ import annotations
@@ -69,15 +70,15 @@ class PairEmbedding(nn.Module):
         if temperature is not None:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
-    def forward(self, features_b2d: Tensor) -> Tensor:
-        """Return embeddings (b, 2, d) of picture and caption."""
-        image_bd, text_bd = features_b2d.unbind(1)
+    def forward(self, features_bmd: Tensor) -> Tensor:
+        """Return embeddings (b, 1 + c, d) of a picture and its captions."""
         if self.normalize:
-            image_bd, text_bd = functional.normalize(image_bd), functional.normalize(text_bd)
+            features_bmd = functional.normalize(features_bmd, dim=2)
+        image_b1d, text_bcd = features_bmd[:, :1], features_bmd[:, 1:]
         if self.log_scale is not None:
             # As CLIP: a scale of at most 100 keeps the loss from running away.
-            image_bd = image_bd * self.log_scale.clamp(max=math.log(100)).exp()
-        return torch.stack([image_bd, text_bd], dim=1)
+            image_b1d = image_b1d * self.log_scale.clamp(max=math.log(100)).exp()
+        return torch.cat([image_b1d, text_bcd], dim=1)
 
 
 def linear(width: int, classes: int, options: None = None) -> nn.Linear:
@@ -89,7 +90,7 @@ def linear(width: int, classes: int, options: None = None) -> nn.Linear:
 
 
 def embeddings(width: int, classes: int, options: EmbeddingOptions) -> PairEmbedding:
-    """Return retrieval's head, (b, 2, d) -> (b, 2, d)."""
+    """Return retrieval's head, (b, 1 + c, d) -> (b, 1 + c, d)."""
     return PairEmbedding(options.normalize, options.temperature)
 
 

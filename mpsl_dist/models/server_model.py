@@ -1,7 +1,8 @@
 """The server's part of the model: the unified ViT encoder W_b with what pools its tokens,
 and the task head W_t, where no client owns one.
 
-Shape legend: ``b`` batch, ``m`` modalities, ``l`` length in tokens, ``d`` width, ``k`` classes.
+Shape legend: ``b`` batch, ``m`` modalities, ``c`` captions of a picture, ``l`` length in tokens,
+``d`` width, ``k`` classes.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class ServerModel(nn.Module):
         ----------
         smashed : sequence of Tensor
             Early fusion: one joint (b, l, d); late fusion: one (b, l_m, d) per modality, each
-            encoded by a pass of its own.
+            encoded by a pass of its own; of c captions (b, c * l_m, d), each by itself.
         begin : int
             The encoder's first block that they have not been through.
         present_bm : Tensor, optional
@@ -168,7 +169,7 @@ class ServerModel(nn.Module):
         Returns
         -------
         Tensor
-            What the head makes of them: (b, k) logits, or (b, 2, d) embeddings in retrieval; or
+            What the head makes of them: (b, k) logits, or (b, 1 + c, d) embeddings in retrieval; or
             what :meth:`features` returns, where clients own the head.
         """
         return self.head(self.features(smashed, begin, present_bm))
@@ -176,18 +177,45 @@ class ServerModel(nn.Module):
     def features(
         self, smashed: Sequence[Tensor], begin: int = 0, present_bm: Tensor | None = None
     ) -> Tensor:
-        """Return the head's input, (b, d), or (b, m, d) where modalities stay apart."""
+        """Return the head's input, (b, d), or (b, m, d) where modalities stay apart; captions of
+        a picture stay apart as modalities do, (b, 1 + c, d).
+        """
         if present_bm is not None:
             return self._of_present(smashed, begin, present_bm)
-        rest = (begin,) if begin else ()  # any module may stand in for the whole encoder
-        encoded = [self.post_norm(self.encoder(tokens_bld, *rest)) for tokens_bld in smashed]
+        encoded = [self.post_norm(x_bld) for x_bld in self.encode(smashed, begin)]
         if self.fusion == "early":
             encoded = list(encoded[0].split(self.lengths, dim=1))
         if self.pooling == "mean" and not self.apart:
             return torch.cat(encoded, dim=1).mean(1)
-        pooled = [x_bld[:, 0] if self.pooling == "cls" else x_bld.mean(1) for x_bld in encoded]
-        features_bmd = torch.stack(list(self.adapters(pooled)), dim=1)
+        pooled = [self._pool(*one) for one in zip(encoded, self.lengths, strict=True)]
+        adapted = [x.unsqueeze(1) if x.dim() == 2 else x for x in self.adapters(pooled)]
+        features_bmd = torch.cat(adapted, dim=1)
         return features_bmd if self.apart else features_bmd.mean(1)
+
+    def encode(
+        self, smashed: Sequence[Tensor], begin: int = 0, end: int | None = None
+    ) -> list[Tensor]:
+        """Return what the encoder's blocks from ``begin`` to before ``end`` make of each."""
+        rest = {"begin": begin} if begin else {}  # any module may stand in for the whole encoder
+        rest |= {} if end is None else {"end": end}
+        lengths = self.lengths if self.fusion == "late" else [sum(self.lengths)]
+        encoded = []
+        for tokens_bld, length in zip(smashed, lengths, strict=True):
+            captions = tokens_bld.shape[1] // length
+            if captions > 1:  # texts that attend to each other would tell which belong together
+                each = tokens_bld.unflatten(1, (captions, length)).flatten(0, 1)
+                encoded.append(self.encoder(each, **rest).reshape_as(tokens_bld))
+            else:
+                encoded.append(self.encoder(tokens_bld, **rest))
+        return encoded
+
+    def _pool(self, x_bld: Tensor, length: int) -> Tensor:
+        """Return a modality's feature, (b, d); of c captions (b, c, d)."""
+        captions = x_bld.shape[1] // length
+        if captions > 1:
+            x_bld = x_bld.unflatten(1, (captions, length)).flatten(0, 1)
+        pooled = x_bld[:, 0] if self.pooling == "cls" else x_bld.mean(1)
+        return pooled.unflatten(0, (-1, captions)) if captions > 1 else pooled
 
     def _of_present(self, smashed: Sequence[Tensor], begin: int, present_bm: Tensor) -> Tensor:
         """Return features (b, d) of samples that lack parts: means over what is there."""

@@ -1,6 +1,7 @@
 """What is to be learned: the loss, the score and the metrics of a task.
 
-Shape legend: ``b`` batch, ``k`` classes, ``d`` width, ``n`` pictures, ``m`` captions.
+Shape legend: ``b`` batch, ``k`` classes, ``d`` width, ``n`` pictures, ``m`` captions, ``c``
+captions of a sample: one of a pair.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Classification:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Pictures and captions that belong together: contrastive loss over embeddings (b, 2, d)."""
+    """Pictures and captions that belong together: a contrast of embeddings (b, 1 + c, d)."""
 
     name: str = "retrieval"
     head: str = "embeddings"
@@ -99,12 +100,12 @@ class Retrieval:
     contrasts: bool = True
 
     def loss(self, predictions: Tensor, labels_b: Tensor) -> Tensor:
-        """Return the contrastive loss over the pairs at hand, a scalar.
+        """Return the contrastive loss over the samples at hand, a scalar.
 
         Parameters
         ----------
         predictions : Tensor
-            (b, 2, d) embeddings of pictures and captions.
+            (b, 1 + c, d) embeddings of pictures and captions.
         labels_b : Tensor
             (b,) int64, which picture a caption belongs to.
         """
@@ -117,30 +118,40 @@ class Retrieval:
     def metrics(self, tested: Iterable[Tested]) -> dict[str, float]:
         """Return R@1, R@5 and R@10 both ways, see :func:`recalls`."""
         embedded, belongs = zip(*tested, strict=True)
-        embeddings_m2d, pictures = torch.cat(embedded), torch.cat(belongs).tolist()
+        embeddings, pictures = torch.cat(embedded), torch.cat(belongs).tolist()
         first = {picture: row for row, picture in reversed(list(enumerate(pictures)))}
         rows = {picture: row for row, picture in enumerate(first)}
         picture_m = torch.tensor([rows[picture] for picture in pictures])
-        return recalls(embeddings_m2d[list(first.values()), 0], embeddings_m2d[:, 1], picture_m)
+        picture_m = picture_m.repeat_interleave(embeddings.shape[1] - 1)
+        return recalls(
+            embeddings[list(first.values()), 0], embeddings[:, 1:].flatten(0, 1), picture_m
+        )
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Retrieval())}
 
 
-def contrastive_loss(embeddings_b2d: Tensor, pictures_b: Tensor) -> Tensor:
-    """Return CLIP's bidirectional InfoNCE (Radford et al. 2021) over the pairs at hand, a scalar.
+def contrastive_loss(embeddings_bmd: Tensor, pictures_b: Tensor) -> Tensor:
+    """Return CLIP's bidirectional InfoNCE (Radford et al. 2021) over the samples at hand, a scalar.
 
     Half of it ranks captions for every picture, half pictures for every caption. Another caption
-    of the same picture is no negative: such entries are left out of the sums.
+    of the same picture is no negative: such entries are left out of the sums. Of pictures with c
+    captions it is the sum over the first of every picture, the second and so on, as in the released
+    code.
 
     Parameters
     ----------
-    embeddings_b2d : Tensor
-        (b, 2, d), picture and caption.
+    embeddings_bmd : Tensor
+        (b, 1 + c, d), picture and captions.
     pictures_b : Tensor
-        (b,) int64, equal where two pairs share a picture.
+        (b,) int64, equal where two samples share a picture.
     """
-    logits_bb = embeddings_b2d[:, 0] @ embeddings_b2d[:, 1].T
+    image_bd, *texts = embeddings_bmd.unbind(1)
+    return sum(_info_nce(image_bd, text_bd, pictures_b) for text_bd in texts)
+
+
+def _info_nce(image_bd: Tensor, text_bd: Tensor, pictures_b: Tensor) -> Tensor:
+    logits_bb = image_bd @ text_bd.T
     own = torch.eye(len(logits_bb), dtype=torch.bool, device=logits_bb.device)
     same = pictures_b[:, None] == pictures_b[None, :]
     logits_bb = logits_bb.masked_fill(same & ~own, -torch.inf)

@@ -199,6 +199,8 @@ class Tokenizers(nn.Module):
     ) -> list[Tensor]:
         """Return the tokens of inputs by modality, (b, l_m, d) each, in fusion order.
 
+        Of several captions of a sample, (b, c, l), the tokens follow each other, (b, c * l_m, d).
+
         Parameters
         ----------
         present : mapping of str to Tensor, optional
@@ -206,10 +208,16 @@ class Tokenizers(nn.Module):
             and none of a modality that no sample has.
         """
         if present is None:
-            return [self.pre_norm(t(inputs[name])) for name, t in self.by_modality.items()]
+            return [self.pre_norm(self._tokens(name, inputs[name])) for name in self.by_modality]
         there = [name for name in present if bool(present[name].any())]
         rows = {name: inputs[name][present[name].to(inputs[name].device)] for name in there}
         return [self.pre_norm(self.by_modality[name](rows[name])) for name in there]
+
+    def _tokens(self, name: str, x: Tensor) -> Tensor:
+        tokenizer = self.by_modality[name]
+        if name == "text" and x.dim() == 3:
+            return tokenizer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1, 2)
+        return tokenizer(x)
 
     def only(self, modalities: Collection[str]) -> Tokenizers:
         """Return the same with these modalities' tokenizers alone; every part is shared."""

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 #: Kind -> direction ("up" is client to server, "down" server to client) and phase. Where clients
-#: own the head, predictions are the features that it makes them of.
+#: own the head, predictions are the features that it makes them of, and what a fusion says of them.
 KINDS: dict[str, tuple[str, str]] = {
     "activations": ("up", "training"),
     "predictions": ("down", "training"),

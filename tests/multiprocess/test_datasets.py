@@ -41,21 +41,22 @@ FILES: dict[str, Callable[[Path], object]] = {
     "flickr30k": lambda root: make_karpathy(root, "flickr30k"),
     "ms-coco": lambda root: make_karpathy(root, "coco"),
 }
-#: Training samples of these small files.
+#: Training samples of these small files; in retrieval pictures, with five captions each.
 SAMPLES = {
     "coco-qa": 12,
     "t4sa": 9,
     "kinetics-sounds": 8,
     "ucf101": 6,
     "meld": 10,
-    "flickr30k": 20,
-    "ms-coco": 20,
+    "flickr30k": 4,
+    "ms-coco": 4,
     "manifest": 8,
 }
 SMALL = (
     "clients=2",
     "clients_per_worker=2",
     "data.image_size=32",
+    "data.partition={kind: dirichlet, alpha: 0.1}",
     "model.encoder={size: custom, width: 32, depth: 2, heads: 2, trainable_blocks: 1}",
     "weights={}",
     "training.epochs=1",

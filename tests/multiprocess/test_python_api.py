@@ -95,10 +95,11 @@ def test_the_commands_of_the_page_run(notebook: SimpleNamespace, monkeypatch, ca
     monkeypatch.chdir(notebook.folder)
     notebook.picture.save("digit.png")
     Path("questions.csv").write_text("image,text\ndigit.png,is it even?\n")
-    lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("    python")]
-    assert len(lines) == 4
+    pages = "\n".join(page.read_text("utf-8") for page in (PAGE, ROOT / "README.md"))
+    lines = re.findall(r"^    .*python -m mpsl_dist ((?:predict|export) .*)$", pages, re.M)
+    assert len(lines) == 5
     for line in lines:
-        assert main(shlex.split(line)[3:]) == 0, line
+        assert main(shlex.split(line)) == 0, line
     printed = capsys.readouterr().out
     assert f"{notebook.answer.label} {notebook.answer.probability:.4f}" in printed
     assert repr(notebook.answer.probability) in Path("answers.csv").read_text()

@@ -64,6 +64,7 @@ def _cases() -> dict[str, dict]:
         "mpsl dry clients": {"client_share": "equal"},
         "mpsl retrieval": {"data": pairs},
         "mpsl retrieval global": {"data": pairs, "contrastive": "global"},
+        "mpsl pictures": {"data": pairs | {"unit": "picture"}},
         "mpsl coded": {"data": at_clients, "training": own, "wire": coded},
         "mpsl coded late": late | {"wire": coded | {"gradients": "fp32"}},
         "mpsl coded frozen": {"model": {"train_tokenizers": False}, "wire": coded},

@@ -16,9 +16,11 @@ import job
 import submit
 import sweep
 
-from mpsl_dist.config import ConfigError, load, to_dict
+from mpsl_dist.config import ConfigError, Experiment, load, to_dict
 
 TINY = Path(__file__).with_name("tiny.yaml")
+PAPER = sorted((ROOT / "configs" / "sweeps" / "paper").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -113,12 +115,98 @@ def test_sweep_is_the_grid_in_arrays_of_one_shape(here: Path, capsys: pytest.Cap
     assert "#SBATCH --array=0-1%2" in shown and "#SBATCH --ntasks=4" in shown
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_of_the_project_loads(path: Path):
     runs, _ = sweep.read(path, ["data.root=."])
     assert len(runs) > 1
+
+
+@pytest.mark.parametrize("root", [[], ["data.root=."]], ids=["built-in", "files"])
+def test_the_papers_sweeps_are_ten_and_small_ones_need_no_file(here: Path, root: list[str]):
+    names = {f"table{n}" for n in range(1, 6)} | {f"figure{n}" for n in range(2, 7)}
+    assert {path.stem for path in PAPER} == names
+    words = [*map(str, PAPER), "--profile", "tiny", *root]
+    options = submit._parser().parse_intermixed_args(words)
+    runs, at_once = submit._read(options)
+    # Of 52 and 48, 8 are both a table's and a figure's.
+    assert at_once == 2 and len(runs) == (44 if root else 40)
+    assert all("-tiny-" in run.experiment.name for run in runs)
+    trained = [run.experiment for run in runs if run.command == "train"]
+    assert all(one.clients <= 10 and one.training.epochs <= 5 for one in trained)
+    assert ("mnist-fsdd" in {one.data.name for one in trained}) == bool(root)
+
+
+@pytest.fixture(scope="module")
+def planned() -> dict[str, dict[str, Experiment]]:
+    """The experiments of some of the paper's sweeps at their full size, by sweep and name."""
+    some = [path for path in PAPER if path.stem in ("figure2", "table1", "table2")]
+    read = {path.stem: sweep.read(path, [])[0] for path in some}
+    return {
+        stem: {run.experiment.name: run.experiment for run in runs} for stem, runs in read.items()
+    }
+
+
+def test_a_figure_shares_the_runs_of_its_table(planned: dict[str, dict[str, Experiment]]):
+    """Under one name; that two files would have it otherwise is an error of every command."""
+    figure, table = planned["figure2"], planned["table1"]
+    assert figure.items() <= table.items() and len(figure) == 60
+
+
+def test_a_table_has_every_cell(planned: dict[str, dict[str, Experiment]]):
+    cells = {
+        (one.data.name, one.method, one.clients, one.seed) for one in planned["table1"].values()
+    }
+    each = [(method, n) for method in ("fedavg", "fedclip", "mpsl") for n in (25, 100)]
+    each.append(("centralized", 100))
+    datasets = ("coco-qa", "t4sa", "kinetics-sounds", "ucf101", "meld")
+    assert cells == {(d, m, n, s) for d in datasets for m, n in each for s in (1, 2, 3)}
+    fedclip = [one for one in planned["table2"].values() if one.method == "fedclip"]
+    assert {one.adapters.form for one in fedclip} == {"released"}
+
+
+def test_a_profile_stands_in_place_of_what_it_names(here: Path):
+    small = {"grid": {"clients": [2]}, "rows": {"a": {"seed": 5}, "b": {"seed": 6}}}
+    tasks = {"one": {"config": str(TINY), "training": {"epochs": 3}}, "two": {"config": str(TINY)}}
+    path = write_sweep(here, config=None, tasks=tasks, profiles={"small": small})
+    runs, _ = sweep.read(path, ["training.epochs=2"], "small")
+    found = {run.experiment.name: run.experiment for run in runs}
+    assert list(found) == [
+        f"rates-small-{t}-{row}-clients2" for t in ("one", "two") for row in "ab"
+    ]
+    assert [one.seed for one in found.values()] == [5, 6, 5, 6]
+    assert [one.training.epochs for one in found.values()] == [3, 3, 2, 2]
+    assert len(sweep.read(path, [])[0]) == 8
+    with pytest.raises(ConfigError, match=r"--profile tny: no such profile; there: small"):
+        sweep.read(path, [], "tny")
+    with pytest.raises(ConfigError, match="no sweep"):
+        sweep.read(TINY, [], "small")
+
+
+def test_files_that_ask_for_one_run_differently_are_refused(here: Path, capsys):
+    pytest.importorskip("submitit")
+    first = write_sweep(here)
+    second = here / "other.yaml"
+    second.write_text(first.read_text() + "name: rates\n")
+    assert submit.main([str(first), str(second), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("# every task") == 4
+    changed = yaml.safe_load(second.read_text()) | {"set": {"seed": 3}}
+    second.write_text(yaml.safe_dump(changed))
+    assert submit.main([str(first), str(second), "--dry-run"]) == 2
+    assert "other.yaml: another file has another run rates-clients1" in capsys.readouterr().err
+
+
+def test_costs_are_counted_once_and_nothing_is_trained(here: Path, capsys):
+    pytest.importorskip("submitit")
+    path = write_sweep(here, command="cost", grid={"clients": [1, 3]})
+    assert submit.main([str(path), "--local"]) == 0
+    written = [here / "runs" / f"rates-clients{n}" / "cost.json" for n in (1, 3)]
+    figures = [json.loads(file.read_text()) for file in written]
+    assert [one["about"]["clients"] for one in figures] == [1, 3]
+    assert not (written[0].parent / "summary.json").exists()
+    capsys.readouterr()
+    assert submit.main([str(path), "--local"]) == 0
+    assert capsys.readouterr().out.count("is completed: skipped") == 2
 
 
 def test_mistakes_of_a_sweep_are_named_at_once(here: Path):

@@ -49,6 +49,20 @@ def test_every_step_trains_on_the_clients_mini_batches(share: str) -> None:
     assert sum(map(len, seen)) == toys.SAMPLES
 
 
+@pytest.mark.parametrize("clients", [3, 10])
+def test_of_equal_shares_it_is_one_pool_in_full_batches(clients: int) -> None:
+    """A batch of 20 is no multiple of 3 clients, and need be none."""
+    chosen = experiment(clients=clients, client_share="equal")
+    method = build(chosen)
+    assert method.plan.tolist() == [[20], [20], [20], [20], [10]]
+    orders = []
+    for epoch in range(2):
+        method.begin_epoch(epoch)
+        orders.append([i for step in range(5) for i in method.held[0].positions(step)])
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    assert sorted(method.held[0].indices.tolist()) == list(range(toys.SAMPLES))
+
+
 def test_of_one_client_equals_split_learning_of_one_client() -> None:
     # The owners' settings differ, so that none of them steps the other's part.
     training = {"client": {"lr": 3e-3, "weight_decay": 0.2}}

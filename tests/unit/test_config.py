@@ -42,7 +42,7 @@ def quickstart(tmp_path: Path) -> str:
         ("data.modalities=[smell]", "expected a list of 'image' or 'audio' or 'text' or null"),
         ("data.modalities=[]", "data.modalities: name at least one, each once, or leave it null"),
         ("data.modalities=[text, text]", "data.modalities: name at least one, each once"),
-        ("data.partition.kind=skewed", "expected 'dirichlet' or 'iid' or 'natural'"),
+        ("data.partition.kind=skewed", "expected 'dirichlet' or 'dirichlet-balanced' or"),
         ("name=a/b", "name: 'a/b' must be one folder name"),
         ("epochs", "'epochs': an override is key.path=value"),
         ("model.encoder.width=3", "model.encoder.width: only with model.encoder.size=custom"),

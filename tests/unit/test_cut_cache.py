@@ -28,6 +28,7 @@ CASES: dict[str, dict] = {
     "late": {"data": {"name": "toy-image+audio"}, "model": {"fusion": "late"}},
     "dry clients": {"client_share": "equal"},
     "global contrast": {"data": {"name": "toy-pairs"}, "clients": 3, "contrastive": "global"},
+    "pictures": {"data": {"name": "toy-pairs", "unit": "picture"}, "clients": 3},
 }
 
 

@@ -36,7 +36,7 @@ def _check(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_check_says_whether_the_experiment_can_train(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["clients=2", "training.batch_size=4"]
+    few = ["clients=2", "training.batch_size=4", "data.partition={kind: iid}"]
     words = [str(PAPER / "coco-qa.yaml"), f"data.root={tmp_path}", *few]
     status, said = _check(capsys, *words)
     assert status == 2 and "no such folder" in said and "cs.toronto.edu" in said

@@ -21,6 +21,7 @@ from mpsl_dist.actors.holdings import Holdings, load_data
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.part_checks import refusals_with_data
 from mpsl_dist.actors.transfer_switch import TransferSwitch
+from mpsl_dist.actors.unimodal_client import build_clients
 from mpsl_dist.analysis import cost, flops, traffic_model
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, from_dict, to_dict
@@ -658,7 +659,7 @@ def leaves(value: Any) -> list[Tensor]:
 # -- users, losses, refusals -----------------------------------------------------------------------
 
 
-def test_a_user_whose_client_is_lost_sits_the_step_out() -> None:
+def test_a_user_whose_client_is_lost_sits_out_until_it_is_back() -> None:
     method = users_in_one_process(experiment(3))
     method.begin_epoch(0)
     method.step(0, 0)
@@ -676,6 +677,14 @@ def test_a_user_whose_client_is_lost_sits_the_step_out() -> None:
         method.step(step, step)
     own = states(method)
     assert_equal(own[3], own[1])  # it is averaged all the same
+    fleet, holdings = method.clients.fleet, Holdings.load(method.experiment)
+    fleet.rebuild = lambda numbers: build_clients(method.experiment, numbers, holdings)
+    fleet.back = [2]
+    method.welcome(method.clients.readmit("the next epoch"))
+    assert_close(states(method)[2], own[0], 1e-15)
+    fleet.calls.clear()
+    steps_of(method, 1)
+    assert ("step", [0, 1, 2, 3, 4, 5]) in fleet.calls
     assert set(method.evaluate()) == {
         "accuracy",
         "accuracy_image",
@@ -701,6 +710,7 @@ def test_what_it_never_reads_or_cannot_do_is_refused() -> None:
     assert not refusals_with_data(experiment(), load_data(experiment()))
     cases = {
         "clients: a user has one client for each of image, audio; 3 is no multiple": {"clients": 3},
+        "clients: a user has one client for each of image, audio; 1 is no multiple": {"clients": 1},
         "m2fedsa.cut_block: 3, but the encoder of image has 2 blocks": {"cut_block": 3},
         "m2fedsa.adapter_form: parallel needs a block": {
             "adapter_form": "parallel",

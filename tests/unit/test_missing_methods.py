@@ -31,6 +31,7 @@ from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tokenizers import modality_of
 
 ROUNDS = 2
+READ_GAPS = [name for name, facts in METHODS.items() if "data.missing" in facts.reads]
 SAMPLE = {"data": {"missing": MISSING | {"per": "sample"}}}
 
 
@@ -150,7 +151,7 @@ def assert_same_numbers(one: tuple, other: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "fusion"), [("mpsl", "late"), *((method, "early") for method in METHODS)]
+    ("method", "fusion"), [("mpsl", "late"), *((method, "early") for method in READ_GAPS)]
 )
 def test_what_is_absent_changes_nothing_whatever_it_is(
     method: str, fusion: str, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +169,7 @@ def test_what_is_absent_changes_nothing_whatever_it_is(
     assert_same_numbers(numbers_of(open_method(chosen)), clean)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", READ_GAPS)
 def test_with_everything_present_nothing_changes(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,9 +83,13 @@ def test_predictions_are_the_runs_own_bit_for_bit(run: SimpleNamespace) -> None:
             assert torch.equal(models[place % 4](inputs), logits_bk)
     told = RunDirectory(run.path).summary()["test"]
     classes, everything = run.splits.classes, dict(test.inputs)
+    answers = [model.predict(**everything) for model in models]
+    for one, logits_bk in zip(answers, [logits_bk for _, logits_bk in run.tested], strict=False):
+        assert [*one[0].probabilities.values()] == logits_bk[0].double().softmax(0).tolist()
+        assert tuple(one[0].probabilities) == classes
     right = [
         [one.label == classes[label] for one, label in zip(found, test.labels, strict=True)]
-        for found in (model.predict(**everything) for model in models)
+        for found in answers
     ]
     accuracies = [sum(each) / len(each) for each in right]
     assert accuracies[0] == told["accuracy"]
@@ -115,6 +119,7 @@ def test_predictions_are_those_of_split_learning_bit_for_bit(
     testing.evaluate(method)
     method.deployable().save(run.path.parent / "apart" / "model", chosen, method.splits)
     model = predictor.load(run.path.parent / "apart")
+    assert model.reader.view == predictor.load(run.path).reader.view
     for given, predictions in list(zip(inputs, batches, strict=True))[::2]:
         joined = {name: torch.cat([given[n][name] for n in given]) for name in model.modalities}
         with torch.no_grad():
@@ -184,7 +189,9 @@ def test_colours_sounds_and_texts_become_what_the_manifest_makes_of_them(tmp_pat
             assert torch.equal(inputs[name], value), name
 
 
-def test_a_clip_stands_for_its_picture_and_its_sound(tmp_path: Path) -> None:
+def test_a_clip_stands_for_its_picture_and_its_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = []
     for number in range(4):
         media_files.write_clip(tmp_path / f"{number}.mp4", 1.0 + number / 10)
@@ -200,6 +207,12 @@ def test_a_clip_stands_for_its_picture_and_its_sound(tmp_path: Path) -> None:
     assert not torch.equal(
         model.inputs(video=tmp_path / "1.mp4", image=other)["image"], wanted["image"]
     )
+    silent = torch.zeros(model.reader.shapes["audio"])
+    answer = model.predict(video=tmp_path / "1.mp4", audio=silent)
+    table = media_files.write_csv(tmp_path / "in.csv", ["video", "audio"], [["1.mp4", "none"]])
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path), "--csv", str(table)]) == 0
+    assert repr(answer.probability) in capsys.readouterr().out
 
 
 def test_a_spoken_digit_is_heard_as_the_dataset_heard_it(tmp_path: Path) -> None:

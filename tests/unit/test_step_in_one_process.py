@@ -21,6 +21,7 @@ CASES = {
     "dry clients": {"client_share": "equal"},
     "retrieval": {"data": {"name": "toy-pairs"}, "clients": 3},
     "global contrast": {"data": {"name": "toy-pairs"}, "clients": 3, "contrastive": "global"},
+    "pictures": {"data": {"name": "toy-pairs", "unit": "picture"}, "clients": 3},
 }
 
 

@@ -47,7 +47,9 @@ def read(experiment: Experiment, samples: int) -> Halves:
         If the data cannot be read, or has too few samples.
     """
     needs = ("test",) if experiment.data.place == "own" else ("train", "test")
-    splits = load_data(experiment, needs)
+    # The attacks look at one text a sample.
+    in_pairs = replace(experiment, data=replace(experiment.data, unit="pair"))
+    splits = load_data(in_pairs, needs)
     if presence(splits.test) is not None:
         raise DataError(
             f"data.name: test samples of {experiment.data.name} lack parts, and audit attacks "

@@ -154,8 +154,9 @@ class FileDataset:
         stills: dict[Sample, Inputs | DataError] = {}
         for index in dict.fromkeys(asked):
             parts = self.samples[index]._replace(text=None)
-            # At test the captions of one picture share it; in training every sample draws its own.
-            known = seed is None and parts in stills
+            # The captions of one picture share it, but where every sample draws a crop of its own.
+            drawn = seed is not None and (self.view.crop or set(parts[1:3]) != {None})
+            known = not drawn and parts in stills
             read[index] = stills[parts] = stills[parts] if known else self._read(index, seed)
         good = {index: found for index, found in read.items() if not isinstance(found, DataError)}
         if seed is None:

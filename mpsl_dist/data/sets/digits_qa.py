@@ -66,7 +66,7 @@ def load(
         ``question_only`` and ``image_only``: the test accuracy of the most frequent training
         answer to the question, and to the digit (as if read without error).
     """
-    rows_bp = _rows()
+    rows_bp = rows()
     images_bchw = torch.from_numpy(rows_bp[:, :-1]).float().reshape(-1, 1, 8, 8) / 8 - 1
     digits = rows_bp[:, -1].astype(int).tolist()
     answers = list(QUESTIONS.values())
@@ -74,13 +74,13 @@ def load(
 
     generator = torch.Generator().manual_seed(_SEED)
     seen: Counter[int] = Counter()
-    rows: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
+    asked: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
     for picture, digit in enumerate(digits):
         is_test = seen[digit] % 5 == 4
         seen[digit] += 1
         for question in torch.randperm(len(QUESTIONS), generator=generator)[:PER_PICTURE].tolist():
             answer = CLASSES.index(answers[question](digit))
-            rows[is_test].append((picture, question, answer))
+            asked[is_test].append((picture, question, answer))
 
     # White on black, 17 levels as 0..16: the pictures as (x - 0.5) / 0.5 of 0..1.
     view = View(
@@ -93,13 +93,13 @@ def load(
     )
 
     def split(is_test: bool) -> TensorDataset:
-        picture, question, answer = torch.tensor(rows[is_test]).unbind(1)
+        picture, question, answer = torch.tensor(asked[is_test]).unbind(1)
         inputs = {"image": images_bchw[picture], "text": tokens_ql[question]}
         return TensorDataset(inputs, answer, view=view)
 
     shapes = {"image": tuple(images_bchw.shape[1:]), "text": (text_length,)}
-    question_of = {split: [row[1] for row in rows[split]] for split in rows}
-    digit_of = {split: [digits[row[0]] for row in rows[split]] for split in rows}
+    question_of = {split: [row[1] for row in asked[split]] for split in asked}
+    digit_of = {split: [digits[row[0]] for row in asked[split]] for split in asked}
     train, test = split(False), split(True)
     baselines = {
         "question_only": majority(question_of[False], train.labels, question_of[True], test.labels),
@@ -108,7 +108,7 @@ def load(
     return Splits(train, test, shapes, CLASSES, baselines)
 
 
-def _rows() -> NDArray[np.float64]:
+def rows() -> NDArray[np.float64]:
     """Return 64 grey values and the digit of every picture, as scikit-learn has them on file.
 
     Read from its file, because importing it takes 45 MiB and seconds, of every worker.
