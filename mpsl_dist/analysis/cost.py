@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpsl_dist.actors.choices import clients_own_head
 from mpsl_dist.actors.cut_cache import limit_of
-from mpsl_dist.analysis import flops, traffic_model
+from mpsl_dist.analysis import flops, mlecs_cost, traffic_model
 from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
 from mpsl_dist.analysis.flops import HEAD, NORM, Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
@@ -136,7 +136,9 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
     inputs = inputs or inputs_of(experiment)
     # All methods train one and the same model, but for those that freeze its encoder and add
     # adapters; and it is cut in two ways.
-    each = {method: replace(experiment, method=method) for method in METHODS}
+    # What has models of its own is counted for itself alone.
+    common = [method for method, facts in METHODS.items() if facts.common]
+    each = {method: replace(experiment, method=method) for method in common}
     kinds = {m: (METHODS[m].adapted, clients_own_head(own)) for m, own in each.items()}
     by_kind = {kind: each[method] for method, kind in kinds.items()}
     measured = {kind: Measured(flops.build(own, inputs)) for kind, own in by_kind.items()}
@@ -150,7 +152,20 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
             rows += _picture_rows(method, parts)
         rows += _bytes(method, parts)
         rows += _memory(method, parts, of)
+    if experiment.method == "mlecs":
+        rows += _edge_rows(experiment, inputs)
     return Cost(experiment, inputs, tuple(rows))
+
+
+def _edge_rows(experiment: Experiment, inputs: Inputs) -> Iterator[Row]:
+    """Yield ML-ECS' bytes of a round of a device that has every modality."""
+    totals = {"up": 0, "down": 0}
+    for kind, value in mlecs_cost.round_bytes(experiment, inputs, 0, [*inputs.shapes]).items():
+        way = traffic_model.direction(kind)
+        totals[way] += value
+        yield Row("bytes_per_epoch", "mlecs", "client", kind, way, value, "bytes")
+    for way, value in totals.items():
+        yield Row("bytes_per_epoch", "mlecs", "client", "total", way, value, "bytes")
 
 
 class Measured:

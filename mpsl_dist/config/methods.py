@@ -34,6 +34,8 @@ class MethodFacts:
         How many backward passes the server runs in a step.
     tolerant : bool
         Whether it goes on without clients that are lost, and so reads ``faults``.
+    common : bool
+        Whether it trains the model of ``model``, as others do, and not one of its own.
     options : type, optional
         A frozen dataclass: what ``method_options`` may say.
     """
@@ -46,6 +48,7 @@ class MethodFacts:
     adapted: bool = False
     backwards: Literal["one", "per client"] = "one"
     tolerant: bool = False
+    common: bool = True
     options: type | None = None
 
     @property
@@ -90,7 +93,10 @@ _SPLIT = (
 _GROUP = ("server.replicas", "server.shard")
 _ROUNDS = (*_REMOTE, "federated")
 #: What only some methods read.
-OPTIONAL = (*_SPLIT, *_GROUP, *_FAULTS, "adapters", "federated")
+OPTIONAL = (
+    *(*_SPLIT, *_GROUP, *_FAULTS),
+    *("adapters", "federated", "federated.round_timeout", "data.public_fraction", "mlecs"),
+)
 
 METHODS: dict[str, MethodFacts] = {
     "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=(*_SPLIT, *_GROUP), tolerant=True),
@@ -104,6 +110,16 @@ METHODS: dict[str, MethodFacts] = {
         reads=(*_ROUNDS, "adapters"),
         adapted=True,
         tolerant=True,
+    ),
+    "mlecs": MethodFacts(
+        "mpsl_dist.methods.mlecs:build",
+        server_model="client",
+        reads=(
+            *(*_REMOTE, "federated.round_timeout"),
+            *("data.missing", "data.public_fraction", "mlecs"),
+        ),
+        tolerant=True,
+        common=False,
     ),
     "centralized": MethodFacts(
         "mpsl_dist.methods.centralized:build",

@@ -213,6 +213,17 @@ DATASETS: dict[str, DatasetFacts] = {
         samples=(4_000, 1_000),
         confirmed=False,
     ),
+    "mnist-fsdd-2": DatasetFacts(
+        f"{_SETS}.mnist_fsdd:load_sensors",
+        reads=("audio_frames", "sounds"),
+        place="as of mnist-fsdd",
+        by_hand="put the two gzipped IDX files into mnist/ and the wav files into fsdd/",
+        shapes={"image": (1, 28, 28), "audio": (64, 128), "audio2": (64, 128)},
+        classes=10,
+        # Drawn from the files, which hold more.
+        samples=(4_000, 2_000),
+        confirmed=False,
+    ),
     "coco-qa": DatasetFacts(
         f"{_SETS}.image_text:load_coco_qa",
         reads=("text_length", "image_size", *_ON_DISK),

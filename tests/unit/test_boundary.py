@@ -11,7 +11,7 @@ import pytest
 import toys
 from local_fleet import in_one_process, steps_of
 
-from mpsl_dist.actors import client, federated_client
+from mpsl_dist.actors import client, edge_device, federated_client
 from mpsl_dist.actors.host import Host
 from mpsl_dist.errors import Failure
 
@@ -40,8 +40,12 @@ def sent_by(kind: type) -> set[str]:
 
 @pytest.mark.parametrize(
     "module, kind",
-    [(client, client.Client), (federated_client, federated_client.FederatedClient)],
-    ids=["split", "federated"],
+    [
+        (client, client.Client),
+        (federated_client, federated_client.FederatedClient),
+        (edge_device, edge_device.EdgeDevice),
+    ],
+    ids=["split", "federated", "edge"],
 )
 def test_the_table_has_whatever_a_client_may_answer_and_what_it_tells(
     module: Any, kind: type
