@@ -38,8 +38,6 @@ IMAGE_MEAN, IMAGE_STD = 0.1307, 0.3081
 AUDIO_MEAN, AUDIO_STD = -10.26, 5.42
 #: The share of every digit's pictures that only the test set uses.
 TEST_PICTURES = 0.2
-#: Takes of every digit and speaker that only the test set of :func:`load_sensors` uses.
-TEST_TAKES = 10
 #: Utterances whose spectrograms are made together; all at once would take a gigabyte.
 _AT_ONCE = 128
 
@@ -116,10 +114,10 @@ def load_sensors(
     root: str | Path | None,
     *,
     train_samples: int = 4_000,
-    test_samples: int = 2_000,
+    test_samples: int = 1_000,
     voices: Sequence[str] = ("george", "jackson"),
+    test_takes: int = 10,
     audio_frames: int = 64,
-    sounds: audio.Sounds = "kaldi",
 ) -> Splits:
     """Put three sensors of one digit together: a picture, and two voices that say it.
 
@@ -130,8 +128,10 @@ def load_sensors(
     train_samples, test_samples : int
         As of :func:`load`.
     voices : sequence of str
-        The two speakers. Their first :data:`TEST_TAKES` takes of every digit are heard in the test
-        set only, the others in training only.
+        The two speakers.
+    test_takes : int
+        So many first takes of every digit and speaker are heard in the test set only, the others
+        in training only.
 
     Returns
     -------
@@ -149,9 +149,9 @@ def load_sensors(
     images, digits = _read_mnist(folder / "mnist")
     found = _find_utterances(folder / "fsdd")
     heard = [one for one in found if one[1] in voices]
-    spectrograms = _spectrograms([path for *_, path in heard], audio_frames, sounds)
+    spectrograms = _spectrograms([path for *_, path in heard], audio_frames, "kaldi")
     spoken = torch.tensor([digit for digit, *_ in heard])
-    late = _late_takes(heard)
+    late = _late_takes(heard, test_takes)
     generator = torch.Generator().manual_seed(PAIRING_SEED)
     splits: list[TensorDataset] = []
     for testing, total in ((False, train_samples), (True, test_samples)):
@@ -170,17 +170,17 @@ def load_sensors(
         picture, one, other, labels = torch.cat(rows).unbind(1)
         inputs = {"image": images[picture], "audio": spectrograms[one]}
         splits.append(TensorDataset(inputs | {"audio2": spectrograms[other]}, labels))
-    sound = (audio_frames, audio.BINS[sounds])
+    sound = (audio_frames, audio.BINS["kaldi"])
     return Splits(*splits, {"image": (1, 28, 28), "audio": sound, "audio2": sound}, CLASSES)
 
 
-def _late_takes(heard: Sequence[tuple[int, str, Path]]) -> Tensor:
-    """Return which recordings are not among the first takes of their digit and speaker."""
+def _late_takes(heard: Sequence[tuple[int, str, Path]], first: int) -> Tensor:
+    """Return which recordings are not among so many first takes of their digit and speaker."""
     seen: Counter[tuple[int, str]] = Counter()
     late = torch.zeros(len(heard), dtype=torch.bool)
     for row in sorted(range(len(heard)), key=lambda n: int(heard[n][2].stem.rpartition("_")[2])):
         own = heard[row][:2]
-        late[row] = seen[own] >= TEST_TAKES
+        late[row] = seen[own] >= first
         seen[own] += 1
     return late
 
