@@ -38,6 +38,8 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
         told["clients"] = method.clients.tokenizer_weights(
             list(method.sizes), "test", "test_weights_up"
         )
+    elif experiment.method == "mlecs":
+        told["server"], told["clients"] = method.cloud.shared, {}
     else:
         told["server"], told["clients"] = trainable_state(method.model), {}
     return told
