@@ -1,6 +1,6 @@
 """Print the table of ``docs/mlecs.md`` from the runs of ``configs/sweeps/mlecs.yaml``.
 
-    python tests/measure_mlecs.py runs
+python tests/measure_mlecs.py runs
 """
 
 from __future__ import annotations
