@@ -329,6 +329,22 @@ def test_a_lost_device_is_left_out_of_the_average(monkeypatch: pytest.MonkeyPatc
     method.step(0, 1)
 
 
+def test_a_device_that_comes_back_goes_on_from_what_it_kept(tmp_path: Path) -> None:
+    chosen = experiment()
+    method, whole = in_one_process(chosen), in_one_process(chosen)
+    for one in (method, whole):
+        rounds(one, 1)
+    method.clients.keep(str(tmp_path / "clients"), "step 1")
+    holdings = Holdings.load(chosen)
+    fleet = method.clients.fleet
+    fleet.rebuild = lambda numbers: build_devices(chosen, numbers, holdings)
+    method.clients.lost, fleet.back = {2}, [2]
+    method.welcome(method.clients.readmit("step 1"))
+    for one in (method, whole):
+        rounds(one, 1, 1)
+    assert_same(states(method), states(whole))
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
     rules = {"dropout": 0.5, "lora_dropout": 0.5}
