@@ -170,6 +170,8 @@ def _pretrained(
 TOKENIZERS: dict[str, TokenizerFacts] = {
     "image": TokenizerFacts(_image),
     "audio": TokenizerFacts(_audio),
+    # A second sensor of the same kind.
+    "audio2": TokenizerFacts(_audio),
     "text": TokenizerFacts(_text, integers=True),
 }
 

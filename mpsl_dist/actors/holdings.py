@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -100,6 +100,50 @@ def data_options(experiment: Experiment) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Public:
+    """Samples that server and clients have in common (``data.public_fraction``), labels and all.
+
+    Attributes
+    ----------
+    train : array
+        (samples,) positions in the training split, which no client has as its own.
+    test : array
+        Positions in the test split that are the server's alone, where clients have the others.
+    """
+
+    train: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    test: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    @classmethod
+    def draw(cls, experiment: Experiment, splits: Splits) -> Public:
+        """Draw them by the experiment's seed; as many of every split, rounded, as the fraction."""
+        fraction, seed = experiment.data.public_fraction, experiment.seed
+        sizes = [len(split.labels) for split in (splits.train, splits.test)]
+        if experiment.data.test_at == "server":
+            sizes[1] = 0  # the server has them all
+        rng = np.random.default_rng([seed, 3])
+        return cls(*(np.sort(rng.permutation(size)[: round(fraction * size)]) for size in sizes))
+
+    def left(
+        self, parts: Sequence[NDArray[np.int64]], tests: Sequence[NDArray[np.int64]]
+    ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+        """Return clients' training and test samples without these.
+
+        Raises
+        ------
+        ConfigError
+            If a client has none left.
+        """
+        own = [np.setdiff1d(part, self.train) for part in parts]
+        if empty := [n for n, part in enumerate(own) if not len(part)]:
+            raise ConfigError(
+                f"data.public_fraction: client {empty[0]} has no sample of its own left; take a "
+                "smaller one, or a larger data.partition.minimum"
+            )
+        return own, [np.setdiff1d(test, self.test) for test in tests]
+
+
+@dataclass(frozen=True)
 class Holdings:
     """The samples of every client.
 
@@ -115,6 +159,8 @@ class Holdings:
         Number of the first client whose samples these are: 0, but on a worker that has its own.
     agreement : Agreement, optional
         What the hosts agreed on whose own data these are.
+    public : Public
+        Samples that are no client's own.
     """
 
     experiment: Experiment
@@ -124,6 +170,7 @@ class Holdings:
     loaders: Loaders
     first: int = 0
     agreement: Agreement | None = None
+    public: Public = Public()
 
     @classmethod
     def deal(
@@ -159,13 +206,18 @@ class Holdings:
         if experiment.data.test_at == "clients":
             tests = partition(splits.test.labels, count, "iid", 1.0, 1, seed)
         tests = [part for part in tests for _ in range(each)]
+        public = Public()
+        if experiment.data.public_fraction:
+            public = Public.draw(experiment, splits)
+            own, tests = public.left(dealt.parts, tests)
+            dealt = replace(dealt, parts=own)
         missing = experiment.data.missing
         if missing.rate:
             drawn = experiment.seed if missing.seed is None else missing.seed
             how = (missing.rate, missing.per, drawn, missing.at_test)
             splits = leave_out(splits, *how, dealt.parts, tests)
         loaders = loaders_of(experiment, splits)
-        return cls(experiment, splits, dealt, tuple(tests), loaders, numbers[0])
+        return cls(experiment, splits, dealt, tuple(tests), loaders, numbers[0], public=public)
 
     @classmethod
     def elsewhere(
@@ -207,10 +259,11 @@ class Holdings:
         def own(parts: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
             return [part if n in places else part[:0] for n, part in enumerate(parts)]
 
-        train, parts = _cut(self.splits.train, own(self.dealt.parts))
-        public = self.experiment.data.test_at == "server" and facts_of(self.experiment).alone
+        mine = own(self.dealt.parts)
+        train, [*parts, public] = _cut(self.splits.train, [*mine, self.public.train])
         test, tests = self.splits.test, self.tests
-        if not public:
+        everybodys = self.experiment.data.test_at == "server" and facts_of(self.experiment).alone
+        if not everybodys:
             test, tests = _cut(test, own(tests))
         splits = replace(self.splits, train=train, test=test)
         return replace(
@@ -219,6 +272,7 @@ class Holdings:
             dealt=replace(self.dealt, parts=parts),
             tests=tuple(tests),
             loaders=loaders_of(self.experiment, splits),
+            public=Public(public),
         )
 
     @property
@@ -233,6 +287,21 @@ class Holdings:
         seen = self.modalities(number) if facts_of(self.experiment).unimodal else ()
         train = LocalData(self.splits.train, part, seed, user, self.loaders, seen)
         return train, TestData(self.splits.test, test, self.loaders, seen)
+
+    def of_public(self, reader: int) -> tuple[LocalData, TestData]:
+        """Return the public training samples, and the server's test samples.
+
+        Parameters
+        ----------
+        reader : int
+            Who reads them: a client's number, or how many clients there are for the server. Each
+            has an order of its own.
+        """
+        seed, stream = self.experiment.seed, self.experiment.clients + 1 + reader
+        train = LocalData(self.splits.train, self.public.train, seed, stream, self.loaders)
+        everything = self.experiment.data.test_at == "server"
+        test = None if everything else self.public.test
+        return train, TestData(self.splits.test, test, self.loaders)
 
     @cached_property
     def _masks(self) -> tuple[Mapping[str, Tensor] | None, ...]:

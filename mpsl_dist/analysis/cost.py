@@ -16,7 +16,7 @@ from torch import nn
 
 from mpsl_dist.actors.choices import clients_own_head
 from mpsl_dist.actors.cut_cache import limit_of
-from mpsl_dist.analysis import flops, traffic_model, unimodal
+from mpsl_dist.analysis import flops, mlecs_cost, traffic_model, unimodal
 from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
 from mpsl_dist.analysis.flops import CONNECTOR, HEAD, NORM, Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
@@ -152,10 +152,13 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
     # All methods train one and the same model, but for those that freeze its encoder and add
     # adapters; and it is cut in two ways.
     language = experiment.model.encoder.kind == "lm"  # which has no adapters
+    # What has models of its own is counted for itself alone.
     shown = [
         m
         for m, facts in METHODS.items()
-        if (not facts.unimodal or m == experiment.method) and not (language and facts.adapted)
+        if facts.common
+        and (not facts.unimodal or m == experiment.method)
+        and not (language and facts.adapted)
     ]
     each = {method: replace(experiment, method=method) for method in shown}
     kinds = {
@@ -175,7 +178,20 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
         rows += _bytes(method, parts)
         if not METHODS[method].unimodal:
             rows += _memory(method, parts, of)
+    if experiment.method == "mlecs":
+        rows += _edge_rows(experiment, inputs)
     return Cost(experiment, inputs, tuple(rows))
+
+
+def _edge_rows(experiment: Experiment, inputs: Inputs) -> Iterator[Row]:
+    """Yield ML-ECS' bytes of a round of a device that has every modality."""
+    totals = {"up": 0, "down": 0}
+    for kind, value in mlecs_cost.round_bytes(experiment, inputs, 0, [*inputs.shapes]).items():
+        way = traffic_model.direction(kind)
+        totals[way] += value
+        yield Row("bytes_per_epoch", "mlecs", "client", kind, way, value, "bytes")
+    for way, value in totals.items():
+        yield Row("bytes_per_epoch", "mlecs", "client", "total", way, value, "bytes")
 
 
 class Measured:

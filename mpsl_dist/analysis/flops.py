@@ -139,9 +139,13 @@ def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
 
 
 def leaving(parts: ModelParts, batch: int) -> dict[str, Tensor]:
-    """Return what crosses the cut, (b, l, d): every modality's tokens, or a connector's."""
+    """Return what crosses the cut, (b, l, d): every modality's tokens, or a connector's.
+
+    The tokens of several captions of a sample follow each other.
+    """
     own, times = parts.tokenizers, parts.inputs.times
-    tokens = {name: embed(parts, name, batch * times(name)) for name in parts.inputs.shapes}
+    each = {name: embed(parts, name, batch * times(name)) for name in parts.inputs.shapes}
+    tokens = {name: x.reshape(batch, -1, x.shape[-1]) for name, x in each.items()}
     return {SOFT: own.connect(tokens)} if isinstance(own, Connected) else tokens
 
 

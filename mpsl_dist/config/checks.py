@@ -9,6 +9,7 @@ from mpsl_dist import plugins
 from mpsl_dist.config.defence_checks import defence_problems
 from mpsl_dist.config.language_checks import language_problems
 from mpsl_dist.config.methods import facts_of
+from mpsl_dist.config.mlecs_checks import mlecs_problems
 from mpsl_dist.config.schema import MODALITIES, PARTS, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
 from mpsl_dist.config.split_checks import split_problems
 from mpsl_dist.errors import ConfigError
@@ -64,7 +65,7 @@ def problems(experiment: Experiment) -> list[str]:
             found.append("data.unit: picture needs data.place=simulated; take pair")
         found += _modality_problems(experiment)
         found += split_problems(experiment) + defence_problems(experiment)
-        found += language_problems(experiment)
+        found += language_problems(experiment) + mlecs_problems(experiment)
     except ConfigError as error:
         found += str(error).splitlines()
     classes = experiment.data.classes

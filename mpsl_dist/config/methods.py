@@ -39,6 +39,8 @@ class MethodFacts:
     alone : bool
         Whether every client has a whole model of its own, which nobody else ever has, and tests it
         where it is; at the end ``save_models()`` has all of them written there.
+    common : bool
+        Whether it trains the model of ``model``, as others do, and not one of its own.
     options : type, optional
         A frozen dataclass: what ``method_options`` may say.
     """
@@ -53,6 +55,7 @@ class MethodFacts:
     backwards: Literal["one", "per client"] = "one"
     tolerant: bool = False
     alone: bool = False
+    common: bool = True
     options: type | None = None
 
     @property
@@ -97,7 +100,11 @@ _SPLIT = (
 _GROUP = ("server.replicas", "server.shard")
 _ROUNDS = (*_REMOTE, "federated")
 #: What only some methods read.
-OPTIONAL = (*_SPLIT, *_GROUP, *_FAULTS, "adapters", "federated", "m2fedsa")
+OPTIONAL = (
+    *(*_SPLIT, *_GROUP, *_FAULTS),
+    *("adapters", "federated", "federated.round_timeout", "data.public_fraction"),
+    *("m2fedsa", "mlecs"),
+)
 
 METHODS: dict[str, MethodFacts] = {
     "mpsl": MethodFacts("mpsl_dist.methods.mpsl:build", reads=(*_SPLIT, *_GROUP), tolerant=True),
@@ -129,6 +136,16 @@ METHODS: dict[str, MethodFacts] = {
         ),
         tolerant=True,
         alone=True,
+    ),
+    "mlecs": MethodFacts(
+        "mpsl_dist.methods.mlecs:build",
+        server_model="client",
+        reads=(
+            *(*_REMOTE, "federated.round_timeout"),
+            *("data.missing", "data.public_fraction", "mlecs"),
+        ),
+        tolerant=True,
+        common=False,
     ),
     "centralized": MethodFacts(
         "mpsl_dist.methods.centralized:build",

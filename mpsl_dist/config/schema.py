@@ -91,6 +91,10 @@ class Data:
     #: Options of a plugin's dataset.
     options: dict[str, Any] = field(default_factory=dict)
     missing: Missing = field(default_factory=Missing)
+    #: ``mlecs``: the share of the samples that is public, labels and all: the server's, and with
+    #: their own modalities every device's; drawn by the seed. Of the test samples that the clients
+    #: hold, the same share is the server's.
+    public_fraction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -348,6 +352,59 @@ class Federated:
 
 
 @dataclass(frozen=True)
+class Mlecs:
+    """What mlecs does in a round, which is an epoch of ``training.epochs``; ``docs/mlecs.md``."""
+
+    #: Of devices and server: ``tiny``, a random Llama; ``smollm2``, SmolLM2-135M; or ``none``, and
+    #: a linear head on the soft tokens in its place.
+    language: Literal["tiny", "smollm2", "none"] = "tiny"
+    #: Width of ``tiny``, and of the soft tokens of ``none``.
+    width: int = 64
+    #: Blocks of the devices' model, and of the server's large one; SmolLM2 has 30.
+    edge_blocks: int = 2
+    server_blocks: int = 4
+    #: ``label``: the language model writes the class; ``head``: a trained linear head reads it off.
+    answer: Literal["label", "head"] = "label"
+    #: What the language model reads between the soft tokens and its answer.
+    instruction: str = "Classify the sample. Label:"
+    #: LoRA's r, alpha and dropout, on what attention projects.
+    rank: int = 8
+    alpha: float = 16.0
+    lora_dropout: float = 0.05
+    #: Every device's own r, at most ``rank``, which is the server's then (FediLoRA).
+    ranks: list[int] | None = None
+    #: Widths of a modality's features, of what modalities share, and of the fused representation.
+    features: int = 64
+    shared: int = 64
+    fused: int = 256
+    #: Soft tokens of a sample, and the dropout of their generator.
+    tokens: int = 16
+    dropout: float = 0.1
+    #: Mini-batches of ``training.batch_size / clients`` samples in a round: a device's of public
+    #: and of its own samples, and the server's.
+    public_steps: int = 10
+    private_steps: int = 10
+    server_steps: int = 10
+    #: The volume contrast at devices (against the server's fused table) and server, and its
+    #: temperature.
+    contrast: bool = True
+    temperature: float = 0.07
+    #: Distil between the server's small and large model; false sends the average back as it is.
+    transfer: bool = True
+    #: The teacher's likeliest tokens that stand by themselves; all others are one.
+    pool: int = 32
+    #: What weighs a device in the average: its number of ``modalities``, or of ``samples``, or
+    #: nothing.
+    aggregate: Literal["modalities", "samples", "uniform"] = "modalities"
+    #: What devices send: the language model's trained parameters, all trained ones, or nothing.
+    exchange: Literal["lora", "all", "none"] = "lora"
+    #: Layers whose A devices set back before they send it (FediLoRA).
+    edit: int = 0
+    #: Weight of the squared distance from what the server sent (FedMLLM).
+    proximal: float = 0.0
+
+
+@dataclass(frozen=True)
 class Adapters:
     """The attention adapters of fedclip, on the pooled features of the frozen encoder."""
 
@@ -474,8 +531,8 @@ class Experiment:
 
     #: Name of the run directory.
     name: str = "run"
-    #: ``mpsl``, ``psl``, ``centralized``, ``standalone``, ``fedavg``, ``fedclip``, ``m2fedsa``, or
-    #: a plugin's.
+    #: ``mpsl``, ``psl``, ``centralized``, ``standalone``, ``fedavg``, ``fedclip``, ``m2fedsa``,
+    #: ``mlecs``, or a plugin's.
     method: str = "mpsl"
     #: Options of a plugin's method.
     method_options: dict[str, Any] = field(default_factory=dict)
@@ -508,6 +565,7 @@ class Experiment:
     federated: Federated = field(default_factory=Federated)
     adapters: Adapters = field(default_factory=Adapters)
     m2fedsa: M2FedSA = field(default_factory=M2FedSA)
+    mlecs: Mlecs = field(default_factory=Mlecs)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
     faults: Faults = field(default_factory=Faults)

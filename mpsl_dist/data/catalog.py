@@ -143,8 +143,9 @@ class DatasetFacts:
             shapes["text"] = (text_length,)
         if "image" in shapes and "image_size" in self.reads and image_size is not None:
             shapes["image"] = (shapes["image"][0], image_size, image_size)
-        if "audio" in shapes and "audio_frames" in self.reads and audio_frames is not None:
-            shapes["audio"] = (audio_frames, shapes["audio"][1])
+        for name in {"audio", "audio2"} & shapes.keys():
+            if "audio_frames" in self.reads and audio_frames is not None:
+                shapes[name] = (audio_frames, shapes[name][1])
         if "audio" in shapes and mel_bins is not None:
             shapes["audio"] = (shapes["audio"][0], mel_bins)
         return shapes
@@ -215,6 +216,17 @@ DATASETS: dict[str, DatasetFacts] = {
         "github.com/Jakobovski/free-spoken-digit-dataset",
         by_hand="put the two gzipped IDX files into mnist/ and the wav files into fsdd/",
         shapes={"image": (1, 28, 28), "audio": (64, 128)},
+        classes=10,
+        # Drawn from the files, which hold more.
+        samples=(4_000, 1_000),
+        confirmed=False,
+    ),
+    "mnist-fsdd-2": DatasetFacts(
+        f"{_SETS}.mnist_fsdd:load_sensors",
+        reads=("audio_frames",),
+        place="as of mnist-fsdd",
+        by_hand="put the two gzipped IDX files into mnist/ and the wav files into fsdd/",
+        shapes={"image": (1, 28, 28), "audio": (64, 128), "audio2": (64, 128)},
         classes=10,
         # Drawn from the files, which hold more.
         samples=(4_000, 1_000),

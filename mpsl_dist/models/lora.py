@@ -129,3 +129,98 @@ def _factors(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
+
+
+def to_rank(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return the first ``rank`` rows of every A and columns of every B; other tensors as they are.
+
+    Parameters
+    ----------
+    rank : int
+        At most that of the state.
+    """
+    cut = {name: x[:rank] if _A in name else x for name, x in state.items()}
+    return {name: x[:, :rank].clone() if _B in name else x.clone() for name, x in cut.items()}
+
+
+def average_by_rank(
+    states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Return the mean of factors of unlike ranks, row by row of A and column by column of B.
+
+    A row is averaged over those alone who have it, so that nobody dilutes it by zeros (FediLoRA,
+    arXiv 2509.06984). Of equal ranks it is the plain mean.
+
+    Parameters
+    ----------
+    states : sequence of mapping
+        As of :func:`lora_state`; tensors that are no factor are averaged whole.
+    weights : sequence of float
+        One a state; they need not sum to one.
+    """
+    found = {}
+    for name, like in states[0].items():
+        side = 0 if _A in name else 1
+        parts = [(state[name].double(), w) for state, w in zip(states, weights, strict=True)]
+        shape = list(like.shape)
+        if _A in name or _B in name:
+            shape[side] = max(x.shape[side] for x, _ in parts)
+        total = torch.zeros(shape, dtype=torch.float64)
+        held = torch.zeros_like(total)
+        for x, weight in parts:
+            rows = tuple(slice(0, length) for length in x.shape)
+            total[rows] += weight * x
+            held[rows] += weight
+        found[name] = (total / held).to(like.dtype)
+    return found
+
+
+def over(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with what is in ``now``; of a factor of lower rank what it lacks stays."""
+    found = {name: x.clone() for name, x in before.items()}
+    for name, x in now.items():
+        found[name][tuple(slice(0, length) for length in x.shape)] = x
+    return found
+
+
+def edited(
+    state: Mapping[str, Tensor], before: Mapping[str, Tensor], layers: int
+) -> dict[str, Tensor]:
+    """Return factors of which those A's that turned furthest are as they were before.
+
+    FediLoRA's layer editing: a client of few modalities moves some layers away from all others.
+
+    Parameters
+    ----------
+    before : mapping
+        What training began with.
+    layers : int
+        How many.
+    """
+    flat = torch.nn.functional.cosine_similarity
+    alike = {
+        a: float(flat(state[a].flatten(), before[a].flatten(), dim=0)) for a in state if _A in a
+    }
+    furthest = sorted(alike, key=alike.__getitem__)[:layers]
+    return {name: (before if name in furthest else state)[name] for name in state}
+
+
+def middle_distance(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> Tensor:
+    """Return the squared distance of the middle layers' factors from those of a state, a scalar.
+
+    FedMLLM (arXiv 2411.14717) holds layers s to n - 1 - s, with s = 4 of n = 28; here s = n // 7.
+
+    Parameters
+    ----------
+    state : mapping
+        Factors by name, ``prefix`` before every name.
+    """
+    factors = _factors(module)
+    layers = {name: int(name.split(".layers.")[1].split(".")[0]) for name in factors}
+    count = max(layers.values()) + 1
+    edge = count // 7
+    held = [name for name, layer in layers.items() if edge <= layer < count - edge]
+    parts = [
+        (factors[name] - state[prefix + name].to(factors[name])).square().sum() for name in held
+    ]
+    return torch.stack(parts).sum()

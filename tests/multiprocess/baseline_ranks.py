@@ -40,6 +40,8 @@ def train_and_tell(experiment: Experiment, launched: environment.Environment, st
         )
     elif experiment.method == "standalone":
         told["test"] = method.evaluate()
+    elif experiment.method == "mlecs":
+        told["server"], told["clients"] = method.cloud.shared, {}
     else:
         told["server"], told["clients"] = trainable_state(method.model), {}
     return told

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from local_fleet import LocalRounds
 
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import Holdings
+from mpsl_dist.actors.host import Host
 from mpsl_dist.config import to_dict
-from mpsl_dist.methods import centralized, standalone
+from mpsl_dist.methods import centralized, mlecs, standalone
 from mpsl_dist.methods.fedavg import FedAvg, build_clients
 from mpsl_dist.methods.hosting import BuildClients, Setup
 from mpsl_dist.methods.link import Transport
 from mpsl_dist.models.average import trainable_state
+from mpsl_dist.runtime.local import LocalFleet
 
 HERE = Path(__file__).parent
 STEPS = 5
@@ -58,6 +61,11 @@ def _cases() -> dict[str, dict]:
     gaps = {"name": "toy-image+audio", "missing": {"rate": 0.5, "seed": 3}}
     for method in ("mpsl", "psl", "fedavg", "fedclip"):
         found[f"{method} gaps"] = {"method": method, "data": gaps}
+    found["mlecs"] = {
+        "method": "mlecs",
+        "data": {"name": "toy-image+audio", "public_fraction": 0.3, "missing": {"rate": 0.5}},
+        "mlecs": {"language": "none", "answer": "head", "private_steps": 2, "public_steps": 2},
+    }
     base = {"clients_per_worker": 2, "training": _training(epochs=STEPS)}
     return {name: base | case for name, case in found.items()}
 
@@ -102,6 +110,21 @@ def test_naive_psl_runs_one_server_backward_per_client(told: dict) -> None:
     shares = [mpsl["plan"][step % len(mpsl["plan"])] for step in range(STEPS)]
     assert len(mpsl["backwards"]) == STEPS
     assert len(psl["backwards"]) == sum(size > 0 for step in shares for size in step) > 3 * STEPS
+
+
+def test_ml_ecs_over_rpc_equals_one_process(told: dict) -> None:
+    chosen = toys.experiment(**_cases()["mlecs"])
+    torch.set_num_threads(1)
+    holdings = Holdings.load(chosen)
+
+    def transport(build: Any) -> LocalFleet:
+        return LocalFleet(Host(build(chosen, range(chosen.clients), holdings)))
+
+    alone = mlecs.build(Setup(chosen, holdings, 1, transport=transport))
+    losses = [alone.step(0, step) for step in range(STEPS)]
+    assert told["mlecs"]["losses"] == pytest.approx(losses, rel=TOLERANCE)
+    assert_states_close(told["mlecs"]["server"], alone.cloud.shared, TOLERANCE)
+    assert told["mlecs"]["bytes"] == alone.traffic.by_kind()
 
 
 def test_fedavg_of_one_client_over_rpc_equals_centralized_step_for_step(told: dict) -> None:

@@ -11,7 +11,13 @@ import pytest
 import toys
 from local_fleet import in_one_process, steps_of
 
-from mpsl_dist.actors import client, federated_client, standalone_client, unimodal_client
+from mpsl_dist.actors import (
+    client,
+    edge_device,
+    federated_client,
+    standalone_client,
+    unimodal_client,
+)
 from mpsl_dist.actors.host import Host
 from mpsl_dist.errors import Failure
 
@@ -44,8 +50,9 @@ def sent_by(kind: type) -> set[str]:
         (client, client.Client),
         (federated_client, federated_client.FederatedClient),
         (standalone_client, standalone_client.StandaloneClient),
+        (edge_device, edge_device.EdgeDevice),
     ],
-    ids=["split", "federated", "standalone"],
+    ids=["split", "federated", "standalone", "edge"],
 )
 def test_the_table_has_whatever_a_client_may_answer_and_what_it_tells(
     module: Any, kind: type

@@ -63,6 +63,26 @@ def test_pairs_share_the_digit_and_splits_share_nothing(made: Path) -> None:
     assert torch.bincount(splits.train.labels).tolist() == [8] * 10
 
 
+def test_three_sensors_meet_one_digit_and_no_take_is_in_both_splits(made: Path) -> None:
+    splits = mnist_fsdd.load_sensors(
+        made, train_samples=40, test_samples=20, voices=("anna", "theo"), test_takes=1
+    )
+    assert list(splits.shapes) == ["image", "audio", "audio2"]
+    plain = mnist_fsdd.load(made, train_samples=20, test_samples=20)
+    anna = {row.numpy().tobytes() for row in plain.train.inputs["audio"]}
+    theo = {row.numpy().tobytes() for row in plain.test.inputs["audio"]}
+    for name, voice in (("audio", anna), ("audio2", theo)):
+        heard = [
+            {row.numpy().tobytes() for row in split.inputs[name]}
+            for split in (splits.train, splits.test)
+        ]
+        assert len(heard[0]) == len(heard[1]) == 10 and not heard[0] & heard[1]
+        assert heard[0] | heard[1] == voice
+    pixels = splits.train.inputs["image"][:, 0, 0, 0] * mnist_fsdd.IMAGE_STD
+    numbers = ((pixels + mnist_fsdd.IMAGE_MEAN) * 255).round().int()
+    assert torch.equal(numbers // 10, splits.train.labels.int())
+
+
 def test_two_loads_are_the_same(made: Path) -> None:
     first, second = (mnist_fsdd.load(made, train_samples=33, test_samples=9) for _ in range(2))
     assert len(first.train.labels) == 33 and len(first.test.labels) == 9

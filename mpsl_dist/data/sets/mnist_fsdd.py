@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import wave
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +127,81 @@ def view_of(audio_frames: int, sounds: audio.Sounds) -> View:
         loudness=(AUDIO_MEAN, AUDIO_STD),
         resampler="torchaudio",
     )
+
+
+def load_sensors(
+    root: str | Path | None,
+    *,
+    train_samples: int = 4_000,
+    test_samples: int = 1_000,
+    voices: Sequence[str] = ("george", "jackson"),
+    test_takes: int = 10,
+    audio_frames: int = 64,
+) -> Splits:
+    """Put three sensors of one digit together: a picture, and two voices that say it.
+
+    Parameters
+    ----------
+    root : str or Path
+        Folder that holds ``mnist/`` and ``fsdd/``.
+    train_samples, test_samples : int
+        As of :func:`load`.
+    voices : sequence of str
+        The two speakers.
+    test_takes : int
+        So many first takes of every digit and speaker are heard in the test set only, the others
+        in training only.
+
+    Returns
+    -------
+    Splits
+        ``image``, ``audio`` and ``audio2``, as of :func:`load`.
+
+    Raises
+    ------
+    DataError
+        As :func:`load`.
+    """
+    if root is None:
+        raise DataError("data.root: mnist-fsdd-2 needs the folder that holds mnist/ and fsdd/")
+    folder = Path(root)
+    images, digits = _read_mnist(folder / "mnist")
+    found = _find_utterances(folder / "fsdd")
+    heard = [one for one in found if one[1] in voices]
+    spectrograms = _spectrograms([path for *_, path in heard], audio_frames, "kaldi")
+    spoken = torch.tensor([digit for digit, *_ in heard])
+    late = _late_takes(heard, test_takes)
+    generator = torch.Generator().manual_seed(PAIRING_SEED)
+    splits: list[TensorDataset] = []
+    for testing, total in ((False, train_samples), (True, test_samples)):
+        rows = []
+        for digit in range(len(CLASSES)):
+            pictures = torch.nonzero(digits == digit).flatten()
+            cut = round(len(pictures) * (1 - TEST_PICTURES))
+            own = pictures[cut:] if testing else pictures[:cut]
+            columns, count = [], total // 10 + (digit < total % 10)
+            for voice in voices:
+                said = torch.tensor([speaker == voice for _, speaker, _ in heard])
+                which = torch.nonzero(said & (spoken == digit) & (late != testing)).flatten()
+                columns.append(_pair(own, which, count, digit, generator))
+            first, second = columns
+            rows.append(torch.cat([first[:, :2], second[:, 1:]], dim=1))
+        picture, one, other, labels = torch.cat(rows).unbind(1)
+        inputs = {"image": images[picture], "audio": spectrograms[one]}
+        splits.append(TensorDataset(inputs | {"audio2": spectrograms[other]}, labels))
+    sound = (audio_frames, audio.BINS["kaldi"])
+    return Splits(*splits, {"image": (1, 28, 28), "audio": sound, "audio2": sound}, CLASSES)
+
+
+def _late_takes(heard: Sequence[tuple[int, str, Path]], first: int) -> Tensor:
+    """Return which recordings are not among so many first takes of their digit and speaker."""
+    seen: Counter[tuple[int, str]] = Counter()
+    late = torch.zeros(len(heard), dtype=torch.bool)
+    for row in sorted(range(len(heard)), key=lambda n: int(heard[n][2].stem.rpartition("_")[2])):
+        own = heard[row][:2]
+        late[row] = seen[own] >= first
+        seen[own] += 1
+    return late
 
 
 def _pair(

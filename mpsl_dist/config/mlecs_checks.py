@@ -1,0 +1,104 @@
+"""What cannot be asked of ML-ECS, or of other methods that is its own."""
+
+from __future__ import annotations
+
+from mpsl_dist.config.methods import facts_of
+from mpsl_dist.config.schema import Experiment
+
+_FROM_ONE = (
+    *("edge_blocks", "server_blocks", "rank", "features", "shared", "fused", "tokens", "pool"),
+    "private_steps",
+)
+_FROM_ZERO = ("public_steps", "server_steps", "edit", "proximal")
+
+
+def mlecs_problems(experiment: Experiment) -> list[str]:
+    """Return a line for every option of ``mlecs`` that cannot be had."""
+    if "mlecs" not in facts_of(experiment).reads:
+        return []
+    return _ranges(experiment) + _public_problems(experiment) + _exchange_problems(experiment)
+
+
+def _ranges(experiment: Experiment) -> list[str]:
+    rules = experiment.mlecs
+    least = dict.fromkeys(_FROM_ONE, 1) | dict.fromkeys(_FROM_ZERO, 0)
+    found = [
+        f"mlecs.{name}: must be at least {minimum}, found {getattr(rules, name)}"
+        for name, minimum in least.items()
+        if getattr(rules, name) < minimum
+    ]
+    found += [
+        f"mlecs.{name}: must be greater than 0, found {getattr(rules, name)}"
+        for name in ("alpha", "temperature")
+        if getattr(rules, name) <= 0
+    ]
+    found += [
+        f"mlecs.{name}: must be at least 0 and less than 1, found {getattr(rules, name)}"
+        for name in ("dropout", "lora_dropout")
+        if not 0 <= getattr(rules, name) < 1
+    ]
+    for name in ("features", "width"):
+        if getattr(rules, name) < 4 or getattr(rules, name) % 4:
+            found.append(f"mlecs.{name}: must be a multiple of 4, its heads of attention")
+    if rules.language == "smollm2" and max(rules.edge_blocks, rules.server_blocks) > 30:
+        found.append("mlecs.server_blocks: SmolLM2 has 30 blocks; take at most 30")
+    if rules.language == "none" and rules.answer == "label":
+        found.append("mlecs.answer: without a language model nobody writes a label; take head")
+    if not (rules.instruction and rules.instruction.isascii() and rules.instruction.isprintable()):
+        found.append("mlecs.instruction: a line of ASCII letters, and not empty")
+    return found
+
+
+def _public_problems(experiment: Experiment) -> list[str]:
+    rules, fraction, found = experiment.mlecs, experiment.data.public_fraction, []
+    if not 0 <= fraction < 1:
+        found.append(f"data.public_fraction: must be at least 0 and less than 1, found {fraction}")
+    if experiment.data.place == "own":
+        found.append("data.place: own, but mlecs draws its public samples; take simulated")
+    if experiment.data.missing.per == "sample" and experiment.data.missing.rate:
+        found.append("data.missing.per: mlecs' devices lack whole modalities; take client")
+    if experiment.data.missing.zeros:
+        found.append("data.missing.zeros: mlecs' devices have no part for what they lack; false")
+    needed = {
+        "public_steps": rules.public_steps,
+        "server_steps": rules.server_steps,
+        "contrast": rules.contrast,
+        "transfer": rules.transfer,
+    }
+    if not fraction:
+        found += [
+            f"mlecs.{name}: needs public samples (data.public_fraction), or turn it off"
+            for name, chosen in needed.items()
+            if chosen
+        ]
+    elif not rules.server_steps and rules.transfer:
+        found.append("mlecs.transfer: needs mlecs.server_steps, or turn it off")
+    return found
+
+
+def _exchange_problems(experiment: Experiment) -> list[str]:
+    rules, found = experiment.mlecs, []
+    if rules.exchange != "lora":
+        also = {
+            "transfer": rules.transfer,
+            "ranks": rules.ranks,
+            "edit": rules.edit,
+            "proximal": rules.proximal,
+        }
+        found += [
+            f"mlecs.{name}: with mlecs.exchange=lora alone; turn it off"
+            for name, chosen in also.items()
+            if chosen
+        ]
+    if rules.language == "none" and (rules.ranks or rules.edit or rules.proximal):
+        found.append("mlecs.language: none has no factors for ranks, edit or proximal; take tiny")
+    if rules.ranks and (
+        len(rules.ranks) != experiment.clients
+        or min(rules.ranks) < 1
+        or max(rules.ranks) != rules.rank
+    ):
+        found.append(
+            f"mlecs.ranks: one for each of the {experiment.clients} clients, at least 1, the "
+            f"largest mlecs.rank={rules.rank}"
+        )
+    return found

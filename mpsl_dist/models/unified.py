@@ -1,0 +1,129 @@
+"""ML-ECS' unified model (Liu et al., section 3.1): encoders, connector and a language model.
+
+Shape legend: ``b`` batch, ``m`` modalities, ``h`` the width that modalities share, ``s`` the fused
+width, ``l`` length in tokens, ``d`` the language model's width, ``p`` places, ``v`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpsl_dist.models.answers import Answers
+from mpsl_dist.models.connector import ConnectedTokenizers
+from mpsl_dist.models.volume import VolumeContrast
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the model makes of inputs on the way.
+
+    Attributes
+    ----------
+    modalities_bmh : Tensor
+        The modalities' representations (Eq. 4), (b, m, h), in fusion order.
+    fused_bs : Tensor
+        The fused representation (Eq. 9), (b, s).
+    """
+
+    modalities_bmh: Tensor
+    fused_bs: Tensor
+
+
+class Unified(nn.Module):
+    """Encoders, connector, and a language model or what stands for it.
+
+    Parameters
+    ----------
+    tokenizers : ConnectedTokenizers
+        Encoders and connector.
+    answers : Answers
+    contrast : VolumeContrast
+        With anchors of the fused width on a device, of a modality's on the server.
+    """
+
+    def __init__(
+        self, tokenizers: ConnectedTokenizers, answers: Answers, contrast: VolumeContrast
+    ) -> None:
+        super().__init__()
+        self.tokenizers = tokenizers
+        self.answers = answers
+        self.contrast = contrast
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that it reads, in fusion order."""
+        return tuple(self.tokenizers.by_modality)
+
+    @property
+    def generator(self) -> nn.Module:
+        """The soft-prompt generator, f_spg."""
+        return self.tokenizers.connector.generator
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the modalities' features by name, of inputs as in a ``Batch``."""
+        like = next(self.parameters())
+        own = {
+            name: inputs[name].to(
+                like.device, like.dtype if inputs[name].is_floating_point() else None
+            )
+            for name in self.modalities
+        }
+        return self.tokenizers.features(own)
+
+    def read(self, features: Mapping[str, Tensor]) -> Read:
+        """Return representations of features."""
+        connector = self.tokenizers.connector
+        projected = connector.project(features)
+        return Read(torch.stack([*projected.values()], dim=1), connector.fuse(projected))
+
+    def prompt(self, fused_bs: Tensor) -> Tensor:
+        """Return the soft tokens (b, l, d) of a fused representation."""
+        return self.tokenizers.connector.prompt(fused_bs)
+
+    def scores(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the classes' logits (b, k) of inputs."""
+        return self.answers.scores(self.prompt(self.read(self.encode(inputs)).fused_bs))
+
+
+def shared_state(model: Unified, exchange: str) -> dict[str, Tensor]:
+    """Return copies on CPU of what travels of a model, by name.
+
+    Parameters
+    ----------
+    exchange : str
+        ``lora``: what is trained of the language model (Algorithm 1); ``all``: whatever is trained
+        but the contrast's anchors; ``none``.
+    """
+    return {name: p.detach().cpu().clone() for name, p in _shared(model, exchange).items()}
+
+
+@torch.no_grad()
+def load_shared(model: Unified, exchange: str, state: Mapping[str, Tensor]) -> None:
+    """Set what travels of a model; ``state`` may have more than it, of other modalities.
+
+    Raises
+    ------
+    ValueError
+        If ``state`` lacks what the model has.
+    """
+    own = _shared(model, exchange)
+    if lacking := own.keys() - state.keys():
+        raise ValueError(f"parameters are missing: {sorted(lacking)}")
+    for name, parameter in own.items():
+        parameter.copy_(state[name])
+
+
+def _shared(model: Unified, exchange: str) -> dict[str, nn.Parameter]:
+    first = {"lora": ("answers.",), "all": ("answers.", "tokenizers."), "none": ()}[exchange]
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and n.startswith(first)}
+
+
+def freeze_absent(model: Unified) -> None:
+    """Freeze the projectors of modalities that nothing is read of; zeros stand for these."""
+    for name, projector in model.tokenizers.connector.projectors.items():
+        if name not in model.modalities:
+            projector.requires_grad_(False)

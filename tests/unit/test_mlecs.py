@@ -1,0 +1,394 @@
+"""ML-ECS in one process: what each limit of it is equal to, and what leaves a device."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toys
+from local_fleet import WatchedFleet
+
+from mpsl_dist.actors.edge_device import DeviceUpdate, EdgeDevice
+from mpsl_dist.actors.holdings import Holdings
+from mpsl_dist.actors.host import Host
+from mpsl_dist.actors.stream import Stream
+from mpsl_dist.config import ConfigError, Experiment
+from mpsl_dist.data.gaps import draw
+from mpsl_dist.methods import mlecs
+from mpsl_dist.methods.device_link import DeviceLink
+from mpsl_dist.methods.mlecs import Mlecs, build_cloud, build_devices
+from mpsl_dist.models.answers import answer_loss
+from mpsl_dist.models.average import trainable_state
+from mpsl_dist.models.lora import average_by_rank, edited, to_rank
+from mpsl_dist.models.unified import shared_state
+from mpsl_dist.records.traffic import Traffic, nbytes
+
+#: No public samples, and nothing that needs them.
+PRIVATE = {"public_steps": 0, "server_steps": 0, "contrast": False, "transfer": False}
+SMALL = {
+    **{"width": 16, "edge_blocks": 1, "server_blocks": 2, "rank": 2, "features": 8, "shared": 8},
+    **{"fused": 12, "tokens": 2, "instruction": "is", "pool": 8},
+    **{"public_steps": 2, "private_steps": 3, "server_steps": 2},
+}
+
+
+def experiment(language: str = "none", public: float = 0.3, **changes: Any) -> Experiment:
+    """Three devices with pictures and sounds, of which each may lack one."""
+    own = {"language": language, "answer": "head" if language == "none" else "label"}
+    rules = SMALL | own | changes.pop("mlecs", {})
+    data = {"name": "toy-image+audio", "public_fraction": public} | changes.pop("data", {})
+    training = {"batch_size": 12, "precision": "float64", "epochs": 3}
+    training |= changes.pop("training", {})
+    whole = {"method": "mlecs", "clients": 3, "mlecs": rules, "data": data, "training": training}
+    return toys.experiment(**(whole | changes))
+
+
+def in_one_process(chosen: Experiment) -> Mlecs:
+    """The method with all its devices in this process."""
+    torch.set_num_threads(1)
+    holdings = Holdings.load(chosen)
+    devices = build_devices(chosen, range(chosen.clients), holdings)
+    link = DeviceLink(WatchedFleet(Host(devices)), Traffic(chosen.clients), chosen.faults)
+    return Mlecs(chosen, build_cloud(chosen, holdings), link)
+
+
+def devices_of(method: Mlecs) -> dict[int, EdgeDevice]:
+    return method.clients.fleet.host.clients
+
+
+def rounds(method: Mlecs, count: int, first: int = 0) -> None:
+    for round_ in range(first, first + count):
+        method.step(0, round_)
+
+
+def states(method: Mlecs) -> list[dict[str, torch.Tensor]]:
+    """All that is trained anywhere."""
+    models = [d.model for d in devices_of(method).values()]
+    models += [method.cloud.large, method.cloud.small]
+    return [trainable_state(model) for model in models] + [method.cloud.shared]
+
+
+def assert_same(ours: Any, theirs: Any, tolerance: float = 0.0) -> None:
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.keys() == other.keys()
+        for key in own:
+            assert (own[key] - other[key]).abs().max() <= tolerance, key
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+
+def trained_alone(chosen: Experiment, device: EdgeDevice, steps: int) -> Any:
+    """Plain torch on a copy of a device's model and its own mini-batches."""
+    model, rules = copy.deepcopy(device.model), device.stepper.settings
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=rules.lr, weight_decay=rules.weight_decay, fused=True)
+    data = Holdings.load(chosen).of(device.number)[0]
+    batches = [batch for _, _, batch in Stream(data, mlecs.batch_of(chosen)).part(0, steps)]
+    for batch in batches:
+        fused = model.read(model.encode(batch.inputs)).fused_bs
+        logits = model.answers(model.prompt(fused), batch.labels)
+        optimizer.zero_grad()
+        answer_loss(model.answers, logits, batch.labels).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("exchange", ["lora", "all"])
+def test_of_one_device_without_public_samples_it_is_centralized_tuning(exchange: str) -> None:
+    pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
+    rules = PRIVATE | {"private_steps": 1, "exchange": exchange, "dropout": 0, "lora_dropout": 0}
+    chosen = experiment("tiny", 0, clients=1, mlecs=rules)
+    method = in_one_process(chosen)
+    alone = trained_alone(chosen, devices_of(method)[0], 5)
+    before = states(method)[0]
+    rounds(method, 5)
+    assert_same([states(method)[0]], [trainable_state(alone)])
+    moved = {key for key in before if not torch.equal(before[key], states(method)[0][key])}
+    assert any("lora_B" in key for key in moved) and any("by_modality" in key for key in moved)
+
+
+def test_uniform_weights_without_contrast_and_transfer_are_fedavg_over_the_factors() -> None:
+    pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
+    rules = PRIVATE | {"aggregate": "uniform", "dropout": 0, "lora_dropout": 0}
+    chosen = experiment("tiny", 0, mlecs=rules, data={"missing": {"rate": 0.5}})
+    method = in_one_process(chosen)
+    alone = [trained_alone(chosen, device, 3) for device in devices_of(method).values()]
+    rounds(method, 1)
+    sent = [trainable_state(model) for model in alone]
+    for key, value in method.cloud.shared.items():
+        by_hand = sum(state[key] for state in sent) / 3
+        torch.testing.assert_close(value, by_hand, rtol=1e-13, atol=1e-16)
+    assert all("lora_" in key for key in method.cloud.shared)
+    # Every device goes on from the mean, with its own connector.
+    method.evaluate()
+    rounds(method, 1, 1)
+    for device, model in zip(devices_of(method).values(), alone, strict=True):
+        received = dict(device._received)
+        assert_same([received], [{k: method.cloud.shared[k] for k in received}], 1.0)
+        assert model.modalities == device.model.modalities
+
+
+def test_without_exchange_every_device_is_a_run_of_its_own() -> None:
+    rules = {"exchange": "none", "transfer": False, "contrast": False}
+    chosen = experiment(mlecs=rules, data={"missing": {"rate": 0.5, "seed": 1}})
+    method = in_one_process(chosen)
+    rounds(method, 3)
+    holdings = Holdings.load(chosen)
+    for number, device in devices_of(method).items():
+        (alone,) = build_devices(chosen, [number], holdings.only([number]))
+        for round_ in range(3):
+            alone.train_round(round_, None, {})
+        assert_same([trainable_state(alone.model)], [trainable_state(device.model)])
+    assert method.traffic.by_kind() == {}
+
+
+# -- the average -------------------------------------------------------------------------------
+
+
+def test_devices_weigh_as_many_modalities_as_they_have() -> None:
+    def update(modalities: int, value: float) -> DeviceUpdate:
+        return DeviceUpdate({"x": torch.tensor([value], dtype=torch.float64)}, 7, modalities, 0.0)
+
+    method = in_one_process(experiment())
+    of = {4: update(1, 1.0), 0: update(2, 10.0), 2: update(3, 100.0)}
+    assert method._aggregate(of)["x"].item() == pytest.approx((1 + 20 + 300) / 6, rel=1e-15)
+    turned = dict(reversed(of.items()))
+    torch.testing.assert_close(method._aggregate(turned)["x"], method._aggregate(of)["x"])
+    assert torch.equal(method._aggregate({0: of[0]})["x"], of[0].weights["x"])
+
+
+def test_where_all_have_everything_the_weights_are_uniform() -> None:
+    first, second = (
+        in_one_process(experiment(mlecs={"aggregate": one})) for one in ("modalities", "uniform")
+    )
+    for method in (first, second):
+        rounds(method, 1)
+    assert_same(states(first), states(second))
+
+
+def test_ranks_average_row_by_row_over_those_who_have_the_row() -> None:
+    def factors(rank: int, value: float) -> dict[str, torch.Tensor]:
+        return {
+            "l.lora_A.default.weight": torch.full((rank, 3), value, dtype=torch.float64),
+            "l.lora_B.default.weight": torch.full((4, rank), -value, dtype=torch.float64),
+        }
+
+    found = average_by_rank([factors(1, 1.0), factors(2, 2.0), factors(3, 5.0)], [1, 1, 2])
+    assert found["l.lora_A.default.weight"][:, 0].tolist() == [13 / 4, 4.0, 5.0]
+    assert found["l.lora_B.default.weight"][0].tolist() == [-13 / 4, -4.0, -5.0]
+    cut = to_rank(found, 2)
+    assert cut["l.lora_A.default.weight"].shape == (2, 3)
+    assert cut["l.lora_B.default.weight"].shape == (4, 2)
+
+
+def test_editing_sets_back_the_layer_that_turned_furthest() -> None:
+    names = [f"layers.{layer}.q.lora_A.default.weight" for layer in range(3)]
+    before = {name: torch.tensor([1.0, 0.0]) for name in names}
+    turned = ([1.0, 0.1], [0.0, 1.0], [9.0, 0.0])
+    after = {name: torch.tensor(x) for name, x in zip(names, turned, strict=True)}
+    found = edited(after, before, 1)
+    assert [found[name].tolist() for name in names] == [pytest.approx(turned[0]), [1, 0], [9, 0]]
+
+
+# -- a round -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"aggregate": "uniform", "ranks": [1, 2, 2], "edit": 1},
+        {"proximal": 0.1},
+        {"exchange": "all", "transfer": False},
+        {"answer": "head"},
+    ],
+    ids=["ml-ecs", "fedilora", "fedmllm", "multi-fedavg", "head"],
+)
+def test_bytes_are_what_was_computed_beforehand(rules: dict[str, Any]) -> None:
+    pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
+    from mpsl_dist.analysis.cost_inputs import Inputs
+    from mpsl_dist.analysis.mlecs_cost import round_bytes
+
+    chosen = experiment("tiny", mlecs=rules, data={"missing": {"rate": 0.5, "seed": 3}})
+    method = in_one_process(chosen)
+    rounds(method, 1)
+    inputs = Inputs({n: toys.SHAPES[n] for n in ("image", "audio")}, 3, toys.SAMPLES, 30)
+    held = {n: device.model.modalities for n, device in devices_of(method).items()}
+    assert len({len(own) for own in held.values()}) > 1
+    counted = method.traffic.by_kind()
+    for number, own in held.items():
+        foreseen = round_bytes(chosen, inputs, number, own)
+        assert foreseen == {kind: sent[number] for kind, sent in counted.items() if sent[number]}
+
+
+def test_what_leaves_a_device_are_factors_and_three_numbers() -> None:
+    pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
+    method = in_one_process(experiment("tiny", data={"missing": {"rate": 0.5, "seed": 3}}))
+    device = devices_of(method)[0]
+    update = device.train_round(0, method.cloud.fused_table(), method.cloud.shared)
+    assert {key.split(".lora_")[0] for key in update.weights} == {
+        f"answers.language.model.layers.0.self_attn.{name}_proj" for name in "qkvo"
+    }
+    assert update.modalities == len(device.model.modalities)
+    assert nbytes(update) == nbytes(method.cloud.shared)
+
+
+def test_a_device_never_reads_what_it_lacks() -> None:
+    chosen = experiment(data={"missing": {"rate": 0.5, "seed": 3}})
+    holdings = Holdings.load(chosen)
+    lacking = [n for n in range(3) if holdings.modalities(n)]
+    assert lacking
+    for number in lacking:
+        holdings = Holdings.load(chosen)
+        (device,) = build_devices(chosen, [number], holdings)
+        (absent,) = set(holdings.splits.shapes) - set(device.model.modalities)
+        holdings.splits.train.inputs[absent].fill_(torch.nan)
+        table = torch.zeros(27, chosen.mlecs.fused, dtype=torch.float64)
+        shared = shared_state(device.model, "lora")
+        assert np.isfinite(device.train_round(0, table, shared).loss)
+
+
+def test_public_samples_are_nobodys_own_and_the_same_for_all() -> None:
+    holdings = Holdings.load(experiment(data={"test_at": "clients"}))
+    public, test = holdings.public.train, holdings.public.test
+    assert len(public) == 27 and len(test) == 9
+    everybody = np.concatenate([*holdings.dealt.parts, public])
+    assert sorted(everybody.tolist()) == list(range(toys.SAMPLES))
+    tested = np.concatenate([*holdings.tests, test])
+    assert sorted(tested.tolist()) == list(range(30))
+    wanted = holdings.of_public(3)[0].indices
+    whole = holdings.splits.train.fetch(wanted)
+    cut = holdings.only([1])
+    own = cut.splits.train.fetch(cut.of_public(1)[0].indices)
+    assert all(torch.equal(own.inputs[name], whole.inputs[name]) for name in whole.inputs)
+    with pytest.raises(ConfigError, match=r"data.public_fraction: client \d has no sample"):
+        Holdings.load(experiment(public=0.97))
+
+
+def test_who_has_what_is_nested_in_the_rate() -> None:
+    absent = [~draw(rate, 10_000, 3, [5]) for rate in (0.2, 0.3, 0.5)]
+    assert (absent[0] <= absent[1]).all() and (absent[1] <= absent[2]).all()
+    assert not any(cells.all(1).any() for cells in absent)
+    # One in (rate ** 3) rows would have had nothing, and keeps one cell.
+    for rate, cells in zip((0.2, 0.3, 0.5), absent, strict=True):
+        assert cells.mean() == pytest.approx(rate - rate**3 / 3, abs=0.01)
+
+
+@pytest.mark.parametrize("part", ["contrast", "transfer"])
+def test_contrast_and_transfer_are_trained_by_server_and_contrast_by_devices(part: str) -> None:
+    def trained(**on: bool) -> tuple[Any, ...]:
+        rules = {"contrast": False, "transfer": False, "dropout": 0} | on
+        method = in_one_process(experiment(mlecs=rules))
+        method.cloud.enhance(0, method.cloud.shared)
+        large, small = trainable_state(method.cloud.large), trainable_state(method.cloud.small)
+        table = method.cloud.fused_table() if on.get("contrast") else None
+        device = devices_of(method)[0]
+        device.train_round(0, table, shared_state(device.model, "lora"))
+        return large, small, trainable_state(device.model)
+
+    moved = []
+    for ours, plain in zip(trained(**{part: True}), trained(), strict=True):
+        moved.append(any(not torch.equal(ours[key], plain[key]) for key in plain))
+    assert moved == {"contrast": [True, False, True], "transfer": [True, True, False]}[part]
+
+
+def test_a_stream_meets_every_sample_once_an_epoch_and_orders_them_anew() -> None:
+    data = Holdings.load(experiment()).of(0)[0]
+    per_epoch = -(-len(data) // 4)
+    parts = [list(Stream(data, 4).part(number, 2)) for number in range(per_epoch)]
+    told = [positions for part in parts for _, positions, _ in part]
+    first, second = np.concatenate(told).reshape(2, -1).tolist()
+    assert sorted(first) == sorted(second) == list(range(len(data)))
+    assert first != second
+    whole = [positions for _, positions, _ in Stream(data, 4).part(0, 2 * per_epoch)]
+    assert whole == told
+
+
+def test_a_lost_device_is_left_out_of_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = PRIVATE | {"aggregate": "uniform"}
+    chosen = experiment(public=0, mlecs=rules)
+    method, other = in_one_process(chosen), in_one_process(chosen)
+    updates = [
+        device.train_round(0, None, other.cloud.shared) for device in devices_of(other).values()
+    ]
+
+    def fails(*words: Any) -> None:
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(devices_of(method)[1], "train_round", fails)
+    assert method.step(0, 0) == pytest.approx((updates[0].loss + updates[2].loss) / 2)
+    assert method.clients.lost == {1}
+    for key, value in method.cloud.shared.items():
+        by_hand = (updates[0].weights[key] + updates[2].weights[key]) / 2
+        torch.testing.assert_close(value, by_hand, rtol=1e-14, atol=0)
+    method.step(0, 1)
+
+
+def test_a_device_that_comes_back_goes_on_from_what_it_kept(tmp_path: Path) -> None:
+    chosen = experiment()
+    method, whole = in_one_process(chosen), in_one_process(chosen)
+    for one in (method, whole):
+        rounds(one, 1)
+    method.clients.keep(str(tmp_path / "clients"), "step 1")
+    holdings = Holdings.load(chosen)
+    fleet = method.clients.fleet
+    fleet.rebuild = lambda numbers: build_devices(chosen, numbers, holdings)
+    method.clients.lost, fleet.back = {2}, [2]
+    method.welcome(method.clients.readmit("step 1"))
+    for one in (method, whole):
+        rounds(one, 1, 1)
+    assert_same(states(method), states(whole))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
+    rules = {"dropout": 0.5, "lora_dropout": 0.5}
+    chosen = experiment("tiny", mlecs=rules, data={"missing": {"rate": 0.5}})
+    whole, first = in_one_process(chosen), in_one_process(chosen)
+    rounds(whole, 3)
+    rounds(first, 1)
+    folder = str(tmp_path / "step-1")
+    files = first.save(folder)
+    second = in_one_process(chosen)
+    assert second.damage(folder, files) is None
+    torch.manual_seed(123)  # nothing may rest on torch's own generator
+    second.restore(folder, files)
+    rounds(second, 2, 1)
+    assert_same(states(whole), states(second))
+    assert whole.evaluate() == second.evaluate()
+
+
+def test_scores_are_the_mean_of_devices_each_with_its_own_and_the_servers() -> None:
+    chosen = experiment(data={"test_at": "clients"})
+    method = in_one_process(chosen)
+    assert sum(method.read_tests()) == 30
+    found = method.evaluate()
+    each = [found[f"accuracy_{n}"] for n in range(3)]
+    assert found["accuracy"] == pytest.approx(sum(each) / 3)
+    assert 0 <= found["server_accuracy"] <= 1
+    assert "accuracy_0" not in in_one_process(experiment()).evaluate()
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"public": 0}, "mlecs.contrast: needs public samples"),
+        ({"mlecs": {"answer": "label"}}, "mlecs.answer: without a language model"),
+        ({"mlecs": {"exchange": "none"}}, "mlecs.transfer: with mlecs.exchange=lora alone"),
+        ({"language": "tiny", "mlecs": {"ranks": [1, 1, 1]}}, "mlecs.ranks: one for each"),
+        ({"mlecs": {"width": 6}}, "mlecs.width: must be a multiple of 4"),
+        ({"data": {"missing": {"rate": 0.5, "per": "sample"}}}, "data.missing.per: mlecs"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        found = experiment(**changes)
+        mlecs.build_cloud(found, Holdings.load(found))
