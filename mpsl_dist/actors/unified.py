@@ -17,7 +17,7 @@ from mpsl_dist.config import Encoder, Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.models.answers import NAMES, Answers, HeadAnswers, LabelAnswers
-from mpsl_dist.models.connector import ConnectedTokenizers, Connector
+from mpsl_dist.models.connector import Connected, Connector
 from mpsl_dist.models.language import (
     SMOLLM2,
     TINY,
@@ -107,7 +107,7 @@ def _tokenizers(
     modalities: Sequence[str],
     fused: Sequence[str],
     width: int,
-) -> ConnectedTokenizers:
+) -> Connected:
     rules, model = experiment.mlecs, experiment.model
     encoder = Encoder("custom", width=rules.features, depth=1, heads=_HEADS)
     narrow = replace(experiment, model=replace(model, encoder=encoder))
@@ -117,7 +117,7 @@ def _tokenizers(
             *(fused, rules.features, rules.shared, rules.fused, rules.tokens, width, rules.dropout)
         )
     # Whoever has a modality begins with the same encoder of it.
-    built = ConnectedTokenizers(parts.by_modality, connector, rules.features, model.pre_norm)
+    built = Connected(connector, parts.by_modality, rules.features, model.pre_norm)
     built.pre_norm = parts.pre_norm
     for place, name in enumerate(splits.shapes):
         if name in modalities:

@@ -126,11 +126,17 @@ class Connected(Tokenizers):
         """Tokens that leave: the soft tokens, of all modalities together."""
         return [self.connector.tokens]
 
+    def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the modalities' features (b, f) of inputs."""
+        return self._encoded(dict(zip(self.by_modality, super().forward(inputs), strict=True)))
+
     def connect(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Return the soft tokens (b, l, d) of modalities' own tokens (b, l_m, f)."""
-        return self.connector({name: self.encoders[name](x_blf) for name, x_blf in tokens.items()})
+        return self.connector(self._encoded(tokens))
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the soft tokens (b, l, d) of inputs, alone in a list."""
-        tokens = super().forward(inputs)
-        return [self.connect(dict(zip(self.by_modality, tokens, strict=True)))]
+        return [self.connector(self.features(inputs))]
+
+    def _encoded(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.encoders[name](x_blf) for name, x_blf in tokens.items()}

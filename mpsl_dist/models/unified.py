@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsl_dist.models.answers import Answers
-from mpsl_dist.models.connector import ConnectedTokenizers
+from mpsl_dist.models.connector import Connected
 from mpsl_dist.models.volume import VolumeContrast
 
 
@@ -38,16 +38,14 @@ class Unified(nn.Module):
 
     Parameters
     ----------
-    tokenizers : ConnectedTokenizers
+    tokenizers : Connected
         Encoders and connector.
     answers : Answers
     contrast : VolumeContrast
         With anchors of the fused width on a device, of a modality's on the server.
     """
 
-    def __init__(
-        self, tokenizers: ConnectedTokenizers, answers: Answers, contrast: VolumeContrast
-    ) -> None:
+    def __init__(self, tokenizers: Connected, answers: Answers, contrast: VolumeContrast) -> None:
         super().__init__()
         self.tokenizers = tokenizers
         self.answers = answers
