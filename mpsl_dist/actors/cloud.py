@@ -17,7 +17,8 @@ from mpsl_dist.actors.edge_device import dropout_of, right, step_on
 from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.stream import Stream
-from mpsl_dist.config.schema import Mlecs, Optimizer
+from mpsl_dist.config.mlecs import Mlecs
+from mpsl_dist.config.schema import Optimizer
 from mpsl_dist.data import Batch
 from mpsl_dist.errors import DataError
 from mpsl_dist.models.answers import answer_loss

@@ -192,9 +192,12 @@ def build(
         halves = build_lower(experiment, splits), build_upper(experiment, splits)
         return UnimodalDeployable(*halves, task_of(splits)).to(device_of(experiment))
     tokenizers = build_tokenizers(experiment, splits, modalities=modalities)
-    built = dict(zip(tokenizers.by_modality, tokenizers.lengths, strict=True))
-    # Nothing is asked of the length of a modality that no sample has here.
-    model = build_server_model(experiment, splits, [built.get(name, 0) for name in splits.shapes])
+    lengths = tokenizers.lengths
+    if len(tokenizers.by_modality) < len(splits.shapes):
+        # Nothing is asked of the length of a modality that no sample has here.
+        built = dict(zip(tokenizers.by_modality, lengths, strict=True))
+        lengths = [built.get(name, 0) for name in splits.shapes]
+    model = build_server_model(experiment, splits, lengths)
     whole = Deployable(tokenizers, model, task_of(splits), wire_of(experiment))
     return whole.to(device_of(experiment))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpsl_dist import plugins
-from mpsl_dist.config import schema
+from mpsl_dist.config import parts, schema
 from mpsl_dist.config.methods import METHODS, readers
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.typed import describe
@@ -43,8 +43,8 @@ class Key:
     def names(self) -> list[str]:
         """What the key may name, where that is no part of its type."""
         part = self.path.partition(".")[2]
-        if self.path.startswith("weights.") and part in schema.WEIGHT_SOURCES:
-            return list(schema.WEIGHT_SOURCES[part])
+        if self.path.startswith("weights.") and part in parts.WEIGHT_SOURCES:
+            return list(parts.WEIGHT_SOURCES[part])
         return list(plugins.resolve(_TABLES[self.path])) if self.path in _TABLES else []
 
     @property

@@ -1,17 +1,15 @@
 """One experiment: frozen dataclasses <- YAML <- ``key.path=value``."""
 
 from mpsl_dist.config.loading import from_dict, load, to_dict
+from mpsl_dist.config.parts import Encoder, Model, Weights
 from mpsl_dist.config.schema import (
     Adapters,
     Data,
     Defences,
-    Encoder,
     Experiment,
     Faults,
-    Model,
     Optimizer,
     Training,
-    Weights,
 )
 from mpsl_dist.errors import ConfigError
 

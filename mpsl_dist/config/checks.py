@@ -10,7 +10,8 @@ from mpsl_dist.config.defence_checks import defence_problems
 from mpsl_dist.config.language_checks import language_problems
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.config.mlecs_checks import mlecs_problems
-from mpsl_dist.config.schema import MODALITIES, PARTS, WEIGHT_FILES, WEIGHT_SOURCES, Experiment
+from mpsl_dist.config.parts import MODALITIES, PARTS, WEIGHT_FILES, WEIGHT_SOURCES
+from mpsl_dist.config.schema import Experiment
 from mpsl_dist.config.split_checks import split_problems
 from mpsl_dist.errors import ConfigError
 from mpsl_dist.typed import not_finite, values_of

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mpsl_dist.config.methods import facts_of
-from mpsl_dist.config.schema import PARTS, Defences, Experiment
+from mpsl_dist.config.parts import PARTS
+from mpsl_dist.config.schema import Defences, Experiment
 from mpsl_dist.typed import flatten
 
 

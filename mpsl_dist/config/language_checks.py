@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from mpsl_dist.config.methods import facts_of
-from mpsl_dist.config.schema import Connector, Experiment, Lora
+from mpsl_dist.config.parts import Connector, Lora
+from mpsl_dist.config.schema import Experiment
 
 #: SmolLM2's blocks, and the heads of a connector's small encoders.
 _BLOCKS, _HEADS = 30, 4

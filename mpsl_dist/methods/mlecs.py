@@ -3,7 +3,7 @@ one, and factors of LoRA are all that devices send.
 
 A round of Algorithm 1 is one step, and one epoch, of the training loop. What is open in the paper,
 and what was chosen, stands in ``docs/mlecs.md``; so do the baselines, which are rows of switches of
-``mlecs`` (:class:`mpsl_dist.config.schema.Mlecs`).
+``mlecs`` (:class:`mpsl_dist.config.mlecs.Mlecs`).
 """
 
 from __future__ import annotations
