@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.config.schema import Experiment
 
@@ -14,9 +16,10 @@ _FROM_ZERO = ("public_steps", "server_steps", "edit", "proximal")
 
 def mlecs_problems(experiment: Experiment) -> list[str]:
     """Return a line for every option of ``mlecs`` that cannot be had."""
-    if "mlecs" not in facts_of(experiment).reads:
-        return []
-    return _ranges(experiment) + _public_problems(experiment) + _exchange_problems(experiment)
+    found = _ranges(experiment)
+    if "mlecs" in facts_of(experiment).reads:
+        found += _public_problems(experiment) + _exchange_problems(experiment)
+    return found
 
 
 def _ranges(experiment: Experiment) -> list[str]:
@@ -25,17 +28,17 @@ def _ranges(experiment: Experiment) -> list[str]:
     found = [
         f"mlecs.{name}: must be at least {minimum}, found {getattr(rules, name)}"
         for name, minimum in least.items()
-        if getattr(rules, name) < minimum
+        if isfinite(getattr(rules, name)) and getattr(rules, name) < minimum
     ]
     found += [
         f"mlecs.{name}: must be greater than 0, found {getattr(rules, name)}"
         for name in ("alpha", "temperature")
-        if getattr(rules, name) <= 0
+        if isfinite(getattr(rules, name)) and getattr(rules, name) <= 0
     ]
     found += [
         f"mlecs.{name}: must be at least 0 and less than 1, found {getattr(rules, name)}"
         for name in ("dropout", "lora_dropout")
-        if not 0 <= getattr(rules, name) < 1
+        if isfinite(getattr(rules, name)) and not 0 <= getattr(rules, name) < 1
     ]
     for name in ("features", "width"):
         if getattr(rules, name) < 4 or getattr(rules, name) % 4:

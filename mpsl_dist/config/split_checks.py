@@ -13,15 +13,21 @@ FEWEST_IN_SUM = 3
 
 def split_problems(experiment: Experiment) -> list[str]:
     """Return a line for every option of replicas, head, masks and cache that cannot be had."""
+    ranges = _m2fedsa_ranges(experiment)
     if facts_of(experiment).unimodal:
-        return _unimodal_problems(experiment)
-    found = _replica_problems(experiment) + _head_problems(experiment) + _cache_problems(experiment)
+        return ranges + _unimodal_problems(experiment)
+    found = (
+        ranges
+        + _replica_problems(experiment)
+        + _head_problems(experiment)
+        + _cache_problems(experiment)
+    )
     return found + (_mask_problems(experiment) if experiment.tokenizer_sync.masked else [])
 
 
 def _unimodal_problems(experiment: Experiment) -> list[str]:
-    """Refuse what M²FedSA never reads, and values of its own that mean nothing."""
-    chosen, training, method = experiment.m2fedsa, experiment.training, experiment.method
+    """Refuse what M²FedSA never reads."""
+    training, method = experiment.training, experiment.method
     found = [f"{key}: method={method} never reads it; leave it out" for key in unread(experiment)]
     for key in ("autocast", "checkpoint_blocks"):
         if getattr(training, key):
@@ -31,6 +37,12 @@ def _unimodal_problems(experiment: Experiment) -> list[str]:
             f"data.place: own, but method={method} deals the same samples to all clients of a "
             "user; take simulated"
         )
+    return found
+
+
+def _m2fedsa_ranges(experiment: Experiment) -> list[str]:
+    """Refuse values of M²FedSA's options that mean nothing, whoever reads them."""
+    chosen, found = experiment.m2fedsa, []
     lambdas = chosen.lambdas
     if len(lambdas) != 3 or min(lambdas, default=0) < 0 or not all(map(math.isfinite, lambdas)):
         found.append(
@@ -50,7 +62,7 @@ def _unimodal_problems(experiment: Experiment) -> list[str]:
         for key, (value, least) in at_least.items()
         if value < least
     ]
-    if chosen.switch.cv <= 0:
+    if math.isfinite(chosen.switch.cv) and chosen.switch.cv <= 0:
         found.append(f"m2fedsa.switch.cv: must be greater than 0, found {chosen.switch.cv}")
     return found
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Launch
+from PIL import Image
 
 from mpsl_dist.config import shipped
 
@@ -93,3 +95,11 @@ def test_the_quickstart_runs_from_a_wheel(
     assert f"accuracy   {summary['test']['accuracy']:.4f} after epoch 1" in shown
     tested = call(tmp_path, empty / "mpsl-dist", "evaluate", run)
     assert f"accuracy {summary['test']['accuracy']:.4f}" in tested
+    if forked:  # what comes after a run is the same however its ranks began
+        Image.new("L", (8, 8), 128).save(tmp_path / "digit.png")
+        asked = ["--image", "digit.png", "--text", "is it even?"]
+        told = call(tmp_path, empty / "mpsl-dist", "predict", run, *asked)
+        known = json.loads((run / "model" / "config.json").read_text())["classes"]
+        assert any(re.search(rf"\b{re.escape(name)}\b", told) for name in known), told
+        call(tmp_path, empty / "mpsl-dist", "report", run, "--out", "page")
+        assert f"{summary['test']['accuracy']:.3f}" in (tmp_path / "page" / "report.md").read_text()

@@ -32,7 +32,9 @@ from mpsl_dist.models.tokenizers import modality_of
 
 ROUNDS = 2
 READ_GAPS = [
-    name for name, facts in METHODS.items() if "data.missing" in facts.reads and not facts.unimodal
+    name
+    for name, facts in METHODS.items()
+    if "data.missing" in facts.reads and facts.common and not facts.unimodal
 ]
 SAMPLE = {"data": {"missing": MISSING | {"per": "sample"}}}
 
