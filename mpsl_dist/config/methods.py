@@ -26,6 +26,8 @@ class MethodFacts:
         Who runs and trains each part of the model.
     reads : tuple of str
         Keys or sections of :data:`OPTIONAL` that it reads, those of ``faults`` apart.
+    ignores : tuple of str
+        Keys or sections that all others read, and it does not.
     one_process : bool
         Whether it has all the data in one process, without workers.
     adapted : bool
@@ -49,6 +51,7 @@ class MethodFacts:
     tokenizers: Owner = "client"
     server_model: Owner = "server"
     reads: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
     one_process: bool = False
     adapted: bool = False
     unimodal: bool = False
@@ -116,6 +119,7 @@ METHODS: dict[str, MethodFacts] = {
         "mpsl_dist.methods.fedavg:build",
         server_model="client",
         reads=(*_ROUNDS, "adapters"),
+        ignores=("model.encoder.trainable_blocks",),
         adapted=True,
         tolerant=True,
     ),
@@ -144,6 +148,7 @@ METHODS: dict[str, MethodFacts] = {
             *(*_REMOTE, "federated.round_timeout"),
             *("data.missing", "data.public_fraction", "mlecs"),
         ),
+        ignores=("model.encoder", "model.head", "model.fusion", "model.pooling"),
         tolerant=True,
         common=False,
     ),
@@ -209,9 +214,7 @@ def readers(key: str) -> list[str]:
 
 def _reads(facts: MethodFacts, key: str) -> bool:
     reads = (*facts.reads, *_FAULTS) if facts.tolerant else facts.reads
-    if facts.adapted and key == "model.encoder.trainable_blocks":
-        return False
-    return not _below(key, OPTIONAL) or _below(key, reads)
+    return not _below(key, (*OPTIONAL, *facts.ignores)) or _below(key, reads)
 
 
 def _below(key: str, sections: tuple[str, ...]) -> bool:
