@@ -18,9 +18,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mpsl_dist.actors.client import Description
 from mpsl_dist.actors.federated_client import Update
-from mpsl_dist.actors.local_data import Damage
+from mpsl_dist.actors.local_data import Damage, Description
 from mpsl_dist.config import Faults
 from mpsl_dist.errors import DataError, DiskError, DivergedError, RemoteError
 from mpsl_dist.methods.by_key import Keys
