@@ -33,7 +33,7 @@ from mpsl_dist.data import Dataset, Splits, presence
 from mpsl_dist.data.loading import Unread
 from mpsl_dist.methods.fedavg import FedAvg, mean_loss
 from mpsl_dist.methods.hosting import Setup, open_fleet
-from mpsl_dist.methods.link import RoundLink
+from mpsl_dist.methods.round_link import RoundLink
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic
 
