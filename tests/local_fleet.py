@@ -17,9 +17,9 @@ from mpsl_dist.config import Experiment, Faults
 from mpsl_dist.methods import fedavg, m2fedsa
 from mpsl_dist.methods.fedavg import FedAvg
 from mpsl_dist.methods.hosting import BuildClients, Setup, build_clients
-from mpsl_dist.methods.link import RoundLink
 from mpsl_dist.methods.m2fedsa import M2FedSA
 from mpsl_dist.methods.mpsl import Mpsl
+from mpsl_dist.methods.round_link import RoundLink
 from mpsl_dist.methods.split_link import SplitLink
 from mpsl_dist.records.traffic import Traffic
 from mpsl_dist.runtime.answers import Answers

@@ -18,7 +18,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from local_fleet import LocalSplit
 
-from mpsl_dist.actors.client import Client, Local
+from mpsl_dist.actors.client import Client
+from mpsl_dist.actors.references import Local
 from mpsl_dist.config import Faults
 from mpsl_dist.methods.masked import Masks, masked_sum
 

@@ -33,6 +33,7 @@ from mpsl_dist.models import language, weight_sources, weights
 from mpsl_dist.models.adapters import Adapters
 from mpsl_dist.models.clip_text import ClipText, build_text_tower, default_tower
 from mpsl_dist.models.connector import Connected, Connector
+from mpsl_dist.models.draws import draws_alone
 from mpsl_dist.models.lora import add_lora
 from mpsl_dist.models.pretrained import PARTS, PartTokenizer
 from mpsl_dist.models.pretrained_weights import load_part
@@ -100,18 +101,18 @@ def _build_parts(
 ) -> dict[str, nn.Module]:
     """Build the tokenizers of these modalities.
 
-    Of another one, the numbers are drawn that those after it are not to get, and dropped.
+    Of another one, the numbers are drawn alone that those after it are not to get.
     """
     wanted = splits.shapes.keys() if modalities is None else modalities
     unseen = replace(experiment, weights=Weights())
     left, parts = list(wanted), {}
     for modality, shape in splits.shapes.items():
-        if left:
-            of = experiment if modality in wanted else unseen
-            built = _build_tokenizer(of, modality, shape, shared_text)
         if modality in left:
-            parts[modality] = built
+            parts[modality] = _build_tokenizer(experiment, modality, shape, shared_text)
             left.remove(modality)
+        elif left:
+            with draws_alone():
+                _build_tokenizer(unseen, modality, shape, shared_text)
     return parts
 
 

@@ -86,60 +86,35 @@ one number per trained tokenizer parameter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpsl_dist.actors import masking
 from mpsl_dist.actors.defences import Guard, Mark
-from mpsl_dist.actors.local_data import Damage, LocalData, TestData
+from mpsl_dist.actors.local_data import Damage, Description, LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
+from mpsl_dist.actors.references import Reference
+from mpsl_dist.actors.smashing import inputs_of, smash
 from mpsl_dist.data import Batch
 from mpsl_dist.errors import DivergedError
 from mpsl_dist.models import fixed_point
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.codecs import Sent, Wire
-from mpsl_dist.models.gapped import Gapped, converted, mask_of
+from mpsl_dist.models.gapped import Gapped, converted
 from mpsl_dist.models.tasks import Task
-from mpsl_dist.models.tokenizers import Tokenizers, copy_of, fuse
+from mpsl_dist.models.tokenizers import Tokenizers, copy_of
 from mpsl_dist.records import state
 
 
-class Reference(Protocol):
-    """A handle on an object that lives here: an RRef on a worker."""
-
-    def local_value(self) -> Any:
-        """Return the object."""
-        ...
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a client tells of its data.
-
-    Attributes
-    ----------
-    samples, test_samples : int
-        How many it has, to train on and to test with.
-    modalities : tuple of str
-        Those that any of them has; empty where they are all that the data have.
-    trained : tuple of str
-        Those of them that it trains on; empty likewise.
-    """
-
-    samples: int
-    test_samples: int
-    modalities: tuple[str, ...] = ()
-    trained: tuple[str, ...] = ()
-
-
+@dataclass(eq=False)
 class Client:
     """One client of split learning.
 
-    Parameters
+    Attributes
     ----------
     number : int
         From 0.
@@ -164,38 +139,22 @@ class Client:
         Those that it has tokenizers of, and any that it trains on; empty where these are all.
     """
 
-    def __init__(
-        self,
-        number: int,
-        data: LocalData,
-        test_data: TestData,
-        tokenizers: Reference,
-        stepper: Stepper,
-        fusion: str,
-        task: Task,
-        device: str = "cpu",
-        home: Path = Path(),
-        wire: Wire = Wire(),  # noqa: B008 (frozen)
-        guard: Guard = Guard(),  # noqa: B008 (frozen)
-        modalities: tuple[str, ...] = (),
-        trained: tuple[str, ...] = (),
-    ) -> None:
-        self.number = number
-        self.data = data
-        self.test_data = test_data
-        self.tokenizers = tokenizers
-        self.stepper = stepper
-        self.fusion = fusion
-        self.task = task
-        self.device = device
-        self.home = home
-        self.wire = wire
-        self.guard = guard
-        self.modalities = modalities
-        self.trained = trained
-        self._accumulated: Tensor | None = None
-        self._masked: masking.MaskedSum | None = None
-        self._visiting: Tokenizers | None = None
+    number: int
+    data: LocalData
+    test_data: TestData
+    tokenizers: Reference
+    stepper: Stepper
+    fusion: str
+    task: Task
+    device: str = "cpu"
+    home: Path = Path()
+    wire: Wire = field(default_factory=Wire)
+    guard: Guard = field(default_factory=Guard)
+    modalities: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    _accumulated: Tensor | None = field(default=None, init=False)
+    _masked: masking.MaskedSum | None = field(default=None, init=False)
+    _visiting: Tokenizers | None = field(default=None, init=False)
 
     # -- what a client sends ---------------------------------------------------------------
 
@@ -245,7 +204,7 @@ class Client:
         received = self.guard.received(predictions.to(self.device), self.data.key(step))
         loss = self.guard.loss(self.task, tokenizers.head(received), batch.labels, positions)
         if self.guard.chosen.nopeek:
-            inputs = self._inputs(tokenizers, batch)
+            inputs = inputs_of(batch, tokenizers, self.device)
             loss = loss + self.guard.penalty(tokenizers, inputs, tokenizers(inputs))
         return loss.cpu()
 
@@ -487,28 +446,4 @@ class Client:
     def _smash(
         self, tokenizers: Tokenizers, batch: Batch, marks: Sequence[Mark]
     ) -> list[Tensor] | Gapped:
-        if batch.present is not None:
-            tokens = tokenizers(self._inputs(tokenizers, batch), batch.present)
-            return Gapped(tuple(x_bld.cpu() for x_bld in tokens), mask_of(batch.present))
-        tokens = tokenizers(self._inputs(tokenizers, batch))
-        guarded = self.guard.tokens(tokenizers, tokens, marks)
-        return [smashed_bld.cpu() for smashed_bld in fuse(guarded, self.fusion)]
-
-    def _inputs(self, tokenizers: Tokenizers, batch: Batch) -> dict[str, Tensor]:
-        dtype = next(tokenizers.parameters()).dtype
-        return {
-            name: x.to(self.device, dtype if x.is_floating_point() else None)
-            for name, x in batch.inputs.items()
-            if name in tokenizers.by_modality
-        }
-
-
-@dataclass(frozen=True)
-class Local:
-    """A :class:`Reference` where no RPC runs: one process, tests."""
-
-    value: nn.Module
-
-    def local_value(self) -> nn.Module:
-        """Return the object."""
-        return self.value
+        return smash(tokenizers, batch, self.device, self.fusion, self.guard, marks)

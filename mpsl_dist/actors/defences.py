@@ -197,7 +197,7 @@ def secret_of(experiment: Experiment, client: int) -> bytes:
     """
     chosen = experiment.defences.secret
     if chosen is None:
-        shared = _kept(secrets_of(experiment.run_directory) / f"client-{client:04d}.key")
+        shared = _kept(secret_file(experiment.run_directory, client))
     elif chosen == "seed":
         shared = f"no secret {experiment.seed}".encode()
     else:
@@ -208,6 +208,11 @@ def secret_of(experiment: Experiment, client: int) -> bytes:
 def secrets_of(run_directory: Path) -> Path:
     """Return the folder of a run that clients keep the secrets in that they drew."""
     return run_directory / "secrets"
+
+
+def secret_file(run_directory: Path, client: int) -> Path:
+    """Return the file of the secret that a client drew for itself."""
+    return secrets_of(run_directory) / f"client-{client:04d}.key"
 
 
 def read_secret(path: str) -> bytes:

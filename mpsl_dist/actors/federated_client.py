@@ -34,10 +34,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mpsl_dist.actors.client import Description
 from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.learner import Learner
-from mpsl_dist.actors.local_data import Damage, LocalData, TestData
+from mpsl_dist.actors.local_data import Damage, Description, LocalData, TestData
 from mpsl_dist.config import Training
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.tokenizers import of_modalities

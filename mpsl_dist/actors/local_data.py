@@ -44,6 +44,26 @@ class Damage:
         return cls(*map(sum, zip(*map(astuple, owners), strict=True)))
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a client tells of its data.
+
+    Attributes
+    ----------
+    samples, test_samples : int
+        How many it has, to train on and to test with.
+    modalities : tuple of str
+        Those that any of them has; empty where they are all that the data have.
+    trained : tuple of str
+        Those of them that it trains on; empty likewise.
+    """
+
+    samples: int
+    test_samples: int
+    modalities: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+
+
 class LocalData:
     """The training samples of one client and their order in every epoch.
 

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from mpsl_dist.actors.choices import device_of, task_of
-from mpsl_dist.actors.client import Client, Local
+from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.halves import build_lower
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.optimizer import Stepper
+from mpsl_dist.actors.references import Local
 from mpsl_dist.config import Experiment
 from mpsl_dist.models.tokenizers import copy_of
 from mpsl_dist.models.transfer import Transfer

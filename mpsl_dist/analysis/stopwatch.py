@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from mpsl_dist.actors.client import Client, Local
+from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.holdings import Holdings
+from mpsl_dist.actors.references import Local
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.methods.centralized import Centralized

@@ -61,6 +61,11 @@ def _secret_tokenizer_problems(experiment: Experiment) -> list[str]:
         found.append(f"{key}: training would show them; set model.train_token_table=false")
     if model.text == "clip":
         found.append(f"{key}: CLIP's text tower is public; set model.text=table")
+    if model.head_at == "client":
+        found.append(
+            f"{key}: tests average the clients' heads, and heads of different tokenizers have no "
+            "average; set model.head_at=server"
+        )
     if experiment.tokenizer_sync.mode != "none":
         found.append(f"{key}: a sync would share them; set tokenizer_sync.mode=none")
     if experiment.data.test_at != "clients":

@@ -40,7 +40,7 @@ class MethodFacts:
         Whether it goes on without clients that are lost, and so reads ``faults``.
     alone : bool
         Whether every client has a whole model of its own, which nobody else ever has, and tests it
-        where it is; at the end ``save_models()`` has all of them written there.
+        where it is.
     common : bool
         Whether it trains the model of ``model``, as others do, and not one of its own.
     options : type, optional

@@ -39,7 +39,8 @@ from mpsl_dist.data.loading import Unread
 from mpsl_dist.data.partition import shares
 from mpsl_dist.methods.by_key import Keys
 from mpsl_dist.methods.hosting import Setup, open_fleet
-from mpsl_dist.methods.link import Back, RoundLink
+from mpsl_dist.methods.link import Back
+from mpsl_dist.methods.round_link import RoundLink
 from mpsl_dist.models.average import average, load_trainable, trainable_state
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic

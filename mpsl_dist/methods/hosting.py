@@ -13,11 +13,12 @@ from mpsl_dist.actors import masking
 from mpsl_dist.actors.agreement import Agreement
 from mpsl_dist.actors.assembly import build_shared_text, build_tokenizers
 from mpsl_dist.actors.choices import describe, device_of, fusion_of, task_of, wire_of
-from mpsl_dist.actors.client import Client, Local
+from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.defences import guard_of
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.optimizer import Stepper
+from mpsl_dist.actors.references import Local
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mpsl_dist.config import Experiment, Faults, to_dict
-from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import DiskError, RemoteError, ResumeError
 from mpsl_dist.methods.evidence import look_at_tests
@@ -74,9 +73,6 @@ def train(
 
 
 def _save_model(experiment: Experiment, splits: Splits, method: Method, run: RunDirectory) -> None:
-    if facts_of(experiment).alone:
-        method.save_models()
-        return
     model = method.deployable()
     if model is None:
         say("no model/: clients keep their own tokenizers, checkpoints have the server's part")

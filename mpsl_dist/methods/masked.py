@@ -19,6 +19,7 @@ from mpsl_dist.actors import masking
 from mpsl_dist.actors.masking import KEY, Masked
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.split_checks import FEWEST_IN_SUM
+from mpsl_dist.errors import RemoteError
 from mpsl_dist.methods.link import Link
 from mpsl_dist.methods.progress import warn
 from mpsl_dist.models import fixed_point
@@ -148,14 +149,23 @@ def _unlock(
     where: str,
     kinds: tuple[str, str],
 ) -> Tensor:
-    """Ask one client after the other for the lock's seed, until one answers."""
+    """Ask one client after the other for the lock's seed, until one answers.
+
+    Raises
+    ------
+    RemoteError
+        If all are lost, while enough others are left for the run to go on.
+    """
     for place, client in enumerate(members):
         row = sealed[place].clone() if place else None
         words = {client: (number, row)} if client not in link.lost else {}
         told = link.start("unlock", words, where, down=kinds[0], up=kinds[1])()
         if told:
             return told[client]
-    raise RuntimeError(f"{where}: {name_clients(members)} are lost; nobody can open their sum")
+    raise RemoteError(
+        f"{where}: {name_clients(members)} are lost, and nobody else can open their masked sum. "
+        "Start them again, and the run with --resume"
+    )
 
 
 def sum_bytes(taking_part: NDArray[np.bool_], numbers: int, kind: str) -> dict[str, NDArray]:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsl_dist.actors.deployable import Deployable
 from mpsl_dist.actors.local_data import Damage
+from mpsl_dist.config import Experiment
+from mpsl_dist.data import Splits
 from mpsl_dist.methods.link import Back, Link
 from mpsl_dist.records.traffic import Traffic
+
+
+class Savable(Protocol):
+    """What a run leaves as its model: a :class:`~mpsl_dist.actors.deployable.Deployable`, or what
+    stands for clients' own.
+    """
+
+    def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
+        """Write it below this folder."""
+        ...
 
 
 class Method(Protocol):
@@ -73,7 +85,7 @@ class Method(Protocol):
         """Continue from :meth:`save`."""
         ...
 
-    def deployable(self) -> Deployable | None:
+    def deployable(self) -> Savable | None:
         """Return the model to deploy; None where clients keep parts of it to themselves."""
         ...
 

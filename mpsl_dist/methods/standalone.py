@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from mpsl_dist.data import Dataset, Splits, presence
 from mpsl_dist.data.loading import Unread
 from mpsl_dist.methods.fedavg import FedAvg, mean_loss
 from mpsl_dist.methods.hosting import Setup, open_fleet
-from mpsl_dist.methods.link import RoundLink
+from mpsl_dist.methods.round_link import RoundLink
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic
 
@@ -65,9 +65,9 @@ class Standalone(FedAvg):
         public = Damage.of(Unread(), self.tests.unread)
         return replace(met, test_files=public.test_files, left_out=public.left_out)
 
-    def save_models(self) -> None:
-        """Have every client write its own model where it is."""
-        self.clients.start("write_model", self.clients.everyone(), "model/")()
+    def deployable(self) -> OwnModels:
+        """Return the clients' models, one each."""
+        return OwnModels(self.clients)
 
     def save(self, folder: str) -> dict[str, str]:
         """Have every client write its model and optimizers where it is; part -> SHA-256."""
@@ -76,6 +76,17 @@ class Standalone(FedAvg):
     def restore(self, folder: str, files: Mapping[str, str]) -> None:
         """Continue from :meth:`save`."""
         self.clients.restore(folder, files, lambda: None)
+
+
+@dataclass(frozen=True)
+class OwnModels:
+    """Models of which every client has one, and nobody else."""
+
+    clients: RoundLink
+
+    def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
+        """Have every client write its own to ``model/`` of its run directory, where it is."""
+        self.clients.start("write_model", self.clients.everyone(), "model/")()
 
 
 def over_clients(results: Mapping[int, Result], sizes: Mapping[int, int]) -> dict[str, float]:

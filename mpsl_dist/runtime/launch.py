@@ -97,18 +97,17 @@ def run(
     doors = f"RPC listens on {interface} alone" if interface else "nothing listens outside loopback"
     print(f"{ranks} processes on this machine; {doors}", flush=True)
     with _private_folder() as folder:
-        started: list[Started] = []
+        living: dict[int, Started] = {}
         try:
-            for variables in _variables(ranks, folder):
-                name = f"rank{len(started)}"
-                started.append(start(command, go_on, variables, apart=True, name=name))
-            failed = _wait(dict(enumerate(started)), folder, stop, grace)
+            for rank, variables in enumerate(_variables(ranks, folder)):
+                living[rank] = start(command, go_on, variables, apart=True, name=f"rank{rank}")
+            failed = _wait(living, folder, stop, grace)
             return _told(failed, folder, stop, grace, replicas)
         except Exception as error:
             _error(f"the launch failed: {error}")
             return 1
         finally:
-            _signal_all(started, signal.SIGKILL)
+            _signal_all(living.values(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -139,6 +138,7 @@ def _wait(
 ) -> Mapping[int, int]:
     """Wait for the end of all ranks; return the exit status of those that failed, in order.
 
+    Who has ended is taken out of ``living``.
     A stop request is handed on to the server; what lives when its time is up, or when the server
     is gone, is killed. Once one rank has failed the others are ended.
     """
@@ -148,7 +148,7 @@ def _wait(
     while living:
         if caller_gone() and not stop:
             stop.note(signal.SIGTERM, None)
-        for rank, status in [(rank, process.poll()) for rank, process in living.items()]:
+        for rank, status in [(rank, _ended(process)) for rank, process in living.items()]:
             if status is not None:
                 del living[rank]
             if status:
@@ -166,6 +166,17 @@ def _wait(
             _signal_all(living.values(), signal.SIGKILL)
         time.sleep(_LOOK)
     return failed
+
+
+def _ended(rank: Started) -> int | None:
+    """Return the exit status of a rank that has ended, whose group is then killed; else None.
+
+    That comes before the system forgets the rank: from then on its number may be another's.
+    """
+    waitid = getattr(os, "waitid", None)  # absent on macOS
+    if waitid and waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        _signal(rank.pid, signal.SIGKILL)
+    return rank.poll()
 
 
 def _told(

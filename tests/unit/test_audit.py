@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import torch
 import toys
 import yaml
 from local_fleet import in_one_process, steps_of
+from rich.console import Console
 
 from mpsl_dist.__main__ import main
 from mpsl_dist.analysis.audit import audit as command
-from mpsl_dist.analysis.audit import halves
-from mpsl_dist.analysis.audit.figures import Audit, Figure
+from mpsl_dist.analysis.audit import halves, report
+from mpsl_dist.analysis.audit.figures import Audit, Figure, over
 from mpsl_dist.analysis.audit.victim import Victim
 from mpsl_dist.config import Experiment, load, to_dict
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.checkpoint import Manifest
 from mpsl_dist.records.run_directory import RunDirectory
+from mpsl_dist.runtime.answers import name_clients
 
 #: Patches of twelve numbers in tokens of sixteen: exact.
 MODEL = {"encoder": {"size": "custom", "width": 16, "depth": 1, "heads": 2}, "image_patch": 2}
@@ -213,6 +216,20 @@ def test_a_run_that_was_moved_is_heard_with_the_secrets_it_was_trained_with(tmp_
     assert sorted(moved.rglob("*")) == before and not path.exists()
 
 
+@pytest.mark.parametrize("lacking", [[0, 1], [1], []], ids=str)
+def test_a_run_that_was_copied_without_its_secrets_says_whose_are_drawn_anew(
+    lacking: list[int], tmp_path: Path
+) -> None:
+    path = leave_run(tmp_path, steps=1, defences={"token_noise": 0.5})
+    for n in lacking:
+        (path / "secrets" / f"client-{n:04d}.key").unlink()
+    found = command.audit(load(path / "config.yaml"), RunDirectory(path), samples=12)
+    told = [note for note in found.notes if "secret" in note]
+    assert len(told) == bool(lacking)
+    for note in told:
+        assert note.startswith(f"{path / 'secrets'}: no secret of {name_clients(lacking)} there")
+
+
 def test_frozen_tokenizers_that_send_once_are_heard_once(tmp_path: Path) -> None:
     found = audited(model=MODEL | {"train_tokenizers": False}, wire={"cache": True})
     assert value(found, "psnr", "exact") > 90
@@ -255,6 +272,27 @@ def test_too_much_found_is_an_exit_status(
     assert "labels" not in told
 
 
+def test_what_is_no_number_is_over_every_limit() -> None:
+    found = audited()
+    found.figures = [replace(found.figures[0], metric="psnr", value=float("nan"))]
+    (line,) = over([found], {"psnr": 20.0})
+    assert "psnr nan is no number, so not known to be below 20" in line
+    assert over([found], {"words": 0.5}) == []
+
+
+def test_an_audit_that_found_no_figure_says_so(tmp_path: Path) -> None:
+    found = audited()
+    assert found.figures and found.equations
+    found.figures, found.galleries = [], []
+    console = Console(record=True)
+    report.show(found, console)
+    assert "toy: no attack gave a figure" in console.export_text()
+    report.show_groups(report.grouped([found, found]), console)
+    (path,) = report.write([found], tmp_path)
+    (written,) = json.loads(path.read_text())["audits"]
+    assert written["figures"] == [] and written["strongest"] == {}
+
+
 def test_several_runs_stand_beside_each_other(
     of_a_run: tuple[Path, int, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -281,6 +319,7 @@ def test_several_runs_stand_beside_each_other(
         (["{config}", "--samples", "3"], "--samples: at least 10, not 3"),
         (["{config}", "--fail-over", "loudness=3"], "--fail-over: no metric 'loudness'"),
         (["{config}", "--fail-over", "psnr=high"], "--fail-over: psnr=high: no number"),
+        (["{config}", "--fail-over", "psnr=nan"], "--fail-over: psnr=nan: no number"),
         (["{config}", "nonsense=3"], "nonsense"),
         (["{folder}"], "no config.yaml there"),
     ],

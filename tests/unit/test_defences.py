@@ -21,6 +21,7 @@ from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
 from mpsl_dist.actors.checks import check_defences
 from mpsl_dist.actors.defences import Guard, guarantees, guard_of, secret_of, sentences
 from mpsl_dist.actors.holdings import load_data
+from mpsl_dist.actors.smashing import inputs_of
 from mpsl_dist.config import Defences, Experiment, to_dict
 from mpsl_dist.data.decode.samples import FileDataset, Sample, View
 from mpsl_dist.errors import ConfigError
@@ -345,7 +346,7 @@ def test_nopeek_changes_gradients_by_its_own_and_the_loss_not_at_all() -> None:
     assert taken[0.0][0] == taken[0.7][0]
     client, samples = taken[0.7][2], taken[0.7][3]
     tokenizers, batch = client.tokenizers.local_value(), client.data.batch(0)
-    inputs = client._inputs(tokenizers, batch)
+    inputs = inputs_of(batch, tokenizers, client.device)
     correlations = [
         defences.distance_correlation(defences.distances(inputs[name]), defences.distances(z))
         for name, z in zip(inputs, tokenizers(inputs), strict=True)
@@ -659,7 +660,7 @@ def test_secret_tokenizers_name_everything_that_would_show_them() -> None:
     with pytest.raises(ConfigError) as error:
         toys.experiment(
             defences={"secret_tokenizers": True},
-            model={"text": "clip"},
+            model={"text": "clip", "head_at": "client"},
             tokenizer_sync={"mode": "gradients"},
             weights={"image": "timm"},
         )
@@ -667,6 +668,7 @@ def test_secret_tokenizers_name_everything_that_would_show_them() -> None:
     for key in (
         "model.train_tokenizers=false",
         "model.text=table",
+        "model.head_at=server",
         "tokenizer_sync.mode=none",
         "data.test_at=clients",
         "weights.image=random",

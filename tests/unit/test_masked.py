@@ -19,10 +19,11 @@ from local_fleet import LocalSplit, in_one_process, steps_of
 from torch import Tensor, nn
 
 from mpsl_dist.actors import deployable, masking
-from mpsl_dist.actors.client import Client, Local
+from mpsl_dist.actors.client import Client
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.learner import Learner
 from mpsl_dist.actors.masking import Masked, MaskedSum
+from mpsl_dist.actors.references import Local
 from mpsl_dist.analysis import flops, traffic_model
 from mpsl_dist.analysis.cost_inputs import inputs_of
 from mpsl_dist.config import Experiment, Faults, to_dict
@@ -390,6 +391,22 @@ def test_where_fewer_than_three_are_left_the_run_ends_before_anything_is_summed(
     method.clients.lost = {1}
     with pytest.raises(RemoteError, match="evaluation, step 0: fewer than three"):
         method.evaluate()
+
+
+def test_a_sum_that_nobody_is_left_to_open_ends_the_run_and_says_whose_it_was() -> None:
+    """Enough others are left for the run, but they have added nothing."""
+    kept = [torch.ones(3, dtype=torch.float64)] * 3 + [None] * 3
+    link = clients_with(kept)
+    members = [link.fleet.host.clients[n] for n in range(3)]
+    for one in members:
+        one.unlock = gone
+    with pytest.raises(RemoteError, match=r"step 0: clients? 0.*2 are lost.*--resume"):
+        add_up(link)
+    assert link.present == [3, 4, 5]
+
+
+def gone(*words: Any) -> Any:
+    raise ConnectionError("gone")
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1e9])

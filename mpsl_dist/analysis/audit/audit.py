@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 
 from mpsl_dist import config
-from mpsl_dist.actors.defences import secrets_of
+from mpsl_dist.actors.defences import secret_file, secrets_of
 from mpsl_dist.analysis.audit import halves, report
 from mpsl_dist.analysis.audit.attacks import Scene, attack_labels, attack_samples
 from mpsl_dist.analysis.audit.figures import METRICS, Audit, over
@@ -26,6 +27,7 @@ from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.tokenizers import Tokenizers
 from mpsl_dist.records import checkpoint
 from mpsl_dist.records.run_directory import RunDirectory
+from mpsl_dist.runtime.answers import name_clients
 
 #: Told what is being done.
 Tell = Callable[[str], object]
@@ -44,6 +46,8 @@ def limits_of(words: Sequence[str]) -> dict[str, float]:
         metric, _, number = word.partition("=")
         try:
             found[metric] = float(number)
+            if math.isnan(found[metric]):
+                raise ValueError(number)
         except ValueError:
             wrong.append(f"--fail-over: {word}: no number after '='")
         if metric not in METRICS:
@@ -139,6 +143,8 @@ def audit(
             f"of {experiment.clients} clients the first {len(victim.numbers)} are attacked, and "
             "their average stands for everybody's"
         )
+    if run and (lacking := _without_secrets(experiment, run, victim.numbers)):
+        found.note(lacking)
     for step, folder in _moments(run):
         if folder is not None:
             victim.restore(folder)
@@ -227,6 +233,21 @@ def set_aside(experiment: Experiment, run: RunDirectory | None) -> Iterator[Expe
             except OSError as error:
                 raise RunError(f"{kept}: cannot be read: {error}") from error
         yield aside
+
+
+def _without_secrets(
+    experiment: Experiment, run: RunDirectory, clients: Sequence[int]
+) -> str | None:
+    """Say whose secrets the run has not kept, so that the audit drew others; None if it has all."""
+    chosen = experiment.defences
+    gone = [n for n in clients if not secret_file(run.path, n).is_file()]
+    if not chosen.draws or chosen.secret is not None or not gone:
+        return None
+    return (
+        f"{secrets_of(run.path)}: no secret of {name_clients(gone)} there, so the audit drew "
+        "others: noise and orders are not the run's, nor are secret tokenizers those that the run "
+        "trained with; where clients are simulated, copy a run with its secrets/ folder"
+    )
 
 
 def _moments(run: RunDirectory | None) -> Iterator[tuple[int, Path | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -180,11 +181,12 @@ class Audit:
 
 
 def over(audits: Sequence[Audit], limits: Mapping[str, float]) -> list[str]:
-    """Return a line for every figure above its limit; controls have none."""
+    """Return a line for every figure above its limit, or no number; controls have no limit."""
     return [
-        f"{audit.name}, step {f.step}: {f.metric} {f.value:.4g} is over {limits[f.metric]:g} "
-        f"({f.attack}, {f.of}, knowledge {f.knowledge})"
+        f"{audit.name}, step {f.step}: {f.metric} {f.value:.4g} is "
+        f"{'no number, so not known to be below' if math.isnan(f.value) else 'over'} "
+        f"{limits[f.metric]:g} ({f.attack}, {f.of}, knowledge {f.knowledge})"
         for audit in audits
         for f in audit.figures
-        if f.metric in limits and not f.control and f.value > limits[f.metric]
+        if f.metric in limits and not f.control and not f.value <= limits[f.metric]
     ]

@@ -58,12 +58,15 @@ def show(audit: Audit, console: Console) -> None:
         "others, which share no picture and no sound with them",
         highlight=False,
     )
-    for e in (e for e in audit.equations if e.step in (audit.steps[0], audit.steps[-1])):
+    for e in (e for e in audit.equations if e.step in (*audit.steps[:1], *audit.steps[-1:])):
         size = f"d={e.width}, P={e.pixels}, stride {e.stride}{', pre-norm' if e.pre_norm else ''}"
         says = "exact" if e.deficit == 0 else f"{e.deficit} unknowns too many"
         words = f"step {e.step}, {e.of}: {size}: {says}, condition {e.condition:.3g}"
         console.print(words, highlight=False)
-    console.print(_table(audit))
+    if audit.figures:
+        console.print(_table(audit))
+    else:
+        console.print(f"{audit.name}: no attack gave a figure", highlight=False)
     for note in audit.notes:
         console.print(f"note: {note}", highlight=False)
 
@@ -123,7 +126,7 @@ def grouped(audits: Sequence[Audit]) -> list[dict[str, Any]]:
         up = "up_bytes_per_client_per_epoch"
         line |= _spread(up, [s.get("communication", {}).get(up) for s in told])
         for metric in METRICS:
-            best = [audit.strongest(metric, audit.steps[-1]) for audit in members]
+            best = [a.strongest(metric, step) for a in members for step in a.steps[-1:]]
             line |= _spread(metric, [f.value for f in best if f])
         lines.append(line)
     return lines

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mpsl_dist import plugins
 from mpsl_dist.actors.assembly import build_tokenizers
-from mpsl_dist.actors.client import Local
 from mpsl_dist.actors.holdings import Holdings, loaders_of
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.local_data import LocalData, batch_sizes
+from mpsl_dist.actors.references import Local
 from mpsl_dist.analysis.audit.halves import Halves
 from mpsl_dist.analysis.audit.wiretap import Message, Wiretap
 from mpsl_dist.config import Experiment, Faults
