@@ -14,6 +14,7 @@ from mpsl_dist.actors.choices import dtype_of
 from mpsl_dist.actors.unified import build_device, language_shape
 from mpsl_dist.analysis.cost_inputs import Inputs
 from mpsl_dist.config import Experiment
+from mpsl_dist.models.unified import shared_parameters
 
 
 def factor_numbers(experiment: Experiment, rank: int) -> int:
@@ -41,7 +42,7 @@ def round_bytes(
     rules, each = experiment.mlecs, dtype_of(experiment).itemsize
     public = round(experiment.data.public_fraction * inputs.train)
     down = up = shared_numbers(experiment, inputs, number, modalities) * each
-    if rules.exchange == "all":
+    if rules.exchange in ("all", "proxy"):
         # The server tells everybody all: it does not know who has what.
         down = shared_numbers(experiment, inputs, number, list(inputs.shapes)) * each
     table = public * rules.fused * each if rules.contrast else 0
@@ -56,11 +57,10 @@ def shared_numbers(
     rules = experiment.mlecs
     if rules.exchange == "none":
         return 0
-    if rules.exchange == "all":
+    if rules.exchange in ("all", "proxy"):
         with torch.device("meta"):
             model = build_device(replace(experiment, device="meta"), inputs.splits(), modalities)
-        named = model.named_parameters()
-        return sum(p.numel() for n, p in named if p.requires_grad and n[:9] != "contrast.")
+        return sum(p.numel() for p in shared_parameters(model, rules.exchange).values())
     rank = rules.ranks[number] if rules.ranks else rules.rank
     shape = language_shape(experiment, rules.edge_blocks)
     head = 0
