@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from mpsl_dist.actors.cloud import Cloud
+from mpsl_dist.actors.deployable import Deployable, UnifiedDeployable
 from mpsl_dist.actors.edge_device import DeviceUpdate, EdgeDevice
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.local_data import Damage, TestData
@@ -28,6 +29,7 @@ from mpsl_dist.methods.hosting import Setup, open_fleet
 from mpsl_dist.methods.link import Back
 from mpsl_dist.models.average import average
 from mpsl_dist.models.lora import average_by_rank, product_gap, to_rank
+from mpsl_dist.models.tasks import TASKS
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic
 
@@ -126,8 +128,12 @@ class Mlecs:
     def _test_size(self) -> int:
         return self.experiment.training.test_batch_size
 
-    def deployable(self) -> None:
-        """Return None: every device keeps encoders and connector to itself."""
+    def deployable(self) -> Deployable | None:
+        """Return the server's large model; every device keeps its own to itself."""
+        if self.rules.answer not in ("label", "head"):
+            return None  # what it writes is no class
+        large = self.cloud.large
+        return UnifiedDeployable(large.tokenizers, large.answers, TASKS["classification"])
 
     def trainable_parameters(self) -> dict[str, int]:
         """Return how many numbers a device of all modalities trains, and the server."""

@@ -14,12 +14,14 @@ import torch
 import toys
 from local_fleet import WatchedFleet
 
+from mpsl_dist.actors import predictor
 from mpsl_dist.actors.edge_device import DeviceUpdate, EdgeDevice
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.stream import Stream
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data.gaps import draw
+from mpsl_dist.errors import DataError
 from mpsl_dist.methods import mlecs
 from mpsl_dist.methods.device_link import DeviceLink
 from mpsl_dist.methods.mlecs import Mlecs, build_cloud, build_devices
@@ -285,6 +287,7 @@ def test_of_a_device_with_a_proxy_leave_encoders_and_the_proxys_factors_alone() 
         encoders = {key for key in parts if key.startswith("tokenizers.")}
         assert parts - encoders == {"proxy.answers.language.model.layers"}
         assert {key.split(".")[1] for key in encoders} == {"by_modality", "encoders", "pre_norm"}
+        assert {key.split(".layers.")[1][0] for key in update.weights if ".layers." in key} == {"0"}
         held = {modality_of(key) for key in update.weights} - {None}
         assert held == set(device.model.modalities)
 
@@ -509,6 +512,24 @@ def test_macro_f1_is_the_mean_over_classes_of_a_devices_own_test_samples(
     share = (labels == 0).double().mean().item()
     assert (hits, samples) == ((labels == 0).sum(), len(labels)) and 0 < share < 1
     assert f1 == pytest.approx(2 * share / (1 + share) / len(labels.unique()))
+
+
+def test_the_model_of_a_run_is_the_servers_large_one(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
+    chosen = experiment("tiny", data={"missing": {"rate": 0.5}})
+    method = in_one_process(chosen)
+    rounds(method, 1)
+    splits = Holdings.load(chosen).splits
+    method.deployable().save(tmp_path, chosen, splits)
+    model = predictor.load(tmp_path)
+    tests = splits.test.fetch(range(30))
+    logits = model(tests.inputs)
+    assert torch.equal(logits, method.cloud.large.scores(tests.inputs))
+    named = [one.label for one in model.predict(**tests.inputs)]
+    right = [toys.CLASSES[k] == name for k, name in zip(tests.labels, named, strict=True)]
+    assert method.evaluate()["server_accuracy"] == sum(right) / 30 < 1
+    with pytest.raises(DataError, match="audio"):
+        model.predict(image=tests.inputs["image"])
 
 
 # -- refusals ----------------------------------------------------------------------------------
