@@ -148,7 +148,7 @@ def _header(
     if client is not None:
         return header
     metrics = [
-        {"type": header["metrics"][0], "value": value, "name": name}
+        {"type": "f1" if "f1" in name else header["metrics"][0], "value": value, "name": name}
         for name, value in _tested(summary).items()
     ]
     result = {
