@@ -11,12 +11,14 @@ import statistics
 import sys
 from pathlib import Path
 
-#: Scores by row and missing rate; of every seed the last and the best round.
-Found = dict[tuple[str, str], list[dict[str, float]]]
+#: Metrics, each a column of every rate, and how they are headed.
+METRICS = {"accuracy": "accuracy", "f1": "macro F1"}
+#: Scores by row, missing rate and metric; of every seed the last and the best round.
+Found = dict[tuple[str, str, str], list[dict[str, float]]]
 
 
 def main(folder: str) -> None:
-    """Print devices' mean and server's accuracy by row and rate, in percent."""
+    """Print devices' mean and server's accuracy and macro F1 by row and rate, in percent."""
     found: Found = {}
     for path in sorted(Path(folder).glob("mlecs-*/summary.json")):
         name = re.fullmatch(r"mlecs-(.+?)(?:-rate([\d.]+))?-seed\d+", path.parent.name)
@@ -24,16 +26,21 @@ def main(folder: str) -> None:
             continue
         lines = map(json.loads, (path.parent / "metrics.jsonl").read_text().splitlines())
         tests = [line["metric"] for line in lines if line["split"] == "test"]
-        scores = {"last": tests[-1]["accuracy"], "best": max(t["accuracy"] for t in tests)}
-        if tests[-1].get("server_accuracy") is not None:
-            scores["server"] = tests[-1]["server_accuracy"]
-        scores["gap"] = tests[-1].get("product_gap", 0.0)
-        found.setdefault((name[1], name[2] or "0"), []).append(scores)
-    rates = sorted({rate for _, rate in found}, key=float, reverse=True)
-    print("| | " + " | ".join(f"rho = {1 - float(rate):.1f}" for rate in rates) + " |")
-    print("|---" * (1 + len(rates)) + "|")
-    for row in dict.fromkeys(row for row, _ in found):
-        print(f"| {row} | " + " | ".join(cell(found.get((row, rate))) for rate in rates) + " |")
+        for metric in METRICS:
+            if metric not in tests[-1]:
+                continue
+            scores = {"last": tests[-1][metric], "best": max(t[metric] for t in tests)}
+            if tests[-1].get(f"server_{metric}") is not None:
+                scores["server"] = tests[-1][f"server_{metric}"]
+            found.setdefault((name[1], name[2] or "0", metric), []).append(scores)
+    rates = sorted({rate for _, rate, _ in found}, key=float, reverse=True)
+    columns = [(rate, metric) for rate in rates for metric in METRICS]
+    heads = (f"rho = {1 - float(rate):.1f}, {METRICS[metric]}" for rate, metric in columns)
+    print("| | " + " | ".join(heads) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for row in dict.fromkeys(row for row, *_ in found):
+        cells = (cell(found.get((row, *column))) for column in columns)
+        print(f"| {row} | " + " | ".join(cells) + " |")
 
 
 def cell(scores: list[dict[str, float]] | None) -> str:

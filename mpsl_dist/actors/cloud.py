@@ -40,7 +40,8 @@ class Cloud:
         The public samples in their order, and the server's test samples.
     large, small : Unified
         Of ``small`` the language model is the devices', with the soft-prompt generator of its own;
-        it reads the fused representation of ``large``.
+        it reads the fused representation of ``large``. If it has a proxy, the proxy does in its
+        place, and ``small`` rests.
     rules : Mlecs
     settings : Optimizer
     batch_size, rounds, seed : int
@@ -75,7 +76,9 @@ class Cloud:
         self.owner = owner
         self.test_batch_size = test_batch_size
         self.public = Stream(public, batch_size) if rules.server_steps else None
-        tuned = [*small.answers.parameters(), *small.generator.parameters()]
+        #: What learns from the large model, and the large one from it.
+        self.student = small.proxy or small
+        tuned = [*self.student.answers.parameters(), *self.student.generator.parameters()]
         self.large_stepper = Stepper(large.parameters(), settings)
         self.small_stepper = Stepper(tuned, settings)
         for stepper in (self.large_stepper, self.small_stepper):
@@ -133,9 +136,9 @@ class Cloud:
         if self.rules.contrast:
             loss = loss + self._contrast(place, read.modalities_bmh)
         if self.rules.transfer:
-            soft_bld = self.small.prompt(read.fused_bs.detach())
-            small_bpv = self.small.answers(soft_bld, labels_b)
-            learned = answer_loss(self.small.answers, small_bpv, labels_b)
+            soft_bld = self.student.prompt(read.fused_bs.detach())
+            small_bpv = self.student.answers(soft_bld, labels_b)
+            learned = answer_loss(self.student.answers, small_bpv, labels_b)
             learned = learned + pooled_kl(small_bpv, large_bpv, self.rules.pool)
             loss = loss + pooled_kl(large_bpv, small_bpv, self.rules.pool)
             step_on(learned, self.small_stepper, place)
@@ -148,8 +151,8 @@ class Cloud:
         others = [m for m in range(count) if m != drawn]
         return self.large.contrast(modalities_bmh[:, drawn], modalities_bmh[:, others])
 
-    def test(self) -> tuple[int, int]:
-        """Return how many of its test samples the large model predicts right, and of how many."""
+    def test(self) -> tuple[float, ...]:
+        """Return how the large model predicts its test samples, as ``right``."""
         return right(self.large, self.tests, self.test_batch_size)
 
     def trained(self) -> int:

@@ -18,6 +18,7 @@ from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
 from mpsl_dist.actors.choices import device_of, pixels_of, task_of, wire_of
 from mpsl_dist.actors.halves import build_lower, build_upper
 from mpsl_dist.actors.local_data import TestData
+from mpsl_dist.actors.unified import build_large
 from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.loading import override
 from mpsl_dist.config.methods import facts_of
@@ -102,6 +103,16 @@ class Deployable(nn.Module):
         with torch.no_grad():
             return self(self.to_own(batch.inputs), batch.present).cpu()
 
+    def stored(self) -> dict[str, Tensor]:
+        """Return all state on CPU, no two names of one tensor: a language model's tied tables."""
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for key, value in self.state_dict().items():
+            own = value.detach().cpu().contiguous()
+            found[key] = own.clone() if own.data_ptr() in seen else own
+            seen.add(own.data_ptr())
+        return found
+
     def save(self, folder: Path, experiment: Experiment, splits: Splits) -> None:
         """Write ``model.safetensors`` and ``config.json``.
 
@@ -110,7 +121,6 @@ class Deployable(nn.Module):
         DiskError
             If they cannot be written; no part is left.
         """
-        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         partial = folder / "model.safetensors.partial"
         # A model that is loaded knows no more where its weights came from.
         told = replace(experiment.data, pixels=pixels_of(experiment))
@@ -122,7 +132,7 @@ class Deployable(nn.Module):
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, partial)
+            save_file(self.stored(), partial)
             partial.replace(folder / "model.safetensors")
             (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
         except (OSError, SafetensorError) as error:
@@ -173,6 +183,20 @@ class UnimodalDeployable(Deployable):
         return {"accuracy": sum(alone) / len(alone)} | each
 
 
+class UnifiedDeployable(Deployable):
+    """ML-ECS': the server's large model, which reads all modalities.
+
+    ``tokenizers`` are its encoders and connector, ``server_model`` is what
+    :mod:`mpsl_dist.models.answers` makes of soft tokens.
+    """
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the classes' logits (b, classes)."""
+        return self.server_model.scores(*self.tokenizers(inputs))
+
+
 def build(
     experiment: Experiment, splits: Splits, modalities: Collection[str] | None = None
 ) -> Deployable:
@@ -191,6 +215,9 @@ def build(
     if facts_of(experiment).unimodal:
         halves = build_lower(experiment, splits), build_upper(experiment, splits)
         return UnimodalDeployable(*halves, task_of(splits)).to(device_of(experiment))
+    if "mlecs" in facts_of(experiment).reads:
+        large = build_large(experiment, splits)
+        return UnifiedDeployable(large.tokenizers, large.answers, task_of(splits))
     tokenizers = build_tokenizers(experiment, splits, modalities=modalities)
     lengths = tokenizers.lengths
     if len(tokenizers.by_modality) < len(splits.shapes):

@@ -11,9 +11,11 @@ reveals to the server stands after "tells":
 ``train_round``  its language model's trained factors, its sample count, how many modalities it
                  has, its mean loss; tells of its inputs and labels what factors trained on them
                  do. With ``mlecs.exchange: all`` every trained parameter, whose names tell which
-                 modalities it has; with ``none`` no parameter
-``test``         how many of its test predictions were right, and of how many; tells little of
-                 its labels
+                 modalities it has; with ``proxy`` its encoders and its proxy's trained factors,
+                 whose names tell the same, and none of its language model; with ``none`` no
+                 parameter
+``test``         how many of its test predictions were right, of how many, and their macro F1;
+                 tells little of its labels
 ``read_tests``   how many of its test samples can be read; tells no more
 ``damage_met``   how many of its files and samples could not be read; tells no more
 ``save``         the SHA-256 of the file that it wrote of its state, as a text; tells no more
@@ -21,7 +23,8 @@ reveals to the server stands after "tells":
                  more
 ===============  ==============================================================================
 
-Raw inputs, its own labels, encoders and connector never leave. The public samples are no secret:
+Raw inputs, its own labels, encoders and connector never leave, but for what ``mlecs.exchange``
+sends by ``all`` and ``proxy``, as told above. The public samples are no secret:
 server and every device read them, labels and all.
 """
 
@@ -46,6 +49,7 @@ from mpsl_dist.errors import DivergedError
 from mpsl_dist.models.answers import answer_loss
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.lora import edited, middle_distance
+from mpsl_dist.models.transfer import pooled_kl
 from mpsl_dist.models.unified import Read, Unified, load_shared, shared_state
 from mpsl_dist.records import state
 
@@ -184,8 +188,8 @@ class EdgeDevice:
         mean = sum(losses) / len(losses)
         return DeviceUpdate(self._to_send(), len(self.data), len(self.model.modalities), mean)
 
-    def test(self, weights: Mapping[str, Tensor], batch_size: int) -> tuple[int, int]:
-        """Return how many of its test samples its model predicts right, and of how many."""
+    def test(self, weights: Mapping[str, Tensor], batch_size: int) -> tuple[float, ...]:
+        """Return how its model predicts its test samples, as :func:`right`."""
         self._receive(weights)
         return right(self.model, self.tests, batch_size)
 
@@ -240,7 +244,7 @@ class EdgeDevice:
         with torch.no_grad():
             features = self.model.encode(batch.inputs)
         read = self.model.read(features)
-        loss = self._answered(read, batch)
+        loss = self._answered(read, batch, mutual=self.model.proxy is not None)
         if anchors_bs is None:
             return loss
         anchors_bs = anchors_bs.to(read.fused_bs)
@@ -250,10 +254,23 @@ class EdgeDevice:
         """Return the loss of adaptive multimodal tuning (Eq. 12)."""
         return self._answered(self.model.read(self.model.encode(batch.inputs)), batch)
 
-    def _answered(self, read: Read, batch: Batch) -> Tensor:
+    def _answered(self, read: Read, batch: Batch, mutual: bool = False) -> Tensor:
         labels_b = batch.labels.to(read.fused_bs.device)
         logits_bpv = self.model.answers(self.model.prompt(read.fused_bs), labels_b)
-        return answer_loss(self.model.answers, logits_bpv, labels_b) + self._held_back()
+        loss = answer_loss(self.model.answers, logits_bpv, labels_b) + self._held_back()
+        return loss + self._mutual(logits_bpv, read.fused_bs, labels_b) if mutual else loss
+
+    def _mutual(self, own_bpv: Tensor, fused_bs: Tensor, labels_b: Tensor) -> Tensor:
+        """Return the loss of the proxy, and of what it and the language model learn of each other.
+
+        No teacher gets a gradient, and the fused representation none from the proxy: the sum steps
+        each of the two by its own loss.
+        """
+        proxy, pool = self.model.proxy, self.rules.pool
+        assert proxy is not None
+        proxy_bpv = proxy.answers(proxy.prompt(fused_bs.detach()), labels_b)
+        taught = pooled_kl(proxy_bpv, own_bpv, pool) + pooled_kl(own_bpv, proxy_bpv, pool)
+        return answer_loss(proxy.answers, proxy_bpv, labels_b) + taught
 
     def _held_back(self) -> float | Tensor:
         """Return FedMLLM's pull towards what the server sent, the stronger the more it lacks."""
@@ -323,11 +340,18 @@ def dropout_of(model: Unified, seed: int, owner: int, round_: int) -> Iterator[N
 
 
 @torch.no_grad()
-def right(model: Unified, tests: TestData, batch_size: int) -> tuple[int, int]:
-    """Return how many test samples a model predicts right, and of how many."""
-    hits = samples = 0
+def right(model: Unified, tests: TestData, batch_size: int) -> tuple[int, int, float]:
+    """Return how many test samples a model predicts right, of how many, and the macro F1.
+
+    That is the mean of F1 over the classes that are met or predicted; 0 without samples.
+    """
+    from sklearn.metrics import f1_score
+
+    told: list[int] = []
+    labels: list[int] = []
     for batch in filter(len, tests.batches(batch_size)):
-        scores_bk = model.scores(batch.inputs)
-        hits += int((scores_bk.argmax(1).cpu() == batch.labels).sum())
-        samples += len(batch)
-    return hits, samples
+        told += model.scores(batch.inputs).argmax(1).tolist()
+        labels += batch.labels.tolist()
+    hits = sum(one == label for one, label in zip(told, labels, strict=True))
+    f1 = f1_score(labels, told, average="macro", zero_division=0.0) if labels else 0.0
+    return hits, len(labels), float(f1)

@@ -27,7 +27,7 @@ from mpsl_dist.models.language import (
     smollm2_tokenizer,
 )
 from mpsl_dist.models.lora import ATTENTION, add_lora
-from mpsl_dist.models.unified import Unified, freeze_absent
+from mpsl_dist.models.unified import Proxy, Unified, freeze_absent
 from mpsl_dist.models.volume import VolumeContrast
 
 #: Heads of the small encoders' and the tiny model's attention.
@@ -74,7 +74,9 @@ def build_device(
     with _drawn(experiment.seed + 5):
         contrast = VolumeContrast(rules.fused, rules.shared, rules.temperature)
     contrast.requires_grad_(rules.contrast)
-    model = Unified(tokenizers, _copy(own) if answers is not None else own, contrast)
+    own = _copy(own) if answers is not None else own
+    proxy = _proxy(own, tokenizers, rules.proxy_blocks) if rules.exchange == "proxy" else None
+    model = Unified(tokenizers, own, contrast, proxy)
     freeze_absent(model)
     return model.to(device_of(experiment), dtype_of(experiment))
 
@@ -94,6 +96,13 @@ def _copy(answers: Answers) -> Answers:
     """Return a copy that shares what is frozen."""
     frozen: dict[int, Any] = {id(p): p for p in answers.parameters() if not p.requires_grad}
     return copy.deepcopy(answers, memo=frozen)
+
+
+def _proxy(answers: Answers, tokenizers: Connected, blocks: int) -> Proxy:
+    """Return the first blocks of a language model, with factors of their own, as its proxy."""
+    small, connector = _copy(answers), tokenizers.connector
+    small.language.model.layers = small.language.model.layers[:blocks]
+    return Proxy(copy.deepcopy(connector.generator), small, connector.tokens)
 
 
 def _width(experiment: Experiment) -> int:

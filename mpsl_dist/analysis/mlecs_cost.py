@@ -9,16 +9,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from mpsl_dist.actors.choices import dtype_of
-from mpsl_dist.actors.unified import build_device, language_shape
+from mpsl_dist.actors.unified import build_device, build_large, language_shape
 from mpsl_dist.analysis.cost_inputs import Inputs
 from mpsl_dist.config import Experiment
+from mpsl_dist.models.unified import shared_parameters
 
 
-def factor_numbers(experiment: Experiment, rank: int) -> int:
-    """Return the numbers of LoRA's factors: r (inputs + outputs) of what attention projects."""
-    shape = language_shape(experiment, experiment.mlecs.edge_blocks)
+def factor_numbers(experiment: Experiment, rank: int, blocks: int | None = None) -> int:
+    """Return the numbers of LoRA's factors: r (inputs + outputs) of what attention projects.
+
+    Parameters
+    ----------
+    blocks : int, optional
+        By default the devices'.
+    """
+    shape = language_shape(experiment, blocks or experiment.mlecs.edge_blocks)
     if shape is None:
         return 0
     keys = shape.width * shape.groups // shape.heads
@@ -41,7 +49,7 @@ def round_bytes(
     rules, each = experiment.mlecs, dtype_of(experiment).itemsize
     public = round(experiment.data.public_fraction * inputs.train)
     down = up = shared_numbers(experiment, inputs, number, modalities) * each
-    if rules.exchange == "all":
+    if rules.exchange in ("all", "proxy"):
         # The server tells everybody all: it does not know who has what.
         down = shared_numbers(experiment, inputs, number, list(inputs.shapes)) * each
     table = public * rules.fused * each if rules.contrast else 0
@@ -56,14 +64,57 @@ def shared_numbers(
     rules = experiment.mlecs
     if rules.exchange == "none":
         return 0
-    if rules.exchange == "all":
+    if rules.exchange in ("all", "proxy"):
         with torch.device("meta"):
             model = build_device(replace(experiment, device="meta"), inputs.splits(), modalities)
-        named = model.named_parameters()
-        return sum(p.numel() for n, p in named if p.requires_grad and n[:9] != "contrast.")
+        return sum(p.numel() for p in shared_parameters(model, rules.exchange).values())
     rank = rules.ranks[number] if rules.ranks else rules.rank
-    shape = language_shape(experiment, rules.edge_blocks)
-    head = 0
-    if rules.answer == "head":
-        head = ((rules.width if shape is None else shape.width) + 1) * inputs.classes
-    return factor_numbers(experiment, rank) + head
+    return factor_numbers(experiment, rank) + _head(experiment, inputs)
+
+
+def _head(experiment: Experiment, inputs: Inputs) -> int:
+    if experiment.mlecs.answer != "head":
+        return 0
+    return (_width(experiment) + 1) * inputs.classes
+
+
+def _width(experiment: Experiment) -> int:
+    shape = language_shape(experiment, 1)
+    return experiment.mlecs.width if shape is None else shape.width
+
+
+def trained_numbers(experiment: Experiment, inputs: Inputs) -> dict[tuple[str, str], int]:
+    """Return (owner, part) -> the numbers trained, of a device of all modalities and full rank.
+
+    Language models are counted by their shapes, the rest is built without its numbers.
+    """
+    rules = experiment.mlecs
+    plain = replace(
+        rules, language="none", answer="head", width=_width(experiment), exchange="lora"
+    )
+    chosen, splits = replace(experiment, device="meta", mlecs=plain), inputs.splits()
+    with torch.device("meta"):
+        built = {
+            "client": build_device(chosen, splits, list(inputs.shapes)),
+            "server": build_large(chosen, splits),
+        }
+
+    def language(blocks: int) -> int:
+        return factor_numbers(experiment, rules.rank, blocks) + _head(experiment, inputs)
+
+    found = {}
+    for owner, blocks in (("client", rules.edge_blocks), ("server", rules.server_blocks)):
+        tokenizers, contrast = built[owner].tokenizers, built[owner].contrast
+        connector = _trained(tokenizers.connector)
+        found[owner, "encoders"] = _trained(tokenizers) - connector
+        found[owner, "connector"] = connector + _trained(contrast)
+        found[owner, "language model"] = language(blocks)
+    # What learns from the server's large model reads through a generator of its own.
+    generator, proxy = _trained(built["server"].generator), rules.exchange == "proxy"
+    small = generator + language(rules.proxy_blocks if proxy else rules.edge_blocks)
+    found["server", "proxy" if proxy else "small language model"] = small
+    return found | ({("client", "proxy"): small} if proxy else {})
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -56,11 +56,10 @@ def export(
     experiment = from_dict(description["experiment"] | {"weights": {}})
     description["experiment"] = _without_places(description["experiment"])
     card = _card(RunDirectory(run), experiment, description, client, licence)
-    state = {key: value.contiguous() for key, value in loaded.model.state_dict().items()}
     with _writing(to):
         to.mkdir(parents=True, exist_ok=True)
         partial = to / f"{_WEIGHTS}.partial"
-        save_file(state, partial, metadata={"format": "pt"})
+        save_file(loaded.model.stored(), partial, metadata={"format": "pt"})
         partial.replace(to / _WEIGHTS)
         write_atomic(to / _DESCRIPTION, json.dumps(description, indent=2) + "\n")
         write_atomic(to / _CARD, card)
@@ -149,8 +148,8 @@ def _header(
     if client is not None:
         return header
     metrics = [
-        {"type": header["metrics"][0], "value": value, "name": name}
-        for name, value in summary["test"].items()
+        {"type": "f1" if "f1" in name else header["metrics"][0], "value": value, "name": name}
+        for name, value in _tested(summary).items()
     ]
     result = {
         "task": {"type": task},
@@ -158,6 +157,12 @@ def _header(
         "metrics": metrics,
     }
     return header | {"model-index": [{"name": summary["name"], "results": [result]}]}
+
+
+def _tested(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return the model's figures: the server's alone, where clients have models of their own."""
+    test = summary["test"]
+    return {name: x for name, x in test.items() if name.startswith("server_")} or test
 
 
 def _about(experiment: Experiment, description: Mapping[str, Any], client: int | None) -> str:
@@ -186,7 +191,7 @@ def _use(modalities: list[str], classifies: bool) -> str:
 
 def _figures(summary: Mapping[str, Any], client: int | None) -> str:
     lines = ["| | |", "|---|---|"]
-    lines += [f"| test {name} | {value:.4f} |" for name, value in summary["test"].items()]
+    lines += [f"| test {name} | {value:.4f} |" for name, value in _tested(summary).items()]
     lines += [f"| baseline {name} | {value:.4f} |" for name, value in summary["baselines"].items()]
     if client is not None:
         lines += ["", "The test is of the average of all clients, not of this client's own part."]

@@ -60,6 +60,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from mpsl_dist.actors.agreement import renumbered
     from mpsl_dist.actors.holdings import Holdings, load_data, loaders_of
     from mpsl_dist.actors.local_data import TestData
+    from mpsl_dist.config.methods import facts_of
 
     folder = Path(options.run_directory)
     if not (folder / "config.json").is_file():  # no folder of a model itself
@@ -74,7 +75,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     place = (experiment.data.place, experiment.data.test_at)
     needs = ("test",) if place == ("own", "server") else ("train", "test")
     splits = renumbered(load_data(experiment, needs), classes)
-    if experiment.data.missing.rate:
+    # What its clients lack says nothing of a server's own model.
+    if experiment.data.missing.rate and facts_of(experiment).common:
         splits = Holdings.deal(experiment, splits).splits
     print(f"the test set of {experiment.data.name}:")
     held = TestData(splits.test, loaders=loaders_of(experiment, splits))

@@ -58,8 +58,11 @@ class Mlecs:
     #: What weighs a device in the average: its number of ``modalities``, or of ``samples``, or
     #: nothing.
     aggregate: Literal["modalities", "samples", "uniform"] = "modalities"
-    #: What devices send: the language model's trained parameters, all trained ones, or nothing.
-    exchange: Literal["lora", "all", "none"] = "lora"
+    #: What devices send: the language model's trained parameters, all trained ones, those of a
+    #: proxy beside it and of the encoders (Co-PLMs), or nothing.
+    exchange: Literal["lora", "all", "proxy", "none"] = "lora"
+    #: Blocks of that proxy, the language model's first ones; at most ``edge_blocks``.
+    proxy_blocks: int = 1
     #: Layers whose A devices set back before they send it (FediLoRA).
     edit: int = 0
     #: Weight of the squared distance from what the server sent (FedMLLM).

@@ -5,11 +5,12 @@ from __future__ import annotations
 from math import isfinite
 
 from mpsl_dist.config.methods import facts_of
+from mpsl_dist.config.mlecs import Mlecs
 from mpsl_dist.config.schema import Experiment
 
 _FROM_ONE = (
     *("edge_blocks", "server_blocks", "rank", "features", "shared", "fused", "tokens", "pool"),
-    "private_steps",
+    *("private_steps", "proxy_blocks"),
 )
 _FROM_ZERO = ("public_steps", "server_steps", "edit", "proximal")
 
@@ -83,7 +84,7 @@ def _exchange_problems(experiment: Experiment) -> list[str]:
     rules, found = experiment.mlecs, []
     if rules.exchange != "lora":
         also = {
-            "transfer": rules.transfer,
+            "transfer": rules.transfer and rules.exchange != "proxy",
             "ranks": rules.ranks,
             "edit": rules.edit,
             "proximal": rules.proximal,
@@ -93,6 +94,8 @@ def _exchange_problems(experiment: Experiment) -> list[str]:
             for name, chosen in also.items()
             if chosen
         ]
+    if rules.exchange == "proxy":
+        found += _proxy_problems(rules)
     if rules.language == "none" and (rules.ranks or rules.edit or rules.proximal):
         found.append("mlecs.language: none has no factors for ranks, edit or proximal; take tiny")
     if rules.ranks and (
@@ -104,4 +107,18 @@ def _exchange_problems(experiment: Experiment) -> list[str]:
             f"mlecs.ranks: one for each of the {experiment.clients} clients, at least 1, the "
             f"largest mlecs.rank={rules.rank}"
         )
+    return found
+
+
+def _proxy_problems(rules: Mlecs) -> list[str]:
+    found = []
+    if rules.language == "none":
+        found.append("mlecs.exchange: proxy is of the blocks of a language model; take tiny")
+    if rules.proxy_blocks > rules.edge_blocks:
+        found.append(
+            f"mlecs.proxy_blocks: at most mlecs.edge_blocks={rules.edge_blocks}, of which they are "
+            f"the first, found {rules.proxy_blocks}"
+        )
+    if not rules.public_steps:
+        found.append("mlecs.public_steps: a proxy learns of public samples alone; at least 1")
     return found

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from mpsl_dist.actors.cloud import Cloud
+from mpsl_dist.actors.deployable import Deployable, UnifiedDeployable
 from mpsl_dist.actors.edge_device import DeviceUpdate, EdgeDevice
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.local_data import Damage, TestData
@@ -28,6 +29,7 @@ from mpsl_dist.methods.hosting import Setup, open_fleet
 from mpsl_dist.methods.link import Back
 from mpsl_dist.models.average import average
 from mpsl_dist.models.lora import average_by_rank, product_gap, to_rank
+from mpsl_dist.models.tasks import TASKS
 from mpsl_dist.records import state
 from mpsl_dist.records.traffic import Traffic
 
@@ -81,7 +83,7 @@ class Mlecs:
         weights = [weight_of(update, self.rules.aggregate) for update in updates.values()]
         if self.rules.ranks:
             return average_by_rank(states, weights)
-        self.gap = product_gap(states, weights) if self.rules.exchange == "lora" else 0.0
+        self.gap = product_gap(states, weights) if self.rules.exchange in _FACTORS else 0.0
         return average(states, weights)
 
     def _sent(self, clients: Sequence[int]) -> dict[int, dict[str, Tensor]]:
@@ -94,16 +96,19 @@ class Mlecs:
         self.clients.restore_kept(back.fresh)
 
     def evaluate(self) -> dict[str, float]:
-        """Return the devices' mean accuracy, each with its own modalities, and the server's."""
+        """Return the devices' mean accuracy, each with its own modalities, and the server's.
+
+        ``f1`` is the mean of the devices' own macro F1, each over its own test samples.
+        """
         found: dict[str, float] = {}
         told = self.clients.test(self._sent(self._holders()), self._test_size())
-        by_device = {n: right / samples for n, (right, samples) in told.items() if samples}
-        if by_device:
-            found["accuracy"] = sum(by_device.values()) / len(by_device)
-            found |= {f"accuracy_{n}": score for n, score in by_device.items()}
+        by_device = {n: scores_of(score) for n, score in told.items() if score[1]}
+        for name in next(iter(by_device.values()), {}):
+            found[name] = sum(score[name] for score in by_device.values()) / len(by_device)
+            found |= {f"{name}_{n}": score[name] for n, score in by_device.items()}
         if len(self.cloud.tests):
-            right, samples = self.cloud.test()
-            found["server_accuracy"] = right / samples
+            scores = scores_of(self.cloud.test())
+            found |= {f"server_{name}": score for name, score in scores.items()}
         found["product_gap"] = self.gap
         return found if "accuracy" in found else {"accuracy": found["server_accuracy"], **found}
 
@@ -123,8 +128,12 @@ class Mlecs:
     def _test_size(self) -> int:
         return self.experiment.training.test_batch_size
 
-    def deployable(self) -> None:
-        """Return None: every device keeps encoders and connector to itself."""
+    def deployable(self) -> Deployable | None:
+        """Return the server's large model; every device keeps its own to itself."""
+        if self.rules.answer not in ("label", "head"):
+            return None  # what it writes is no class
+        large = self.cloud.large
+        return UnifiedDeployable(large.tokenizers, large.answers, TASKS["classification"])
 
     def trainable_parameters(self) -> dict[str, int]:
         """Return how many numbers a device of all modalities trains, and the server."""
@@ -143,6 +152,16 @@ class Mlecs:
         """Continue from :meth:`save`."""
         path = Path(folder) / state.SERVER
         self.clients.restore(folder, files, lambda: self.cloud.restore(path))
+
+
+def scores_of(told: Sequence[float]) -> dict[str, float]:
+    """Return ``accuracy``, and ``f1`` where there is one, of what a test told."""
+    right, samples, *f1 = told
+    return {"accuracy": right / samples} | dict(zip(("f1",), f1, strict=False))
+
+
+#: What is exchanged where factors are all that is averaged of language models.
+_FACTORS = ("lora", "proxy")
 
 
 def weight_of(update: DeviceUpdate, rule: str) -> float:

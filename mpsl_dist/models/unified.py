@@ -33,6 +33,29 @@ class Read:
     fused_bs: Tensor
 
 
+class Proxy(nn.Module):
+    """A smaller language model beside another, with a soft-prompt generator of its own (Co-PLMs).
+
+    Parameters
+    ----------
+    generator : nn.Module
+        (b, s) -> (b, tokens * d).
+    answers : Answers
+    tokens : int
+        Soft tokens of a sample.
+    """
+
+    def __init__(self, generator: nn.Module, answers: Answers, tokens: int) -> None:
+        super().__init__()
+        self.generator = generator
+        self.answers = answers
+        self.tokens = tokens
+
+    def prompt(self, fused_bs: Tensor) -> Tensor:
+        """Return the soft tokens (b, l, d) of a fused representation."""
+        return self.generator(fused_bs).unflatten(1, (self.tokens, -1))
+
+
 class Unified(nn.Module):
     """Encoders, connector, and a language model or what stands for it.
 
@@ -43,13 +66,22 @@ class Unified(nn.Module):
     answers : Answers
     contrast : VolumeContrast
         With anchors of the fused width on a device, of a modality's on the server.
+    proxy : Proxy, optional
+        What travels in the place of ``answers``.
     """
 
-    def __init__(self, tokenizers: Connected, answers: Answers, contrast: VolumeContrast) -> None:
+    def __init__(
+        self,
+        tokenizers: Connected,
+        answers: Answers,
+        contrast: VolumeContrast,
+        proxy: Proxy | None = None,
+    ) -> None:
         super().__init__()
         self.tokenizers = tokenizers
         self.answers = answers
         self.contrast = contrast
+        self.proxy = proxy
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -94,9 +126,10 @@ def shared_state(model: Unified, exchange: str) -> dict[str, Tensor]:
     ----------
     exchange : str
         ``lora``: what is trained of the language model (Algorithm 1); ``all``: whatever is trained
-        but the contrast's anchors; ``none``.
+        but the contrast's anchors; ``proxy``: what is trained of the proxy's language model, and
+        the encoders; ``none``.
     """
-    return {name: p.detach().cpu().clone() for name, p in _shared(model, exchange).items()}
+    return {n: p.detach().cpu().clone() for n, p in shared_parameters(model, exchange).items()}
 
 
 @torch.no_grad()
@@ -108,16 +141,27 @@ def load_shared(model: Unified, exchange: str, state: Mapping[str, Tensor]) -> N
     ValueError
         If ``state`` lacks what the model has.
     """
-    own = _shared(model, exchange)
+    own = shared_parameters(model, exchange)
     if lacking := own.keys() - state.keys():
         raise ValueError(f"parameters are missing: {sorted(lacking)}")
     for name, parameter in own.items():
         parameter.copy_(state[name])
 
 
-def _shared(model: Unified, exchange: str) -> dict[str, nn.Parameter]:
-    first = {"lora": ("answers.",), "all": ("answers.", "tokenizers."), "none": ()}[exchange]
+def shared_parameters(model: Unified, exchange: str) -> dict[str, nn.Parameter]:
+    """Return what :func:`shared_state` copies."""
+    first = _TRAVELS[exchange]
     return {n: p for n, p in model.named_parameters() if p.requires_grad and n.startswith(first)}
+
+
+_ENCODERS = ("tokenizers.by_modality.", "tokenizers.pre_norm.", "tokenizers.encoders.")
+#: How the names of parameters that travel begin.
+_TRAVELS: dict[str, tuple[str, ...]] = {
+    "lora": ("answers.",),
+    "all": ("answers.", "tokenizers."),
+    "proxy": ("proxy.answers.", *_ENCODERS),
+    "none": (),
+}
 
 
 def freeze_absent(model: Unified) -> None:

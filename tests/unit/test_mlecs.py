@@ -12,12 +12,14 @@ import torch
 import toys
 from local_fleet import WatchedFleet
 
+from mpsl_dist.actors import predictor
 from mpsl_dist.actors.edge_device import DeviceUpdate, EdgeDevice
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
 from mpsl_dist.actors.stream import Stream
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data.gaps import draw
+from mpsl_dist.errors import DataError
 from mpsl_dist.methods import mlecs
 from mpsl_dist.methods.device_link import DeviceLink
 from mpsl_dist.methods.mlecs import Mlecs, build_cloud, build_devices
@@ -34,6 +36,11 @@ SMALL = {
     **{"fused": 12, "tokens": 2, "instruction": "is", "pool": 8},
     **{"public_steps": 2, "private_steps": 3, "server_steps": 2},
 }
+
+
+#: The row of the sweep, of a language model that its proxy is half of.
+CO_PLMS = {"exchange": "proxy", "aggregate": "samples", "contrast": False, "edge_blocks": 2}
+LACKING = {"missing": {"rate": 0.5, "seed": 3}}
 
 
 def experiment(language: str = "none", public: float = 0.3, **changes: Any) -> Experiment:
@@ -205,14 +212,15 @@ def test_editing_sets_back_the_layer_that_turned_furthest() -> None:
         {"aggregate": "uniform", "ranks": [1, 2, 2], "edit": 1},
         {"proximal": 0.1},
         {"exchange": "all", "transfer": False},
+        CO_PLMS,
         {"answer": "head"},
     ],
-    ids=["ml-ecs", "fedilora", "fedmllm", "multi-fedavg", "head"],
+    ids=["ml-ecs", "fedilora", "fedmllm", "multi-fedavg", "co-plms", "head"],
 )
-def test_bytes_are_what_was_computed_beforehand(rules: dict[str, Any]) -> None:
+def test_bytes_and_trained_numbers_are_what_was_computed_beforehand(rules: dict[str, Any]) -> None:
     pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
     from mpsl_dist.analysis.cost_inputs import Inputs
-    from mpsl_dist.analysis.mlecs_cost import round_bytes
+    from mpsl_dist.analysis.mlecs_cost import round_bytes, trained_numbers
 
     chosen = experiment("tiny", mlecs=rules, data={"missing": {"rate": 0.5, "seed": 3}})
     method = in_one_process(chosen)
@@ -224,6 +232,10 @@ def test_bytes_are_what_was_computed_beforehand(rules: dict[str, Any]) -> None:
     for number, own in held.items():
         foreseen = round_bytes(chosen, inputs, number, own)
         assert foreseen == {kind: sent[number] for kind, sent in counted.items() if sent[number]}
+    totals = dict.fromkeys(("client", "server"), 0)
+    for (owner, _), trained in trained_numbers(chosen, inputs).items():
+        totals[owner] += trained
+    assert totals == method.trainable_parameters()
 
 
 def test_what_leaves_a_device_are_factors_and_three_numbers() -> None:
@@ -345,9 +357,12 @@ def test_a_device_that_comes_back_goes_on_from_what_it_kept(tmp_path: Path) -> N
     assert_same(states(method), states(whole))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", [{}, CO_PLMS], ids=["ml-ecs", "co-plms"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
     pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
-    rules = {"dropout": 0.5, "lora_dropout": 0.5}
+    rules = {"dropout": 0.5, "lora_dropout": 0.5} | row
     chosen = experiment("tiny", mlecs=rules, data={"missing": {"rate": 0.5}})
     whole, first = in_one_process(chosen), in_one_process(chosen)
     rounds(whole, 3)
@@ -368,10 +383,45 @@ def test_scores_are_the_mean_of_devices_each_with_its_own_and_the_servers() -> N
     method = in_one_process(chosen)
     assert sum(method.read_tests()) == 30
     found = method.evaluate()
-    each = [found[f"accuracy_{n}"] for n in range(3)]
-    assert found["accuracy"] == pytest.approx(sum(each) / 3)
-    assert 0 <= found["server_accuracy"] <= 1
+    for name in ("accuracy", "f1"):
+        each = [found[f"{name}_{n}"] for n in range(3)]
+        assert found[name] == pytest.approx(sum(each) / 3)
+        assert 0 <= found[f"server_{name}"] <= 1
     assert "accuracy_0" not in in_one_process(experiment()).evaluate()
+
+
+def test_macro_f1_is_the_mean_over_classes_of_a_devices_own_test_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = experiment(data={"test_at": "clients"})
+    device = devices_of(in_one_process(chosen))[0]
+    labels = torch.cat([batch.labels for batch in device.tests.batches(100)])
+    # Everything is the first class: its precision is its share, its recall is 1.
+    monkeypatch.setattr(
+        type(device.model), "scores", lambda _, inputs: torch.eye(3)[[0] * len(inputs["image"])]
+    )
+    hits, samples, f1 = device.test(shared_state(device.model, "lora"), 4)
+    share = (labels == 0).double().mean().item()
+    assert (hits, samples) == ((labels == 0).sum(), len(labels)) and 0 < share < 1
+    assert f1 == pytest.approx(2 * share / (1 + share) / len(labels.unique()))
+
+
+def test_the_model_of_a_run_is_the_servers_large_one(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
+    chosen = experiment("tiny", data={"missing": {"rate": 0.5}})
+    method = in_one_process(chosen)
+    rounds(method, 1)
+    splits = Holdings.load(chosen).splits
+    method.deployable().save(tmp_path, chosen, splits)
+    model = predictor.load(tmp_path)
+    tests = splits.test.fetch(range(30))
+    logits = model(tests.inputs)
+    assert torch.equal(logits, method.cloud.large.scores(tests.inputs))
+    named = [one.label for one in model.predict(**tests.inputs)]
+    right = [toys.CLASSES[k] == name for k, name in zip(tests.labels, named, strict=True)]
+    assert method.evaluate()["server_accuracy"] == sum(right) / 30 < 1
+    with pytest.raises(DataError, match="audio"):
+        model.predict(image=tests.inputs["image"])
 
 
 # -- refusals ----------------------------------------------------------------------------------
@@ -384,6 +434,19 @@ def test_scores_are_the_mean_of_devices_each_with_its_own_and_the_servers() -> N
         ({"mlecs": {"answer": "label"}}, "mlecs.answer: without a language model"),
         ({"mlecs": {"exchange": "none"}}, "mlecs.transfer: with mlecs.exchange=lora alone"),
         ({"language": "tiny", "mlecs": {"ranks": [1, 1, 1]}}, "mlecs.ranks: one for each"),
+        ({"mlecs": {"exchange": "proxy"}}, "mlecs.exchange: proxy is of the blocks"),
+        (
+            {"language": "tiny", "mlecs": {"exchange": "proxy", "proxy_blocks": 2}},
+            "mlecs.proxy_blocks: at most mlecs.edge_blocks=1",
+        ),
+        (
+            {"language": "tiny", "mlecs": {"exchange": "proxy", "public_steps": 0}},
+            "mlecs.public_steps: a proxy learns",
+        ),
+        (
+            {"language": "tiny", "mlecs": {"exchange": "proxy", "proximal": 0.1}},
+            "mlecs.proximal: with mlecs.exchange=lora alone",
+        ),
         ({"mlecs": {"width": 6}}, "mlecs.width: must be a multiple of 4"),
         ({"data": {"missing": {"rate": 0.5, "per": "sample"}}}, "data.missing.per: mlecs"),
     ],
