@@ -12,8 +12,8 @@ reveals to the server stands after "tells":
                  has, its mean loss; tells of its inputs and labels what factors trained on them
                  do. With ``mlecs.exchange: all`` every trained parameter, whose names tell which
                  modalities it has; with ``none`` no parameter
-``test``         how many of its test predictions were right, and of how many; tells little of
-                 its labels
+``test``         how many of its test predictions were right, and of how many; of captions the
+                 sum of their scores, and of how many; tells little of its labels, and no text
 ``read_tests``   how many of its test samples can be read; tells no more
 ``damage_met``   how many of its files and samples could not be read; tells no more
 ``save``         the SHA-256 of the file that it wrote of its state, as a text; tells no more
@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mpsl_dist.actors.captions import captions_of, total, wanted
 from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.stream import Stream
@@ -43,7 +44,7 @@ from mpsl_dist.config.mlecs import Mlecs
 from mpsl_dist.config.schema import Optimizer
 from mpsl_dist.data import Batch
 from mpsl_dist.errors import DivergedError
-from mpsl_dist.models.answers import answer_loss
+from mpsl_dist.models.answers import CaptionAnswers, answer_loss
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.lora import edited, middle_distance
 from mpsl_dist.models.unified import Read, Unified, load_shared, shared_state
@@ -184,9 +185,14 @@ class EdgeDevice:
         mean = sum(losses) / len(losses)
         return DeviceUpdate(self._to_send(), len(self.data), len(self.model.modalities), mean)
 
-    def test(self, weights: Mapping[str, Tensor], batch_size: int) -> tuple[int, int]:
-        """Return how many of its test samples its model predicts right, and of how many."""
+    def test(self, weights: Mapping[str, Tensor], batch_size: int) -> tuple[float, int]:
+        """Return how many of its test samples its model predicts right, and of how many.
+
+        Of captions it is the sum of their scores.
+        """
         self._receive(weights)
+        if isinstance(self.model.answers, CaptionAnswers):
+            return total([*captions_of(self.model, self.tests, batch_size)])
         return right(self.model, self.tests, batch_size)
 
     def read_tests(self, batch_size: int) -> int:
@@ -251,7 +257,7 @@ class EdgeDevice:
         return self._answered(self.model.read(self.model.encode(batch.inputs)), batch)
 
     def _answered(self, read: Read, batch: Batch) -> Tensor:
-        labels_b = batch.labels.to(read.fused_bs.device)
+        labels_b = wanted(self.model.answers, batch).to(read.fused_bs.device)
         logits_bpv = self.model.answers(self.model.prompt(read.fused_bs), labels_b)
         return answer_loss(self.model.answers, logits_bpv, labels_b) + self._held_back()
 

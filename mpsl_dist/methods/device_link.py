@@ -35,13 +35,13 @@ class DeviceLink(Link):
         where = f"round {round_}"
         return self.start("train_round", sent, where, down="lora_down", up="lora_up")()
 
-    def test(self, weights: Mapping[int, Weights], batch_size: int) -> dict[int, tuple[int, int]]:
+    def test(self, weights: Mapping[int, Weights], batch_size: int) -> dict[int, tuple[float, int]]:
         """Have devices count right predictions on their own test samples.
 
         Returns
         -------
         dict of int to tuple of int
-            Device -> right predictions, and samples that could be read.
+            Device -> right predictions or the sum of scores, and samples that could be read.
         """
         sent = {n: (weights[n], batch_size) for n in weights}
         return self.start("test", sent, self.in_test, down="test_weights_down")()

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mpsl_dist.actors import captions
+from mpsl_dist.actors.choices import writes_captions
 from mpsl_dist.actors.cloud import Cloud
 from mpsl_dist.actors.edge_device import DeviceUpdate, EdgeDevice
 from mpsl_dist.actors.holdings import Holdings
@@ -94,18 +96,25 @@ class Mlecs:
         self.clients.restore_kept(back.fresh)
 
     def evaluate(self) -> dict[str, float]:
-        """Return the devices' mean accuracy, each with its own modalities, and the server's."""
+        """Return the devices' mean accuracy, each with its own modalities, and the server's.
+
+        Of captions it is ``rouge_l``, and what the server wrote is in its run directory.
+        """
         found: dict[str, float] = {}
+        name = "rouge_l" if writes_captions(self.experiment) else "accuracy"
         told = self.clients.test(self._sent(self._holders()), self._test_size())
         by_device = {n: right / samples for n, (right, samples) in told.items() if samples}
         if by_device:
-            found["accuracy"] = sum(by_device.values()) / len(by_device)
-            found |= {f"accuracy_{n}": score for n, score in by_device.items()}
+            found[name] = sum(by_device.values()) / len(by_device)
+            found |= {f"{name}_{n}": score for n, score in by_device.items()}
         if len(self.cloud.tests):
             right, samples = self.cloud.test()
-            found["server_accuracy"] = right / samples
+            found[f"server_{name}"] = right / samples
+        if self.cloud.captions:
+            path = self.experiment.run_directory / captions.FILE
+            captions.save(self.cloud.captions, path)
         found["product_gap"] = self.gap
-        return found if "accuracy" in found else {"accuracy": found["server_accuracy"], **found}
+        return found if name in found else {name: found[f"server_{name}"], **found}
 
     def read_tests(self) -> Iterator[int]:
         """Read every test sample once, and yield how many can be read, batch by batch."""
@@ -167,6 +176,8 @@ def build_devices(
     unused.
     """
     splits, names = holdings.splits, list(holdings.splits.shapes)
+    if writes_captions(experiment):
+        captions.rouge_l()  # refuses, before anything is trained, where it is not installed
     devices, shared = [], None
     for number in numbers:
         own = holdings.modalities(number) or names
@@ -203,7 +214,9 @@ def build_cloud(experiment: Experiment, holdings: Holdings) -> Cloud:
         If there are classes or modalities too few for what is asked for.
     """
     splits = holdings.splits
-    if splits.retrieval:
+    if writes_captions(experiment):
+        captions.rouge_l()
+    elif splits.retrieval:
         raise ConfigError(f"method: mlecs answers by classes, which {experiment.data.name} lacks")
     if len(splits.shapes) < 2 and experiment.mlecs.contrast:
         raise ConfigError("mlecs.contrast: the data have one modality; take false")
