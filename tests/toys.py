@@ -60,6 +60,24 @@ def load_pairs() -> Splits:
     )
 
 
+def load_captions() -> Splits:
+    """Thirty pictures with sounds and two captions each, and ten for testing.
+
+    Every other picture is dark; captions of these begin with an a, those of bright ones with a b.
+    """
+    splits = load(("image", "audio"))
+
+    def captioned(split: TensorDataset, pictures: int) -> TensorDataset:
+        of_pair = torch.arange(2 * pictures) // 2
+        inputs = dict(split.fetch(of_pair.tolist()).inputs)
+        inputs["image"] += 4.0 * (of_pair % 2)[:, None, None, None] - 2.0
+        inputs["text"] = torch.zeros(2 * pictures, 6, dtype=torch.long)
+        texts = [f"{'ab'[n // 2 % 2]} {'yes' if n % 2 else 'no'}" for n in range(2 * pictures)]
+        return TensorDataset(inputs, of_pair, texts=texts)
+
+    return Splits(captioned(splits.train, 30), captioned(splits.test, 10), SHAPES, ())
+
+
 #: The toys as a plugin's datasets: ``plugins: [toys]``.
 datasets: dict[str, DatasetFacts] = {
     name: DatasetFacts(
@@ -68,6 +86,7 @@ datasets: dict[str, DatasetFacts] = {
     for name, make in {
         "toy-pairs": load_pairs,
         "toy-gaps": load_gaps,
+        "toy-captions": load_captions,
         "toy-image+text": partial(load, ("image", "text")),
         "toy-image+audio": partial(load, ("image", "audio")),
         "toy-audio+text": partial(load, ("audio", "text")),

@@ -27,7 +27,8 @@ def check_task(experiment: Experiment, splits: Splits) -> None:
         errors.append(
             f"model.head.kind: '{kind}' is for {head.task}, which {experiment.data.name} is not"
         )
-    if not task.scored_apart and experiment.data.test_at == "clients":
+    common = facts_of(experiment).common
+    if common and not task.scored_apart and experiment.data.test_at == "clients":
         errors.append("data.test_at: retrieval ranks the whole test set, at the server")
     if experiment.contrastive == "global" and not task.contrasts:
         errors.append(f"contrastive: {experiment.data.name} is no retrieval dataset")
@@ -166,7 +167,7 @@ def _not_with_gaps(experiment: Experiment, splits: Splits) -> list[str]:
         "training.evaluate_own: at the server a client's own tokenizers would meet parts that it "
         "has none for; take data.test_at=clients": own,
         f"data.name: {experiment.data.name} is a retrieval dataset, whose pairs need both parts": (
-            splits.retrieval
+            splits.retrieval and facts_of(experiment).common
         ),
         "model.head.kind: it takes modalities apart, and each must be there": (
             not splits.retrieval and head_of(experiment, splits)[1].apart

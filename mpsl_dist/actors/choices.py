@@ -102,6 +102,11 @@ def forms_of(experiment: Experiment) -> dict[str, str | None]:
     }
 
 
+def writes_captions(experiment: Experiment) -> bool:
+    """Return whether captions are what is to be written of a sample, and no input."""
+    return "mlecs" in facts_of(experiment).reads and experiment.mlecs.answer == "caption"
+
+
 def wire_of(experiment: Experiment) -> Wire:
     """Return how what crosses the cut is coded; plain where the method has none.
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsl_dist.actors.edge_device import dropout_of, right, step_on
+from mpsl_dist.actors.captions import Written, captions_of, mean_score, wanted
+from mpsl_dist.actors.edge_device import dropout_of, step_on, tested
 from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.stream import Stream
@@ -21,7 +22,7 @@ from mpsl_dist.config.mlecs import Mlecs
 from mpsl_dist.config.schema import Optimizer
 from mpsl_dist.data import Batch
 from mpsl_dist.errors import DataError
-from mpsl_dist.models.answers import answer_loss
+from mpsl_dist.models.answers import CaptionAnswers, answer_loss
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.lora import over
 from mpsl_dist.models.transfer import pooled_kl
@@ -85,6 +86,8 @@ class Cloud:
             stepper.plan(max(1, rules.server_steps), rounds)
         #: φ: what every device begins its next round with.
         self.shared: dict[str, Tensor] = shared_state(small, rules.exchange)
+        #: What the large model wrote of its test samples, at its last test.
+        self.captions: list[Written] = []
 
     @torch.no_grad()
     def fused_table(self) -> Tensor:
@@ -130,7 +133,7 @@ class Cloud:
 
     def _step(self, place: int, batch: Batch) -> None:
         read = self.large.read(self.large.encode(batch.inputs))
-        labels_b = batch.labels.to(read.fused_bs.device)
+        labels_b = wanted(self.large.answers, batch).to(read.fused_bs.device)
         large_bpv = self.large.answers(self.large.prompt(read.fused_bs), labels_b)
         loss = answer_loss(self.large.answers, large_bpv, labels_b)
         if self.rules.contrast:
@@ -151,9 +154,15 @@ class Cloud:
         others = [m for m in range(count) if m != drawn]
         return self.large.contrast(modalities_bmh[:, drawn], modalities_bmh[:, others])
 
-    def test(self) -> tuple[float, ...]:
-        """Return how the large model predicts its test samples, as ``right``."""
-        return right(self.large, self.tests, self.test_batch_size)
+    def test(self) -> tuple[dict[str, float], int]:
+        """Return the large model's scores on its test samples, and of how many, as ``tested``.
+
+        What it writes of them is kept.
+        """
+        if isinstance(self.large.answers, CaptionAnswers):
+            self.captions = [*captions_of(self.large, self.tests, self.test_batch_size)]
+            return mean_score(self.captions)
+        return tested(self.large, self.tests, self.test_batch_size)
 
     def trained(self) -> int:
         """Return how many numbers it trains."""

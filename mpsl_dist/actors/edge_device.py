@@ -14,8 +14,8 @@ reveals to the server stands after "tells":
                  modalities it has; with ``proxy`` its encoders and its proxy's trained factors,
                  whose names tell the same, and none of its language model; with ``none`` no
                  parameter
-``test``         how many of its test predictions were right, of how many, and their macro F1;
-                 tells little of its labels
+``test``         the accuracy and the macro F1 of its test predictions, or the mean score of its
+                 captions, and of how many; tells little of its labels, and no text
 ``read_tests``   how many of its test samples can be read; tells no more
 ``damage_met``   how many of its files and samples could not be read; tells no more
 ``save``         the SHA-256 of the file that it wrote of its state, as a text; tells no more
@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mpsl_dist.actors.captions import captions_of, mean_score, wanted
 from mpsl_dist.actors.local_data import Damage, LocalData, TestData
 from mpsl_dist.actors.optimizer import Stepper
 from mpsl_dist.actors.stream import Stream
@@ -46,7 +47,7 @@ from mpsl_dist.config.mlecs import Mlecs
 from mpsl_dist.config.schema import Optimizer
 from mpsl_dist.data import Batch
 from mpsl_dist.errors import DivergedError
-from mpsl_dist.models.answers import answer_loss
+from mpsl_dist.models.answers import CaptionAnswers, answer_loss
 from mpsl_dist.models.average import load_trainable, trainable_state
 from mpsl_dist.models.lora import edited, middle_distance
 from mpsl_dist.models.transfer import pooled_kl
@@ -188,10 +189,12 @@ class EdgeDevice:
         mean = sum(losses) / len(losses)
         return DeviceUpdate(self._to_send(), len(self.data), len(self.model.modalities), mean)
 
-    def test(self, weights: Mapping[str, Tensor], batch_size: int) -> tuple[float, ...]:
-        """Return how its model predicts its test samples, as :func:`right`."""
+    def test(self, weights: Mapping[str, Tensor], batch_size: int) -> tuple[dict[str, float], int]:
+        """Return its model's scores on its test samples, and of how many, as :func:`tested`."""
         self._receive(weights)
-        return right(self.model, self.tests, batch_size)
+        if isinstance(self.model.answers, CaptionAnswers):
+            return mean_score([*captions_of(self.model, self.tests, batch_size)])
+        return tested(self.model, self.tests, batch_size)
 
     def read_tests(self, batch_size: int) -> int:
         """Return how many of its test samples can be read.
@@ -255,7 +258,7 @@ class EdgeDevice:
         return self._answered(self.model.read(self.model.encode(batch.inputs)), batch)
 
     def _answered(self, read: Read, batch: Batch, mutual: bool = False) -> Tensor:
-        labels_b = batch.labels.to(read.fused_bs.device)
+        labels_b = wanted(self.model.answers, batch).to(read.fused_bs.device)
         logits_bpv = self.model.answers(self.model.prompt(read.fused_bs), labels_b)
         loss = answer_loss(self.model.answers, logits_bpv, labels_b) + self._held_back()
         return loss + self._mutual(logits_bpv, read.fused_bs, labels_b) if mutual else loss
@@ -340,10 +343,10 @@ def dropout_of(model: Unified, seed: int, owner: int, round_: int) -> Iterator[N
 
 
 @torch.no_grad()
-def right(model: Unified, tests: TestData, batch_size: int) -> tuple[int, int, float]:
-    """Return how many test samples a model predicts right, of how many, and the macro F1.
+def tested(model: Unified, tests: TestData, batch_size: int) -> tuple[dict[str, float], int]:
+    """Return a model's ``accuracy`` and macro ``f1`` on test samples, and of how many.
 
-    That is the mean of F1 over the classes that are met or predicted; 0 without samples.
+    F1 is averaged over the classes that are met or predicted. Without samples there is no score.
     """
     from sklearn.metrics import f1_score
 
@@ -352,6 +355,8 @@ def right(model: Unified, tests: TestData, batch_size: int) -> tuple[int, int, f
     for batch in filter(len, tests.batches(batch_size)):
         told += model.scores(batch.inputs).argmax(1).tolist()
         labels += batch.labels.tolist()
+    if not labels:
+        return {}, 0
     hits = sum(one == label for one, label in zip(told, labels, strict=True))
-    f1 = f1_score(labels, told, average="macro", zero_division=0.0) if labels else 0.0
-    return hits, len(labels), float(f1)
+    f1 = float(f1_score(labels, told, average="macro", zero_division=0.0))
+    return {"accuracy": hits / len(labels), "f1": f1}, len(labels)

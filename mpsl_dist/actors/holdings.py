@@ -18,11 +18,12 @@ from torch import Tensor
 
 from mpsl_dist import data
 from mpsl_dist.actors.agreement import Agreement, Elsewhere, Offer, renumbered
-from mpsl_dist.actors.choices import forms_of, pixels_of
+from mpsl_dist.actors.choices import forms_of, pixels_of, writes_captions
 from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data import Dataset, Splits, TensorDataset, presence
+from mpsl_dist.data.captioned import with_captions
 from mpsl_dist.data.decode.samples import PIXELS, FileDataset, with_colours
 from mpsl_dist.data.gaps import cells, leave_out
 from mpsl_dist.data.loading import Loaders
@@ -54,7 +55,9 @@ def load_data(experiment: Experiment, needs: Sequence[str] = ("train", "test")) 
     if _zeros(experiment):
         train, test = (_with_zeros(split) for split in (train, test))
     splits = replace(splits, train=train, test=test)
-    if chosen.unit == "picture":
+    if writes_captions(experiment):
+        splits = with_captions(splits, chosen.name)
+    elif chosen.unit == "picture":
         splits = by_picture(splits, chosen.name)
     return splits if chosen.classes is None else renumbered(splits, chosen.classes)
 
@@ -372,5 +375,8 @@ def _cut(
         return dataset, parts
     rows = np.unique(np.concatenate(parts))  # clients of one user have the same
     kept = dataset.fetch(rows)
-    cut = replace(dataset, inputs=kept.inputs, labels=kept.labels, present=kept.present)
+    texts = dataset.texts and [dataset.texts[row] for row in rows]
+    cut = replace(
+        dataset, inputs=kept.inputs, labels=kept.labels, present=kept.present, texts=texts
+    )
     return cut, [np.searchsorted(rows, p) for p in parts]

@@ -16,15 +16,22 @@ from mpsl_dist.actors.choices import device_of, dtype_of
 from mpsl_dist.config import Encoder, Experiment
 from mpsl_dist.data import Splits
 from mpsl_dist.errors import ConfigError
-from mpsl_dist.models.answers import NAMES, Answers, HeadAnswers, LabelAnswers
+from mpsl_dist.models.answers import (
+    NAMES,
+    Answers,
+    CaptionAnswers,
+    HeadAnswers,
+    LabelAnswers,
+)
 from mpsl_dist.models.connector import Connected, Connector
 from mpsl_dist.models.language import (
     SMOLLM2,
     TINY,
     LanguageShape,
     build_language,
+    characters,
     read_smollm2,
-    smollm2_tokenizer,
+    smollm2_pieces,
 )
 from mpsl_dist.models.lora import ATTENTION, add_lora
 from mpsl_dist.models.unified import Proxy, Unified, freeze_absent
@@ -146,14 +153,16 @@ def _answers(experiment: Experiment, splits: Splits, blocks: int, rank: int) -> 
             add_lora(model, rank, alpha, ATTENTION, rules.lora_dropout)
         if model is None or rules.answer == "head":
             return HeadAnswers(model, _width(experiment), len(splits.classes))
+    words = smollm2_pieces("mlecs.language") if rules.language == "smollm2" else characters()
+    if rules.answer == "caption":
+        return CaptionAnswers(model, rules.instruction, words, rules.caption_length)
     if len(splits.classes) > len(NAMES):
         raise ConfigError(
             f"mlecs.answer: label names at most {len(NAMES)} classes, the data have "
             f"{len(splits.classes)}; take head"
         )
-    asked, end = _tokens(rules.language, rules.instruction)
-    names = [_tokens(rules.language, name)[0][0] for name in NAMES[: len(splits.classes)]]
-    return LabelAnswers(model, asked, names, end)
+    names = [words.encode(name)[0] for name in NAMES[: len(splits.classes)]]
+    return LabelAnswers(model, words.encode(rules.instruction), names, words.end)
 
 
 def _language(kind: str, shape: LanguageShape) -> nn.Module:
@@ -163,16 +172,6 @@ def _language(kind: str, shape: LanguageShape) -> nn.Module:
     # Frozen, Llama's own small table could hardly prefer one word to another.
     nn.init.normal_(model.get_input_embeddings().weight, std=shape.width**-0.5)
     return model
-
-
-def _tokens(kind: str, text: str) -> tuple[list[int], int]:
-    """Return a text's tokens and the token that ends an answer; of ``tiny`` the ASCII characters
-    from the space on, 95 of them, and the end.
-    """
-    if kind == "smollm2":
-        vocabulary = smollm2_tokenizer("mlecs.language")
-        return vocabulary.encode(text).ids, vocabulary.token_to_id("<|im_end|>")
-    return [ord(letter) - 32 for letter in text], TINY.vocabulary - 1
 
 
 @contextmanager

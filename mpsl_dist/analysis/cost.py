@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from mpsl_dist.actors.choices import clients_own_head
+from mpsl_dist.actors.choices import clients_own_head, writes_captions
 from mpsl_dist.actors.cut_cache import limit_of
 from mpsl_dist.analysis import flops, mlecs_cost, traffic_model, unimodal
 from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
@@ -191,6 +191,9 @@ def _edge_rows(experiment: Experiment, inputs: Inputs) -> Iterator[Row]:
         for part, value in (own | {"total": sum(own.values())}).items():
             yield Row("parameters", "mlecs", owner, part, "trainable", value, "parameters")
     totals = {"up": 0, "down": 0}
+    if writes_captions(experiment):  # the text is no input then
+        shapes = {name: shape for name, shape in inputs.shapes.items() if name != "text"}
+        inputs = replace(inputs, shapes=shapes)
     for kind, value in mlecs_cost.round_bytes(experiment, inputs, 0, [*inputs.shapes]).items():
         way = traffic_model.direction(kind)
         totals[way] += value

@@ -56,13 +56,15 @@ class FinishedRun:
 
     @property
     def metric(self) -> str:
-        """What the run is compared by: ``accuracy``, or in retrieval ``mean recall``."""
-        return "accuracy" if "accuracy" in self.summary["test"] else "mean recall"
+        """What the run is compared by: ``accuracy``, of captions ``rouge_l``, or in retrieval
+        ``mean recall``.
+        """
+        return _single(self.summary["test"]) or "mean recall"
 
     def result(self, test: dict[str, float]) -> float:
-        """Return the accuracy of a test, or the mean of R@1, R@5 and R@10 both ways."""
-        if "accuracy" in test:
-            return test["accuracy"]
+        """Return the accuracy of a test, Rouge-L, or the mean of R@1, R@5 and R@10 both ways."""
+        if name := _single(test):
+            return test[name]
         return statistics.fmean(_recalls(test))
 
     @property
@@ -89,6 +91,11 @@ class FinishedRun:
             for key, value in flat.items()
             if value is not None and not f"{key}.".startswith(left_out)
         }
+
+
+def _single(test: Mapping[str, float]) -> str | None:
+    """Return the name of the one number that a test is compared by; None in retrieval."""
+    return next((name for name in ("accuracy", "rouge_l") if name in test), None)
 
 
 def _recalls(test: Mapping[str, float]) -> list[float]:
@@ -149,8 +156,8 @@ def _read_one(folder: Path) -> FinishedRun:
         )
     tests = tuple(line["metric"] for line in run.metrics() if line["split"] == "test")
     for test in (summary["test"], *tests):
-        if not isinstance(test, dict) or not ("accuracy" in test or _recalls(test)):
-            raise RunError(f"{folder}: a test has neither accuracy nor recall: {test}")
+        if not isinstance(test, dict) or not (_single(test) or _recalls(test)):
+            raise RunError(f"{folder}: a test has neither accuracy, rouge_l nor recall: {test}")
     if not tests:
         raise RunError(f"{folder / 'metrics.jsonl'}: no line of a test; leave this run out")
     return FinishedRun(folder, run.config(), summary, tests)

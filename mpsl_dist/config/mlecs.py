@@ -19,8 +19,11 @@ class Mlecs:
     edge_blocks: int = 2
     #: Blocks of the server's large one.
     server_blocks: int = 4
-    #: ``label``: the language model writes the class; ``head``: a trained linear head reads it off.
-    answer: Literal["label", "head"] = "label"
+    #: ``label``: the language model writes the class; ``head``: a trained linear head reads it off;
+    #: ``caption``: it writes what pictures with captions (``data.unit: picture``) are said to show.
+    answer: Literal["label", "head", "caption"] = "label"
+    #: Tokens of a ``caption`` at most, its end included: in training it is cut, at test it ends.
+    caption_length: int = 32
     #: What the language model reads between the soft tokens and its answer.
     instruction: str = "Classify the sample. Label:"
     #: LoRA's r, on what attention projects.

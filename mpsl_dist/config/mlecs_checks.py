@@ -10,7 +10,7 @@ from mpsl_dist.config.schema import Experiment
 
 _FROM_ONE = (
     *("edge_blocks", "server_blocks", "rank", "features", "shared", "fused", "tokens", "pool"),
-    *("private_steps", "proxy_blocks"),
+    *("private_steps", "proxy_blocks", "caption_length"),
 )
 _FROM_ZERO = ("public_steps", "server_steps", "edit", "proximal")
 
@@ -46,8 +46,10 @@ def _ranges(experiment: Experiment) -> list[str]:
             found.append(f"mlecs.{name}: must be a multiple of 4, its heads of attention")
     if rules.language == "smollm2" and max(rules.edge_blocks, rules.server_blocks) > 30:
         found.append("mlecs.server_blocks: SmolLM2 has 30 blocks; take at most 30")
-    if rules.language == "none" and rules.answer == "label":
-        found.append("mlecs.answer: without a language model nobody writes a label; take head")
+    if rules.language == "none" and rules.answer != "head":
+        found.append(
+            f"mlecs.answer: without a language model nobody writes a {rules.answer}; take head"
+        )
     if not (rules.instruction and rules.instruction.isascii() and rules.instruction.isprintable()):
         found.append("mlecs.instruction: a line of ASCII letters, and not empty")
     return found
@@ -55,6 +57,8 @@ def _ranges(experiment: Experiment) -> list[str]:
 
 def _public_problems(experiment: Experiment) -> list[str]:
     rules, fraction, found = experiment.mlecs, experiment.data.public_fraction, []
+    if rules.answer == "caption" and experiment.data.unit != "picture":
+        found.append("data.unit: pair, but a caption is written of a picture; take picture")
     if not 0 <= fraction < 1:
         found.append(f"data.public_fraction: must be at least 0 and less than 1, found {fraction}")
     if experiment.data.place == "own":

@@ -33,12 +33,16 @@ class Batch:
     present : mapping of str to Tensor, optional
         Which samples have a modality, (b,) bool for each, in the order of fusion; inputs of those
         that do not mean nothing. None where all of them have everything.
+    captions : tuple of tuple of str, optional
+        What is to be written of every sample: one caption in training, all that it has at test;
+        None where captions are no answer (:mod:`mpsl_dist.data.captioned`).
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     unreadable: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     present: Mapping[str, Tensor] | None = None
+    captions: tuple[tuple[str, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +51,9 @@ class Batch:
         """Return these rows of it alone, without an account of what could not be read."""
         index = torch.as_tensor(rows, dtype=torch.long)
         inputs = {name: x[index] for name, x in self.inputs.items()}
-        return Batch(inputs, self.labels[index], present=rows_of(self.present, index))
+        captions = self.captions and tuple(self.captions[row] for row in index)
+        present = rows_of(self.present, index)
+        return Batch(inputs, self.labels[index], present=present, captions=captions)
 
     def only(self, modalities: Sequence[str]) -> Batch:
         """Return the same samples with no other modalities than these."""
@@ -72,7 +78,8 @@ class Dataset(Protocol):
     same whatever seed it is fetched with: without it, samples are taken to change; and ``present``,
     which samples have a modality, (samples,) bool for each, and ``without(present)``, which returns
     the split with no more than that: ``data.missing`` needs it; and ``view``, how files become its
-    samples, which whoever uses a trained model needs.
+    samples, which whoever uses a trained model needs; and ``texts``, every sample's text as it was
+    written, a sequence: ``mlecs.answer=caption`` needs it.
     """
 
     #: (samples,) int64.
@@ -149,6 +156,8 @@ class TensorDataset:
         Whether what is absent is zeros, as if it were data.
     view : View, optional
         How files become such inputs.
+    texts : sequence of str, optional
+        What the numbers of ``text`` stand for.
     """
 
     inputs: Mapping[str, Tensor]
@@ -156,6 +165,7 @@ class TensorDataset:
     present: Mapping[str, Tensor] | None = None
     zeros: bool = False
     view: View | None = None
+    texts: Sequence[str] | None = None
     unchanging: ClassVar[bool] = True
 
     def fetch(self, indices: Sequence[int], seed: int | None = None) -> Batch:

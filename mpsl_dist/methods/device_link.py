@@ -35,13 +35,15 @@ class DeviceLink(Link):
         where = f"round {round_}"
         return self.start("train_round", sent, where, down="lora_down", up="lora_up")()
 
-    def test(self, weights: Mapping[int, Weights], batch_size: int) -> dict[int, tuple[float, ...]]:
+    def test(
+        self, weights: Mapping[int, Weights], batch_size: int
+    ) -> dict[int, tuple[dict[str, float], int]]:
         """Have devices test their models on their own test samples.
 
         Returns
         -------
-        dict of int to tuple of float
-            Device -> right predictions, samples that could be read, and macro F1.
+        dict of int to tuple
+            Device -> its scores by name, and the samples that could be read.
         """
         sent = {n: (weights[n], batch_size) for n in weights}
         return self.start("test", sent, self.in_test, down="test_weights_down")()

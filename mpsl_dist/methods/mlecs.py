@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mpsl_dist.actors import captions
+from mpsl_dist.actors.choices import writes_captions
 from mpsl_dist.actors.cloud import Cloud
 from mpsl_dist.actors.deployable import Deployable, UnifiedDeployable
 from mpsl_dist.actors.edge_device import DeviceUpdate, EdgeDevice
@@ -98,19 +100,22 @@ class Mlecs:
     def evaluate(self) -> dict[str, float]:
         """Return the devices' mean accuracy, each with its own modalities, and the server's.
 
-        ``f1`` is the mean of the devices' own macro F1, each over its own test samples.
+        ``f1`` is the mean of the devices' own macro F1, each over its own test samples. Of captions
+        it is ``rouge_l``, and what the server wrote is in its run directory.
         """
         found: dict[str, float] = {}
         told = self.clients.test(self._sent(self._holders()), self._test_size())
-        by_device = {n: scores_of(score) for n, score in told.items() if score[1]}
+        by_device = {n: scores for n, (scores, samples) in told.items() if samples}
         for name in next(iter(by_device.values()), {}):
-            found[name] = sum(score[name] for score in by_device.values()) / len(by_device)
-            found |= {f"{name}_{n}": score[name] for n, score in by_device.items()}
-        if len(self.cloud.tests):
-            scores = scores_of(self.cloud.test())
-            found |= {f"server_{name}": score for name, score in scores.items()}
+            found[name] = sum(scores[name] for scores in by_device.values()) / len(by_device)
+            found |= {f"{name}_{n}": scores[name] for n, scores in by_device.items()}
+        at_server = self.cloud.test()[0]
+        found |= {f"server_{name}": score for name, score in at_server.items()}
+        if self.cloud.captions:
+            path = self.experiment.run_directory / captions.FILE
+            captions.save(self.cloud.captions, path)
         found["product_gap"] = self.gap
-        return found if "accuracy" in found else {"accuracy": found["server_accuracy"], **found}
+        return at_server | found  # the server's own where no device has test samples
 
     def read_tests(self) -> Iterator[int]:
         """Read every test sample once, and yield how many can be read, batch by batch."""
@@ -154,12 +159,6 @@ class Mlecs:
         self.clients.restore(folder, files, lambda: self.cloud.restore(path))
 
 
-def scores_of(told: Sequence[float]) -> dict[str, float]:
-    """Return ``accuracy``, and ``f1`` where there is one, of what a test told."""
-    right, samples, *f1 = told
-    return {"accuracy": right / samples} | dict(zip(("f1",), f1, strict=False))
-
-
 #: What is exchanged where factors are all that is averaged of language models.
 _FACTORS = ("lora", "proxy")
 
@@ -186,6 +185,8 @@ def build_devices(
     unused.
     """
     splits, names = holdings.splits, list(holdings.splits.shapes)
+    if writes_captions(experiment):
+        captions.rouge_l()  # refuses, before anything is trained, where it is not installed
     devices, shared = [], None
     for number in numbers:
         own = holdings.modalities(number) or names
@@ -222,7 +223,9 @@ def build_cloud(experiment: Experiment, holdings: Holdings) -> Cloud:
         If there are classes or modalities too few for what is asked for.
     """
     splits = holdings.splits
-    if splits.retrieval:
+    if writes_captions(experiment):
+        captions.rouge_l()
+    elif splits.retrieval:
         raise ConfigError(f"method: mlecs answers by classes, which {experiment.data.name} lacks")
     if len(splits.shapes) < 2 and experiment.mlecs.contrast:
         raise ConfigError("mlecs.contrast: the data have one modality; take false")

@@ -1,7 +1,8 @@
-"""What becomes of soft tokens: a language model names a class, or a head scores the classes.
+"""What becomes of soft tokens: a language model names a class or writes a caption, or a head scores
+the classes.
 
 Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width, ``p`` places that are predicted,
-``v`` rows of the vocabulary, ``k`` classes.
+``v`` rows of the vocabulary, ``k`` classes, ``n`` places of all samples together.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from mpsl_dist.models.language import Vocabulary
 
 #: The words for classes, one character each: one token of either vocabulary.
 NAMES = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -61,10 +64,76 @@ class LabelAnswers(nn.Module):
         return self._read(soft_bld, none_bl, 1)[:, 0, self.labels_k]
 
     def _read(self, soft_bld: Tensor, written_bl: Tensor, places: int) -> Tensor:
-        asked_bl = torch.cat([self.instruction_l.expand(len(soft_bld), -1), written_bl], dim=1)
-        words_bld = self.language.get_input_embeddings()(asked_bl)
-        read_bld = torch.cat([soft_bld, words_bld], dim=1)
+        read_bld = _embedded(self.language, soft_bld, self.instruction_l, written_bl)
         return self.language(inputs_embeds=read_bld, logits_to_keep=places, use_cache=False).logits
+
+
+class CaptionAnswers(nn.Module):
+    """A language model that reads soft tokens and an instruction, and writes a caption (Eq. 10).
+
+    Parameters
+    ----------
+    language : nn.Module
+        A causal language model of transformers, maybe with LoRA.
+    instruction : str
+        Read after the soft tokens.
+    vocabulary : Vocabulary
+        The language model's own.
+    length : int
+        Tokens of a caption at most, its end included; what is longer is cut.
+    """
+
+    #: What stands where a caption has ended before the longest of its mini-batch.
+    NOTHING = -100
+
+    instruction_l: Tensor
+
+    def __init__(
+        self, language: nn.Module, instruction: str, vocabulary: Vocabulary, length: int
+    ) -> None:
+        super().__init__()
+        self.language: Any = language
+        self.vocabulary, self.length = vocabulary, length
+        asked = torch.tensor(vocabulary.encode(instruction))
+        self.register_buffer("instruction_l", asked, persistent=False)
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Return captions as tokens (b, p), each after a space and with its end."""
+        rows = [
+            torch.tensor([*self.vocabulary.encode(f" {text}"), self.vocabulary.end][: self.length])
+            for text in captions
+        ]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.NOTHING)
+
+    def forward(self, soft_bld: Tensor, wanted_bp: Tensor) -> Tensor:
+        """Return logits (n, 1, v) at the places of all captions' tokens, and of no padding."""
+        places = wanted_bp.shape[1]
+        # A place sees none after it: what stands for padding is seen from padding alone.
+        before_bp = wanted_bp[:, :-1].clamp_min(0)
+        read_bld = _embedded(self.language, soft_bld, self.instruction_l, before_bp)
+        read = self.language(inputs_embeds=read_bld, logits_to_keep=places, use_cache=False)
+        return read.logits[wanted_bp != self.NOTHING][:, None]
+
+    def targets(self, wanted_bp: Tensor) -> Tensor:
+        """Return the tokens (n, 1) that ought to stand there."""
+        return wanted_bp[wanted_bp != self.NOTHING][:, None]
+
+    @torch.no_grad()
+    def write(self, soft_bld: Tensor) -> list[str]:
+        """Return a caption of each, by greedy decoding: always the likeliest token."""
+        none_bl = self.instruction_l.new_empty(len(soft_bld), 0)
+        read_bld = _embedded(self.language, soft_bld, self.instruction_l, none_bl)
+        end = self.vocabulary.end
+        written_bl = self.language.generate(
+            inputs_embeds=read_bld,
+            attention_mask=read_bld.new_ones(read_bld.shape[:2], dtype=torch.long),
+            max_new_tokens=self.length,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        ended = [[*row, end] for row in written_bl.tolist()]
+        return [self.vocabulary.decode(row[: row.index(end)]).strip() for row in ended]
 
 
 class HeadAnswers(nn.Module):
@@ -99,10 +168,19 @@ class HeadAnswers(nn.Module):
         return self.head(read.last_hidden_state[:, -1])
 
 
-#: Either way to an answer.
-Answers = LabelAnswers | HeadAnswers
+#: Any way to an answer.
+Answers = LabelAnswers | HeadAnswers | CaptionAnswers
 
 
 def answer_loss(answers: Answers, logits_bpv: Tensor, labels_b: Tensor) -> Tensor:
-    """Return the cross-entropy of what ought to be answered (L_lb of Eq. 11 and 12), a scalar."""
+    """Return the cross-entropy of what ought to be answered (L_lb of Eq. 11 and 12), a scalar.
+
+    Of captions it is the mean over the tokens of all of them; ``labels_b`` are their tokens (b, p).
+    """
     return functional.cross_entropy(logits_bpv.flatten(0, 1), answers.targets(labels_b).flatten())
+
+
+def _embedded(language: Any, soft_bld: Tensor, instruction_l: Tensor, written_bl: Tensor) -> Tensor:
+    """Return what a language model reads: soft tokens, the instruction, what is written so far."""
+    asked_bl = torch.cat([instruction_l.expand(len(soft_bld), -1), written_bl], dim=1)
+    return torch.cat([soft_bld, language.get_input_embeddings()(asked_bl)], dim=1)

@@ -12,7 +12,7 @@ Shape legend: ``b`` batch, ``l`` length in tokens, ``d`` width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -228,6 +228,43 @@ def smollm2_tokenizer(key: str = "weights.encoder") -> Tokenizer:
     special = [word for word, kind in zip(words, control, strict=True) if kind == 3]
     found.add_special_tokens([AddedToken(word, normalized=False) for word in special])
     return found
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How a language model writes.
+
+    Attributes
+    ----------
+    encode, decode : callable
+        A text's tokens, without an end; tokens as a text.
+    end : int
+        The token that ends a text.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    end: int
+
+
+def characters() -> Vocabulary:
+    """Return the words of a random model of :data:`TINY`'s vocabulary: ASCII characters.
+
+    Those from the space on, 95 of them, and the end; others are left out of a text. A vocabulary of
+    words would have to be made of somebody's texts, and tell them to all others.
+    """
+    return Vocabulary(
+        lambda text: [ord(letter) - 32 for letter in text if " " <= letter <= "~"],
+        lambda ids: "".join(chr(number + 32) for number in ids),
+        TINY.vocabulary - 1,
+    )
+
+
+def smollm2_pieces(key: str = "weights.encoder") -> Vocabulary:
+    """Return SmolLM2's byte pairs; raises as :func:`smollm2_tokenizer`."""
+    found = smollm2_tokenizer(key)
+    end = found.token_to_id("<|im_end|>")
+    return Vocabulary(lambda text: found.encode(text).ids, lambda ids: found.decode([*ids]), end)
 
 
 def _gguf(key: str) -> Any:

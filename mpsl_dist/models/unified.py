@@ -116,7 +116,14 @@ class Unified(nn.Module):
 
     def scores(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the classes' logits (b, k) of inputs."""
-        return self.answers.scores(self.prompt(self.read(self.encode(inputs)).fused_bs))
+        return self.answers.scores(self._soft(inputs))
+
+    def write(self, inputs: Mapping[str, Tensor]) -> list[str]:
+        """Return what a language model that writes captions writes of inputs."""
+        return self.answers.write(self._soft(inputs))
+
+    def _soft(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.prompt(self.read(self.encode(inputs)).fused_bs)
 
 
 def shared_state(model: Unified, exchange: str) -> dict[str, Tensor]:

@@ -400,10 +400,10 @@ def test_macro_f1_is_the_mean_over_classes_of_a_devices_own_test_samples(
     monkeypatch.setattr(
         type(device.model), "scores", lambda _, inputs: torch.eye(3)[[0] * len(inputs["image"])]
     )
-    hits, samples, f1 = device.test(shared_state(device.model, "lora"), 4)
+    scores, samples = device.test(shared_state(device.model, "lora"), 4)
     share = (labels == 0).double().mean().item()
-    assert (hits, samples) == ((labels == 0).sum(), len(labels)) and 0 < share < 1
-    assert f1 == pytest.approx(2 * share / (1 + share) / len(labels.unique()))
+    assert scores["accuracy"] == share and samples == len(labels) and 0 < share < 1
+    assert scores["f1"] == pytest.approx(2 * share / (1 + share) / len(labels.unique()))
 
 
 def test_the_model_of_a_run_is_the_servers_large_one(tmp_path: Path) -> None:

@@ -115,6 +115,11 @@ class FileDataset:
         """Which samples have a modality: (samples,) bool for each."""
         return self._has(range(len(self.samples)))
 
+    @property
+    def texts(self) -> list[str]:
+        """Every sample's text as it was written; empty where there is none."""
+        return [sample.text or "" for sample in self.samples]
+
     def _has(self, rows: Sequence[int]) -> dict[str, Tensor]:
         held = [self.samples[row] for row in rows]
         has = {

@@ -89,4 +89,4 @@ def _pairs(
     pairs = torch.arange(len(numbers)).repeat_interleave(len(CAPTIONS))
     images_bchw = torch.stack(pictures)[:, None]
     inputs = {"image": images_bchw[pairs], "text": tokenize(texts, text_length, tokens)}
-    return TensorDataset(inputs, pairs)
+    return TensorDataset(inputs, pairs, texts=texts)
