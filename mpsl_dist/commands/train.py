@@ -122,10 +122,13 @@ def serve(experiment: Experiment, launched: Environment) -> int:
     try:
         processes.serve_as_worker(experiment, launched)
     except Exception as error:
-        if not launched.folder:
+        if launched.folder:
+            launch.leave_word(launched, error)
+        elif isinstance(error, UserError):
             raise
-        launch.leave_word(launched, error)
-        leave(1)
+        else:
+            traceback.print_exc()
+        leave(1)  # RPC may be on: Python's own end would abort
     if launched.folder or supervisor.is_child():
         leave(0)  # an agent that was left behind must not spoil the end of a worker that is done
     return 0

@@ -54,8 +54,8 @@ class Environment:
         Where the processes meet.
     init_method : str
         The same as torch takes it: ``env://`` under torchrun whose agent hosts the store;
-        ``rank0://address:port`` where rank 0 hosts it, on this address alone, which is loopback
-        on one host; a file by our own command.
+        ``rank0://address:port`` where rank 0 hosts it, on this address alone, which on one host is
+        an address of loopback that is the run's own; a file by our own command.
     socket_interface : str or None
         ``TP_SOCKET_IFNAME``, where the user set it.
     folder : str or None
@@ -158,7 +158,9 @@ def _from_torchrun(variables: Mapping[str, str]) -> Environment:
     if local_world > world:
         raise LaunchError(f"LOCAL_WORLD_SIZE={local_world} exceeds WORLD_SIZE={world}")
     folder, port = variables.get(LAUNCH_FOLDER), _port(variables)
-    init_method = _meeting(variables["MASTER_ADDR"] if nodes > 1 else "127.0.0.1", port)
+    run = f"{variables.get('TORCHELASTIC_RUN_ID')} {port}"
+    address = variables["MASTER_ADDR"] if nodes > 1 else network.own_loopback(run)
+    init_method = _meeting(address, port)
     if variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         init_method = "env://"
     if folder:
@@ -234,7 +236,7 @@ def _from_step(known: Mapping[str, str], world: int) -> Environment:
         nodes=len(hosts),
         address=address,
         port=port,
-        init_method=_meeting("127.0.0.1" if alone else address, port),
+        init_method=_meeting(network.own_loopback(f"{job} {step}") if alone else address, port),
         socket_interface=known.get("TP_SOCKET_IFNAME") or None,
     )
 

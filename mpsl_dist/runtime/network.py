@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import os
 import socket
@@ -94,6 +95,28 @@ def interface_towards(address: str) -> str:
         f"no interface of {socket.gethostname()} has {local}, which leads to the master address "
         f"'{address}': {_advice()}"
     )
+
+
+def own_loopback(name: str) -> str:
+    """Return an address of this host's loopback for those who know ``name``.
+
+    RPC listens on 127.0.0.1, on ports that the kernel chooses, and ends its process on the first
+    bytes of whoever speaks another protocol there. At another address those who wait for a port
+    that is not open yet meet nobody else, whomever the kernel gives the same port meanwhile.
+
+    Returns
+    -------
+    str
+        One of eight million, the same on each call; 127.0.0.1 where the host has no other (macOS).
+    """
+    first, *others = hashlib.sha256(name.encode()).digest()[:3]
+    address = f"127.{64 + first % 128}.{'.'.join(map(str, others))}"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return "127.0.0.1"
+    return address
 
 
 def listening_address(address: str) -> str:

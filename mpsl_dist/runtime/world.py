@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import queue
+import sys
 import threading
 import time
 import warnings
@@ -134,7 +135,7 @@ class World:
             rpc_timeout=seconds,
             init_method=f"{GENERATION}://{self.generation}",
             _transports=["uv"],
-            _channels=["basic"] if self.place.tcp_only else None,
+            _channels=_channels(self.place),
         )
         try:
             rpc.init_rpc(
@@ -205,6 +206,15 @@ class World:
             f"within {seconds:.0f} s (runtime.start_timeout), seen from rank "
             f"{self.launched.rank}: {brief(error)}"
         )
+
+
+def _channels(place: Place) -> list[str] | None:
+    """Return the ways of payloads that RPC chooses from, best first; None for all of torch's."""
+    if place.tcp_only:
+        return ["basic"]
+    # A third one, for several hosts, opens sixteen ports in each process: doors to be shut by
+    # whoever knocks there by mistake.
+    return ["cma", "basic"] if place.launched.one_host and sys.platform == "linux" else None
 
 
 def tell(ranks: Iterable[int], word: Word) -> set[int]:

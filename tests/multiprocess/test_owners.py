@@ -14,16 +14,16 @@ from federation import SMALL, line_of, make_sites, write_experiment
 from media_files import write_csv
 from test_lost_workers import hosting
 
+from mpsl_dist.runtime import network
+
 
 def ranks(folder: Path, launch: Launch, *words: str, server: Path | None = None) -> list[World]:
     """Start every rank by its line of the page, with an output of its own; the server first."""
     write_experiment(folder)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    worlds = []
+    address, worlds = network.own_loopback(str(folder)), []
     for rank, name in enumerate(("server", "north", "south")):
         variables, line = line_of(rank, folder / name / "birds.csv")
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port - port % 2)}
+        variables |= {"MASTER_ADDR": address}
         own = [f"output={folder / f'host{rank}'}"]
         if rank == 0 and server:
             own.append(f"data.root={server}")

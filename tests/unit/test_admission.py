@@ -20,7 +20,7 @@ from conftest import until
 
 from mpsl_dist.errors import LaunchError, RefusedError, RemoteError
 from mpsl_dist.methods import processes
-from mpsl_dist.runtime import admission, token
+from mpsl_dist.runtime import admission, network, token
 from mpsl_dist.runtime.admission import Card
 from mpsl_dist.runtime.environment import Environment
 from mpsl_dist.runtime.token import read_token
@@ -70,8 +70,9 @@ class Door:
 
 
 @pytest.fixture
-def place() -> tuple[str, int]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
+def place(tmp_path: Path) -> tuple[str, int]:
+    """Where nobody listens yet, and no other program will."""
+    with socket.create_server((network.own_loopback(str(tmp_path)), 0)) as free:
         return free.getsockname()
 
 
@@ -305,9 +306,10 @@ class Joined(Exception):
     """RPC would begin."""
 
 
-def joining(rank: int, port: int, **settings: Any) -> Callable[[], None]:
+def joining(rank: int, door: tuple[str, int], **settings: Any) -> Callable[[], None]:
     """What a rank of two hosts does before RPC begins."""
-    place = Environment("torchrun", rank, 2, 0, 1, rank, 2, "127.0.0.1", port, "rank0://")
+    address, port = door
+    place = Environment("torchrun", rank, 2, 0, 1, rank, 2, address, port - 1, "rank0://")
 
     def join() -> None:
         with pytest.raises(Joined):
@@ -335,8 +337,8 @@ def test_a_run_of_two_hosts_is_one_experiment(
     monkeypatch.delenv(token.TOKEN_FILE, raising=False)
     monkeypatch.setattr(processes.world, "World", Mock(side_effect=Joined))
     with ThreadPoolExecutor() as pool:
-        server = pool.submit(joining(0, place[1] - 1))
-        worker = pool.submit(joining(1, place[1] - 1, **settings))
+        server = pool.submit(joining(0, place))
+        worker = pool.submit(joining(1, place, **settings))
         for side, error in ((server, LaunchError), (worker, RefusedError)):
             if differs:
                 with pytest.raises(error, match=f"rank 1 on .* disagrees: {differs}$"):
@@ -365,11 +367,11 @@ def test_hosts_with_their_own_data_differ_in_their_own_matters_alone(
     monkeypatch.setattr(processes.world, "World", Mock(side_effect=Joined))
     own = {"place": "own"}
     with ThreadPoolExecutor() as pool:
-        server = pool.submit(joining(0, place[1] - 1, data=own))
+        server = pool.submit(joining(0, place, data=own))
         there = {"data": own | settings, "device": "cpu", "output": "x", "weights": {"root": "y"}}
         if "place" in settings:
             there = {"data": settings}
-        worker = pool.submit(joining(1, place[1] - 1, **there))
+        worker = pool.submit(joining(1, place, **there))
         for side, error in ((server, LaunchError), (worker, RefusedError)):
             if differs:
                 with pytest.raises(error, match=f"rank 1 on .* disagrees: .*{differs}"):
@@ -380,7 +382,7 @@ def test_hosts_with_their_own_data_differ_in_their_own_matters_alone(
 
 def test_there_is_a_port_for_the_proof() -> None:
     with pytest.raises(LaunchError, match="MASTER_PORT=65535"):
-        joining(1, 65535)()
+        joining(1, ("127.0.0.1", 65536))()
 
 
 def test_who_does_not_come_is_named(place: tuple[str, int]) -> None:

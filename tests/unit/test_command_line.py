@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import toys
@@ -22,6 +23,7 @@ from mpsl_dist.errors import RunError
 from mpsl_dist.methods import processes
 from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.runtime import process
+from mpsl_dist.runtime.environment import TORCHRUN, resolve
 
 
 @pytest.fixture
@@ -174,6 +176,20 @@ def test_a_failure_leaves_summary_traceback_and_status(
     assert "RuntimeError: worker2 is lost" in (path / "error.txt").read_text()
     summary = RunDirectory(path).summary()
     assert (summary["reason"], summary["clients_lost"]) == ("worker2 is lost", 2)
+
+
+def test_a_worker_that_fails_is_ended_before_python_would_end_it(
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """RPC is on, and most of the time Python's own end would be an abort."""
+    monkeypatch.setattr(process, "leave", Mock(side_effect=Left))
+    launched = resolve(dict.fromkeys(TORCHRUN, "1") | {"WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    for error, ending in ((RuntimeError("no host"), Left), (RunError("refused"), RunError)):
+        monkeypatch.setattr(processes, "serve_as_worker", Mock(side_effect=error))
+        with pytest.raises(ending):
+            train.serve(toys.experiment(), launched)
+    process.leave.assert_called_once_with(1)
+    assert capsys.readouterr().err.splitlines()[-1] == "RuntimeError: no host"
 
 
 FULL = """

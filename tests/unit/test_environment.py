@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import sys
+import threading
 
 import pytest
 
@@ -15,6 +18,7 @@ from mpsl_dist.runtime.environment import (
     resolve,
     slurm_port,
 )
+from mpsl_dist.runtime.meeting import open_store
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -56,6 +60,7 @@ BY_HAND = {
     if name.startswith(("RANK", "WORLD", "LOCAL", "MASTER"))
 }
 ONE_HOST = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "4", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+WITHOUT_STORE = {**ONE_HOST, "TORCHELASTIC_USE_AGENT_STORE": "False"}
 SRUN_ON_ONE = {"SLURM_STEP_NODELIST": "gpu07", "SLURM_STEP_TASKS_PER_NODE": "4"}
 BATCH = {
     "SLURM_JOB_ID": "417",
@@ -140,17 +145,17 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
             id="torchrun on one host",
         ),
         pytest.param(
-            {**ONE_HOST, "TORCHELASTIC_USE_AGENT_STORE": "False"},
+            WITHOUT_STORE,
             "torchrun",
             (1, 4, 1, 4, 0, 1),
-            "rank0://127.0.0.1:29400",
+            "rank0://127.",
             id="torchrun on one host without its store",
         ),
         pytest.param(
             {**BY_HAND, "WORLD_SIZE": "4", "RANK": "1"},
             "torchrun",
             (1, 4, 1, 4, 0, 1),
-            "rank0://127.0.0.1:29400",
+            "rank0://127.",
             id="another launcher on one host",
         ),
         pytest.param(
@@ -171,7 +176,7 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
             {**SRUN, "SLURM_NODEID": "0", **SRUN_ON_ONE},
             "slurm",
             (2, 4, 0, 4, 0, 1),
-            "rank0://127.0.0.1:",
+            "rank0://127.",
             id="srun on one host",
         ),
     ],
@@ -188,6 +193,49 @@ def test_started_as_a_rank(variables, launcher, place, meeting):
         found.nodes,
     )
     assert found.init_method.startswith(meeting)
+
+
+own_addresses = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="one address of loopback is all there is here"
+)
+
+
+@own_addresses
+def test_runs_of_one_host_meet_at_addresses_of_their_own():
+    srun = {**SRUN, "SLURM_NODEID": "0", **SRUN_ON_ONE}
+    runs = [
+        WITHOUT_STORE,
+        {**WITHOUT_STORE, "TORCHELASTIC_RUN_ID": "another"},
+        {**WITHOUT_STORE, "MASTER_PORT": "29402"},
+        srun,
+        {**srun, "SLURM_STEP_ID": "1"},
+    ]
+    rank = {"RANK": "0", "LOCAL_RANK": "0"}, {"SLURM_PROCID": "0"}
+    meetings = [resolve(run).init_method for run in runs]
+    assert meetings == [resolve({**run, **rank["SLURM_PROCID" in run]}).init_method for run in runs]
+    addresses = {meeting.rpartition(":")[0] for meeting in meetings}
+    assert len(addresses) == len(runs) and "rank0://127.0.0.1" not in addresses
+
+
+@own_addresses
+def test_a_rank_that_waits_for_the_store_knocks_at_no_other_door():
+    """RPC of another run, which listens on 127.0.0.1, would not survive it."""
+    came = []
+
+    def answer(other: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it closes at the end
+            while True:
+                stranger, address = other.accept()
+                came.append(address)
+                stranger.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=answer, args=(other,), daemon=True).start()
+        port = str(other.getsockname()[1])
+        with pytest.raises(RuntimeError, match=port):
+            open_store(resolve({**WITHOUT_STORE, "MASTER_PORT": port}), 0.3)
+        other.shutdown(socket.SHUT_RDWR)
+    assert not came
 
 
 @pytest.mark.parametrize(
