@@ -193,7 +193,7 @@ class Shell:
         if " bench " in line:
             line = f"{line} --steps 2 {shlex.join([*SMALL, 'clients=4', 'clients_per_worker=4'])}"
         elif "birds" not in line and re.search("mpsl_dist train|submit.py configs/quick", line):
-            line = f"{line} {shlex.join(WORLD)}"
+            line = f"{line} {shlex.join(WORLD)} --overwrite"
         variables = dict(os.environ) | {
             "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
