@@ -102,4 +102,5 @@ def test_the_quickstart_runs_from_a_wheel(
         known = json.loads((run / "model" / "config.json").read_text())["classes"]
         assert any(re.search(rf"\b{re.escape(name)}\b", told) for name in known), told
         call(tmp_path, empty / "mpsl-dist", "report", run, "--out", "page")
-        assert f"{summary['test']['accuracy']:.3f}" in (tmp_path / "page" / "report.md").read_text()
+        accuracy = f"{100 * summary['test']['accuracy']:.1f} % test accuracy"
+        assert accuracy in (tmp_path / "page" / "report.md").read_text()

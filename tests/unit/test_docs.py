@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from shown import COMMANDS, PAGES, SCRIPTS, shown
 
 from mpsl_dist import __main__ as command_line
 from mpsl_dist import config
@@ -22,11 +23,6 @@ from mpsl_dist.config import shipped
 
 sys.path.append(str(ROOT / "launch"))
 import submit
-
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -43,22 +39,6 @@ def test_files_of_the_project_that_are_named_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
-def shown_lines(page: Path) -> list[str]:
-    """Every line of a page's blocks of code, continued ones joined, without comments."""
-    text = page.read_text("utf-8").replace("\\\n", " ")
-    shown = [line.strip() for line in text.splitlines() if line.startswith("    ")]
-    return [re.sub(r"(^|\s)#.*", "", line).strip() for line in shown]
-
-
-def shown(pattern: str, inline: bool = False) -> list[str]:
-    """What matches in blocks of code, and perhaps in the code within lines, once each."""
-    lines = [line for page in PAGES for line in shown_lines(page)]
-    if inline:
-        codes = [re.findall(r"`([^`\n]+)`", page.read_text("utf-8")) for page in PAGES]
-        lines += [code for found in codes for code in found]
-    return list(dict.fromkeys(found[1] for line in lines if (found := re.search(pattern, line))))
-
-
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], argparse.Namespace]:
     """Words of the command line, as the command would get them."""
@@ -70,9 +50,6 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], argparse.Namespac
         return seen.pop()
 
     return parse
-
-
-COMMANDS = r"(?:-m mpsl_dist|(?:^|/)mpsl-dist) (\w.*)"
 
 
 @pytest.mark.parametrize("words", shown(COMMANDS))
@@ -113,9 +90,6 @@ def test_shown_jobs_can_be_asked_for(words: str) -> None:
     assert files and all(list(ROOT.glob(name)) for name in files)
     asked = [*(word for word in options.words if "=" in word), *rest]
     assert all(re.match(r"[a-z_.]+=", word) for word in asked)
-
-
-SCRIPTS = r"(?:^|[ /])((?:python -m mpsl_dist\.|(?:python )?(?:tests|launch)/)\S.*)"
 
 
 @pytest.mark.parametrize("line", shown(SCRIPTS))

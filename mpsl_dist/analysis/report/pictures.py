@@ -28,6 +28,8 @@ _FAINT = "#8a929a"
 LINES = 10
 #: Characters of a line of a legend.
 _WIDTH = 80
+#: Characters of a line beside a bar.
+_BESIDE = 44
 
 
 def contrast(one: str, other: str) -> float:
@@ -149,13 +151,15 @@ def _thin(chosen: dict[str, Any], points: int) -> dict[str, Any]:
 
 
 def _columns(labels: Iterable[str]) -> int:
-    return 2 if max((len(label) for label in labels), default=0) <= 44 else 1
+    longest = max((len(label) for label in labels), default=0)
+    return 4 if longest <= 14 else 2 if longest <= 44 else 1
 
 
-def _legend(figure: Figure, plot: Axes) -> None:
+def _legend(figure: Figure, plot: Axes, **how: Any) -> None:
     handles, labels = plot.get_legend_handles_labels()
     wrapped = [textwrap.fill(label, _WIDTH) for label in labels]
-    figure.legend(handles, wrapped, loc="outside lower center", ncols=_columns(labels))
+    columns = _columns(labels)
+    figure.legend(handles, wrapped, loc="outside lower center", ncols=columns, **how)
 
 
 def _legend_height(labels: Iterable[str]) -> float:
@@ -195,6 +199,13 @@ def bars(
     return drawn(draw, 7.2, 1.0 + 0.3 * len(values), name)
 
 
+def _two_lines(label: str) -> str:
+    """Return a label that fits beside its bar; keys without their sections where it is long."""
+    if len(label) > _BESIDE:
+        label = re.sub(r"(?<=[( ])(?:\w+\.)+(\w+=)", r"\1", label)
+    return "\n".join(textwrap.wrap(label, _BESIDE, max_lines=2, placeholder=" …"))
+
+
 def stacked(name: str, rows: Mapping[str, Mapping[str, float]], axis: str) -> str:
     """Return a horizontal bar for every row, made of its parts."""
 
@@ -217,7 +228,7 @@ def stacked(name: str, rows: Mapping[str, Mapping[str, float]], axis: str) -> st
 
 
 def _rows(plot: Axes, labels: Sequence[str]) -> None:
-    shortened = [label if len(label) <= 48 else f"{label[:47]}…" for label in labels]
+    shortened = [_two_lines(label) for label in labels]
     plot.set_yticks(range(len(labels)), shortened)
     plot.set_ylim(len(labels) - 0.4, -0.6)
     plot.tick_params(axis="y", length=0)
@@ -253,14 +264,15 @@ def clouds(name: str, points: Mapping[str, Mapping[str, NDArray[np.floating]]]) 
             for i, (label, xy) in enumerate(of.items()):
                 panel.scatter(
                     *xy.T,
-                    s=7,
+                    s=(14, 6)[i % 2],
                     color=COLOURS[i],
                     marker="ox"[i % 2],
-                    alpha=0.7,
-                    linewidths=0.8 if i % 2 else 0,
+                    alpha=(1, 0.8)[i % 2],
+                    linewidths=(0, 0.7)[i % 2],
                     label=label,
+                    zorder=2 - i,  # the first, of which there are fewer, on top
                 )
             panel.set(title=title, xticks=[], yticks=[])
-        _legend(figure, panels[0])
+        _legend(figure, panels[0], markerscale=2.0)
 
     return drawn(draw, max(3.6, 2.6 * len(points)), 3.2, name)
