@@ -23,10 +23,9 @@ from typing import Any
 import federation
 import pytest
 import sklearn.datasets
-import yaml
 from conftest import ROOT
 from PIL import Image
-from shown import PAGES, block, shell_lines
+from shown import PAGES, block, shell_lines, shorten
 
 sys.path.append(str(ROOT / "launch"))
 import in_one_process
@@ -215,14 +214,6 @@ def train(file: str, words: Sequence[str]) -> None:
     experiment = config.load(file, words)
     many = MANY if experiment.clients > 20 else ()
     in_one_process.train(config.load(file, [*words, *SMALL, *many]))
-
-
-def shorten(path: Path) -> None:
-    """Leave the first value of each key of a sweep's grids."""
-    values = yaml.safe_load(path.read_text())
-    for part in (values, *values.get("profiles", {}).values()):
-        part["grid"] = {key: options[:1] for key, options in part["grid"].items()}
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 @pytest.fixture(scope="module", autouse=True)
