@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from conftest import ROOT
 
 PAGES = [
@@ -46,3 +48,14 @@ def block(page: Path, first: str) -> str:
     text = page.read_text("utf-8")
     (found,) = re.findall(rf"^ +{re.escape(first)}\n(?:(?: +.*)?\n)+", text, re.M)
     return textwrap.dedent(found)
+
+
+def shorten(path: Path, keys: Sequence[str] = ()) -> None:
+    """Leave the first value of some keys of a sweep's grids, by default of all."""
+    values = yaml.safe_load(path.read_text("utf-8"))
+    for part in (values, *values.get("profiles", {}).values()):
+        part["grid"] = {
+            key: options[:1] if key in keys or not keys else options
+            for key, options in part["grid"].items()
+        }
+    path.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")

@@ -23,10 +23,9 @@ from typing import Any
 import federation
 import pytest
 import sklearn.datasets
-import yaml
 from conftest import ROOT
 from PIL import Image
-from shown import PAGES, block, shell_lines
+from shown import PAGES, block, shell_lines, shorten
 
 sys.path.append(str(ROOT / "launch"))
 import in_one_process
@@ -132,7 +131,8 @@ class Shell:
         federation.write_experiment(folder)
         _, sites = federation.make_sites(folder / "sites")
         for rank, site in enumerate(sites, 1):
-            (folder / f"data-{rank}.csv").symlink_to(site)
+            shutil.copytree(site.parent, folder, dirs_exist_ok=True)
+            (folder / site.name).rename(folder / f"data-{rank}.csv")
         tracker = block(
             ROOT / "docs" / "watching.md", "# my_tracker.py, installed or on PYTHONPATH"
         )
@@ -217,14 +217,6 @@ def train(file: str, words: Sequence[str]) -> None:
     in_one_process.train(config.load(file, [*words, *SMALL, *many]))
 
 
-def shorten(path: Path) -> None:
-    """Leave the first value of each key of a sweep's grids."""
-    values = yaml.safe_load(path.read_text())
-    for part in (values, *values.get("profiles", {}).values()):
-        part["grid"] = {key: options[:1] for key, options in part["grid"].items()}
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def few_samples() -> Iterator[None]:
     """A part of the pictures, utterances and captions, in this process."""
@@ -286,12 +278,16 @@ def test_what_plans_runs_or_looks_at_them(line: str, shell: Shell) -> None:
     "page", dict.fromkeys(page for page, _ in LINES), ids=lambda page: page.name
 )
 def test_the_lines_of_a_page_one_after_another(page: Path, shell: Shell) -> None:
-    failed = []
+    failed, absent = [], []
     for line in [line for of, line in LINES if of == page]:
         if (line := instead(line)) is None:
             continue
         try:
             shell.run(line)
+        except pytest.skip.Exception:
+            absent.append(line)
         except Exception as error:
             failed.append(f"{line}: {type(error).__name__}: {error}")
     assert not failed, "\n".join(failed)
+    if absent:
+        pytest.skip(f"no real data (MPSL_TEST_DATA) for {', '.join(absent)}; all else ran")
