@@ -104,5 +104,5 @@ def build_clients(
 def transfer_of(experiment: Experiment) -> Transfer:
     """Return the experiment's transfer."""
     chosen = experiment.m2fedsa
-    words = (chosen.divergence, chosen.divergence_over, chosen.paper_denominator)
-    return Transfer(tuple(chosen.lambdas), *words)
+    words = (chosen.divergence, chosen.divergence_over, chosen.least_losses)
+    return Transfer(tuple(chosen.lambdas), *words, chosen.paper_denominator)

@@ -51,6 +51,9 @@ class M2FedSA:
     divergence: Literal["uni_multi", "multi_uni"] = "uni_multi"
     #: Over the samples of a mini-batch: ``mean``, or ``sum``, as released.
     divergence_over: Literal["mean", "sum"] = "mean"
+    #: The decisions' distance is divided by the losses that it compares, or by this where they are
+    #: less; 0, as released, lets it weigh the more, without end, the better both are.
+    least_losses: float = 1.0
     #: Let the gradient through the sum of losses that the decisions' distance is divided by, which
     #: rewards a larger loss, as released.
     paper_denominator: bool = False

@@ -52,6 +52,7 @@ def _m2fedsa_ranges(experiment: Experiment) -> list[str]:
     at_least = {
         "m2fedsa.cut_block": (chosen.cut_block, 0),
         "m2fedsa.switch.round": (chosen.switch.round, 0),
+        "m2fedsa.least_losses": (chosen.least_losses, 0),
     }
     at_least |= {
         "m2fedsa.adapter_rank": (chosen.adapter_rank, 1),
@@ -60,7 +61,7 @@ def _m2fedsa_ranges(experiment: Experiment) -> list[str]:
     found += [
         f"{key}: must be at least {least}, found {value}"
         for key, (value, least) in at_least.items()
-        if value < least
+        if -math.inf < value < least
     ]
     if math.isfinite(chosen.switch.cv) and chosen.switch.cv <= 0:
         found.append(f"m2fedsa.switch.cv: must be greater than 0, found {chosen.switch.cv}")

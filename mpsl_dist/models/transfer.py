@@ -25,6 +25,8 @@ class Transfer:
     divergence : "uni_multi" or "multi_uni"
     over : "mean" or "sum"
         Of the divergence, over the samples.
+    least : float
+        Of what the divergence is divided by.
     paper_denominator : bool
         Whether the gradient goes through what the divergence is divided by.
     """
@@ -32,6 +34,7 @@ class Transfer:
     lambdas: tuple[float, float, float]
     divergence: str = "uni_multi"
     over: str = "mean"
+    least: float = 0.0
     paper_denominator: bool = False
 
     def loss(
@@ -58,8 +61,11 @@ class Transfer:
         )
 
     def decisions(self, own: Tensor, fused: Tensor, uni_bk: Tensor, multi_bk: Tensor) -> Tensor:
-        """Return the divergence over both losses: the worse they are, the weaker the transfer."""
-        both = own + fused
+        """Return the divergence over both losses: the worse they are, the weaker the transfer.
+
+        As released they may be as small as they like, and the divergence weigh a thousandfold.
+        """
+        both = (own + fused).clamp_min(self.least)
         distance = divergence(uni_bk, multi_bk, self.divergence, self.over)
         return distance / (both if self.paper_denominator else both.detach())
 

@@ -437,6 +437,16 @@ def test_without_weights_for_what_is_transferred_the_gradient_is_that_of_before(
     assert not torch.allclose(gradient(own), gradient(paper))
 
 
+def test_good_predictions_do_not_make_the_transfer_weigh_without_end() -> None:
+    uni, multi, tiny = random(6, 3), random(6, 3).flip(0), torch.tensor(1e-3, dtype=torch.float64)
+    found = divergence(uni, multi, "uni_multi", "mean")
+    bound, released = Transfer((1.0, 1.0, 1.0), least=1.0), Transfer((1.0, 1.0, 1.0))
+    assert bound.decisions(tiny, tiny, uni, multi) == found
+    torch.testing.assert_close(released.decisions(tiny, tiny, uni, multi), found / 2e-3)
+    worse = torch.tensor(2.0, dtype=torch.float64)
+    torch.testing.assert_close(bound.decisions(worse, worse, uni, multi), found / 4)
+
+
 # -- 7: the switch ---------------------------------------------------------------------------------
 
 
