@@ -36,6 +36,8 @@ from mpsl_dist import config
 from mpsl_dist.data.sets import mnist_fsdd
 
 CLUSTER = "tests/slurm/"
+CLIENTS = "python tests/measure_clients.py --clients 10 --workers 2 --spare 1"
+CLIENTS += " training.batch_size=1000"
 #: What is not run as it is shown -> why, and the command, or the test, that is run in its place.
 APART: dict[str, tuple[str, str]] = {
     r"launch/quickstart\.sh": (
@@ -73,11 +75,11 @@ APART: dict[str, tuple[str, str]] = {
     ),
     r"python tests/measure_clients\.py.*--clients 200,1000": (
         "needs the memory of 1,200 clients",
-        "python tests/measure_clients.py model.encoder.width=256 --clients 4 --workers 2 --spare 1",
+        f"{CLIENTS} model.encoder.width=256",
     ),
     r"python tests/measure_clients\.py": (
         "needs the memory of 1,000 clients",
-        "python tests/measure_clients.py --clients 4 --workers 2 --spare 1",
+        CLIENTS,
     ),
 }
 #: Pages and lines, once each, in order.
