@@ -17,6 +17,7 @@ from mpsl_dist.data import Batch
 from mpsl_dist.errors import ConfigError, DiskError
 from mpsl_dist.models.answers import Answers, CaptionAnswers
 from mpsl_dist.models.unified import Unified
+from mpsl_dist.records.run_directory import write_atomic
 
 #: The server's file in a run directory.
 FILE = "captions.jsonl"
@@ -77,7 +78,7 @@ def save(captions: Sequence[Written], path: Path) -> None:
     lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in captions)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(lines, "utf-8")
+        write_atomic(path, lines)
     except OSError as error:
         raise DiskError.of(path, error) from error
 

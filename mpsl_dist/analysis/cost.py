@@ -185,15 +185,15 @@ def cost_of(experiment: Experiment, inputs: Inputs | None = None) -> Cost:
 
 def _edge_rows(experiment: Experiment, inputs: Inputs) -> Iterator[Row]:
     """Yield what ML-ECS trains, and the bytes of a round, of a device that has every modality."""
+    if writes_captions(experiment):  # the text is no input then
+        shapes = {name: shape for name, shape in inputs.shapes.items() if name != "text"}
+        inputs = replace(inputs, shapes=shapes)
     numbers = mlecs_cost.trained_numbers(experiment, inputs)
     for owner in ("client", "server"):
         own = {part: value for (of, part), value in numbers.items() if of == owner}
         for part, value in (own | {"total": sum(own.values())}).items():
             yield Row("parameters", "mlecs", owner, part, "trainable", value, "parameters")
     totals = {"up": 0, "down": 0}
-    if writes_captions(experiment):  # the text is no input then
-        shapes = {name: shape for name, shape in inputs.shapes.items() if name != "text"}
-        inputs = replace(inputs, shapes=shapes)
     for kind, value in mlecs_cost.round_bytes(experiment, inputs, 0, [*inputs.shapes]).items():
         way = traffic_model.direction(kind)
         totals[way] += value

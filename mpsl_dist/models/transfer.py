@@ -26,9 +26,9 @@ class Transfer:
     over : "mean" or "sum"
         Of the divergence, over the samples.
     least : float
-        Of what the divergence is divided by.
+        What the divergence is divided by where both losses add up to less; 0 as released.
     paper_denominator : bool
-        Whether the gradient goes through what the divergence is divided by.
+        Whether the gradient goes through the losses that the divergence is divided by.
     """
 
     lambdas: tuple[float, float, float]
@@ -63,7 +63,7 @@ class Transfer:
     def decisions(self, own: Tensor, fused: Tensor, uni_bk: Tensor, multi_bk: Tensor) -> Tensor:
         """Return the divergence over both losses: the worse they are, the weaker the transfer.
 
-        As released they may be as small as they like, and the divergence weigh a thousandfold.
+        As released, with ``least`` 0, it weighs the more, without end, the better they are.
         """
         both = (own + fused).clamp_min(self.least)
         distance = divergence(uni_bk, multi_bk, self.divergence, self.over)

@@ -275,10 +275,13 @@ def test_bytes_are_what_was_computed_beforehand() -> None:
     chosen = experiment(data={"name": "digits-captions"}, mlecs=rules)
     method = in_one_process(chosen)
     rounds(method, 1)
-    foreseen = {row.part: row.value for row in cost._edge_rows(chosen, inputs_of(chosen))}
+    rows = [*cost._edge_rows(chosen, inputs_of(chosen))]
+    foreseen = {row.part: row.value for row in rows if row.unit == "bytes"}
     assert {kind: sent[0] for kind, sent in method.traffic.by_kind().items()}.items() <= (
         foreseen.items()
     )
+    trained = {r.owner: r.value for r in rows if r.unit == "parameters" and r.part == "total"}
+    assert trained == method.trainable_parameters()
 
 
 # -- the scores of a file -----------------------------------------------------------------------
