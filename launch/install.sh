@@ -20,7 +20,12 @@ install_project() {
     stamp=$venv/.installed${1:+-$1}
     if ! cmp -s "$root/setup.cfg" "$stamp"; then
         echo "installing into $venv (about a minute and 5 GB the first time)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target" &&
-            cp "$root/setup.cfg" "$stamp"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target" || {
+            local free_mb=$(($(df -Pk "$venv" | awk 'NR == 2 {print $4}') / 1024))
+            echo "error: the installation failed; $venv has $free_mb MB free now," \
+                "and a first one takes about 8000 while it runs" >&2
+            return 2
+        }
+        cp "$root/setup.cfg" "$stamp"
     fi
 }

@@ -145,6 +145,12 @@ def _tokenizers(
 
 def _answers(experiment: Experiment, splits: Splits, blocks: int, rank: int) -> Answers:
     """Build a language model with LoRA, or what stands for it."""
+    answers = _language_answers(experiment, splits, blocks, rank)
+    answers.autocast = experiment.training.autocast
+    return answers
+
+
+def _language_answers(experiment: Experiment, splits: Splits, blocks: int, rank: int) -> Answers:
     rules, shape = experiment.mlecs, language_shape(experiment, blocks)
     with _drawn(experiment.seed + 4):
         model = None if shape is None else _language(rules.language, shape)

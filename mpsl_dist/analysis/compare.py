@@ -193,11 +193,17 @@ def _detail(line: dict[str, Any]) -> dict[str, str]:
         "rounds": str(line["rounds"]),
         "rounds to 95 % of peak": f"{line['rounds_to_95_percent_of_peak']:.1f}",
         "client parameters": f"{line['client_parameters']:,}",
-        "client GFLOP per input": "" if gflop is None else f"{gflop:.3g}",
+        "client GFLOP per input": _giga(gflop),
         "MiB up per client and epoch": f"{line['up_bytes_per_client_per_epoch'] / 2**20:.3f}",
         "MiB down": f"{line['down_bytes_per_client_per_epoch'] / 2**20:.3f}",
         "seconds in all": f"{line['seconds']:.0f}",
     }
+
+
+def _giga(gflop: float | None) -> str:
+    if gflop is None:
+        return ""
+    return "<0.001" if 0 < gflop < 0.001 else f"{gflop:.3g}"
 
 
 def _remarks(groups: Sequence[Group]) -> str:

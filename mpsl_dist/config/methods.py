@@ -148,7 +148,10 @@ METHODS: dict[str, MethodFacts] = {
             *(*_REMOTE, "federated.round_timeout"),
             *("data.missing", "data.public_fraction", "mlecs"),
         ),
-        ignores=("model.encoder", "model.head", "model.fusion", "model.pooling"),
+        ignores=(
+            *("model.encoder", "model.head", "model.fusion", "model.pooling"),
+            "training.checkpoint_blocks",
+        ),
         tolerant=True,
         common=False,
     ),

@@ -20,6 +20,8 @@ def mlecs_problems(experiment: Experiment) -> list[str]:
     found = _ranges(experiment)
     if "mlecs" in facts_of(experiment).reads:
         found += _public_problems(experiment) + _exchange_problems(experiment)
+        if experiment.training.autocast and experiment.mlecs.language == "none":
+            found.append("training.autocast: mlecs.language=none has no blocks; leave it out")
     return found
 
 

@@ -232,8 +232,9 @@ class Training:
     client: Optimizer = field(default_factory=Optimizer)
     #: Of all numbers; ``float64`` is for tests of exactness.
     precision: Literal["float32", "float64"] = "float32"
-    #: ``bf16``: the encoder's blocks compute in bfloat16 where torch's autocast has it so; weights,
-    #: tokenizers, the cut layer and the head stay as they are. See ``docs/large.md``.
+    #: ``bf16``: the encoder's blocks (of ``mlecs`` the language models) compute in bfloat16 where
+    #: torch's autocast has it so; weights, tokenizers, the cut layer and the head stay as they are.
+    #: See ``docs/large.md``.
     autocast: Literal["bf16"] | None = None
     #: Keep the input of every block of the encoder alone, and compute the block again in the
     #: backward: less memory, a third more time.

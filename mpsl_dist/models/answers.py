@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpsl_dist.models.language import Vocabulary
+from mpsl_dist.models.server_model import computing_in
 
 #: The words for classes, one character each: one token of either vocabulary.
 NAMES = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -37,6 +38,8 @@ class LabelAnswers(nn.Module):
 
     instruction_l: Tensor
     labels_k: Tensor
+    #: ``bf16``: the language model computes in bfloat16; what it reads and returns keeps its type.
+    autocast: str | None = None
 
     def __init__(
         self, language: nn.Module, instruction: Sequence[int], labels: Sequence[int], end: int
@@ -65,7 +68,7 @@ class LabelAnswers(nn.Module):
 
     def _read(self, soft_bld: Tensor, written_bl: Tensor, places: int) -> Tensor:
         read_bld = _embedded(self.language, soft_bld, self.instruction_l, written_bl)
-        return self.language(inputs_embeds=read_bld, logits_to_keep=places, use_cache=False).logits
+        return _logits(self, read_bld, places)
 
 
 class CaptionAnswers(nn.Module):
@@ -87,6 +90,8 @@ class CaptionAnswers(nn.Module):
     NOTHING = -100
 
     instruction_l: Tensor
+    #: As of :class:`LabelAnswers`.
+    autocast: str | None = None
 
     def __init__(
         self, language: nn.Module, instruction: str, vocabulary: Vocabulary, length: int
@@ -111,8 +116,7 @@ class CaptionAnswers(nn.Module):
         # A place sees none after it: what stands for padding is seen from padding alone.
         before_bp = wanted_bp[:, :-1].clamp_min(0)
         read_bld = _embedded(self.language, soft_bld, self.instruction_l, before_bp)
-        read = self.language(inputs_embeds=read_bld, logits_to_keep=places, use_cache=False)
-        return read.logits[wanted_bp != self.NOTHING][:, None]
+        return _logits(self, read_bld, places)[wanted_bp != self.NOTHING][:, None]
 
     def targets(self, wanted_bp: Tensor) -> Tensor:
         """Return the tokens (n, 1) that ought to stand there."""
@@ -124,14 +128,15 @@ class CaptionAnswers(nn.Module):
         none_bl = self.instruction_l.new_empty(len(soft_bld), 0)
         read_bld = _embedded(self.language, soft_bld, self.instruction_l, none_bl)
         end = self.vocabulary.end
-        written_bl = self.language.generate(
-            inputs_embeds=read_bld,
-            attention_mask=read_bld.new_ones(read_bld.shape[:2], dtype=torch.long),
-            max_new_tokens=self.length,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
+        with computing_in(self.autocast, soft_bld.device):
+            written_bl = self.language.generate(
+                inputs_embeds=read_bld,
+                attention_mask=read_bld.new_ones(read_bld.shape[:2], dtype=torch.long),
+                max_new_tokens=self.length,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
         ended = [[*row, end] for row in written_bl.tolist()]
         return [self.vocabulary.decode(row[: row.index(end)]).strip() for row in ended]
 
@@ -146,6 +151,9 @@ class HeadAnswers(nn.Module):
     width, classes : int
         d and k.
     """
+
+    #: As of :class:`LabelAnswers`.
+    autocast: str | None = None
 
     def __init__(self, language: nn.Module | None, width: int, classes: int) -> None:
         super().__init__()
@@ -164,8 +172,9 @@ class HeadAnswers(nn.Module):
         """Return the classes' logits (b, k)."""
         if self.language is None:
             return self.head(soft_bld.mean(1))
-        read = self.language.model(inputs_embeds=soft_bld, use_cache=False)
-        return self.head(read.last_hidden_state[:, -1])
+        with computing_in(self.autocast, soft_bld.device):
+            read = self.language.model(inputs_embeds=soft_bld, use_cache=False)
+        return self.head(read.last_hidden_state[:, -1].to(soft_bld.dtype))
 
 
 #: Any way to an answer.
@@ -178,6 +187,13 @@ def answer_loss(answers: Answers, logits_bpv: Tensor, labels_b: Tensor) -> Tenso
     Of captions it is the mean over the tokens of all of them; ``labels_b`` are their tokens (b, p).
     """
     return functional.cross_entropy(logits_bpv.flatten(0, 1), answers.targets(labels_b).flatten())
+
+
+def _logits(answers: LabelAnswers | CaptionAnswers, read_bld: Tensor, places: int) -> Tensor:
+    """Return logits (b, p, v) at the last places, in the type of what is read."""
+    with computing_in(answers.autocast, read_bld.device):
+        read = answers.language(inputs_embeds=read_bld, logits_to_keep=places, use_cache=False)
+    return read.logits.to(read_bld.dtype)
 
 
 def _embedded(language: Any, soft_bld: Tensor, instruction_l: Tensor, written_bl: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Shape legend: ``b`` batch, ``m`` modalities, ``c`` captions of a picture, ``l`` 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -25,6 +25,16 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
+
+
+def computing_in(autocast: str | None, device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which matrix products are of bfloat16 for ``bf16``, and as ever for None.
+
+    On the meta device it is the latter: torch has no autocast of shapes alone.
+    """
+    if autocast != "bf16" or device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 class Encoder(nn.Sequential):
@@ -55,10 +65,7 @@ class Encoder(nn.Sequential):
         """
         # Broadcast over heads and over whatever asks.
         mask = {} if present_bl is None else {"attn_mask": present_bl[:, None, None, :]}
-        kind = tokens_bld.device.type
-        # torch has no autocast of shapes alone.
-        cast = torch.autocast(kind, torch.bfloat16) if kind != "meta" else nullcontext()
-        with cast if self.autocast == "bf16" else nullcontext():
+        with computing_in(self.autocast, tokens_bld.device):
             for block in list(self)[begin:end]:
                 tokens_bld = self._pass(block, tokens_bld, mask)
         return tokens_bld

@@ -424,6 +424,31 @@ def test_the_model_of_a_run_is_the_servers_large_one(tmp_path: Path) -> None:
         model.predict(image=tests.inputs["image"])
 
 
+@pytest.mark.parametrize("answer", ["label", "head"])
+def test_autocast_computes_language_models_in_bfloat16_and_nothing_else(answer: str) -> None:
+    pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
+
+    def trained(autocast: str | None) -> tuple[Mlecs, float, dict[str, float]]:
+        training = {"precision": "float32", "autocast": autocast}
+        method = in_one_process(experiment("tiny", mlecs={"answer": answer}, training=training))
+        for model in (method.cloud.large, *(d.model for d in devices_of(method).values())):
+            for part in (model.answers.language.model.layers[0].mlp, model.generator):
+                part.register_forward_hook(lambda *at: seen.add((type(at[0]), at[2].dtype)))
+        return method, method.step(0, 0), method.evaluate()
+
+    seen: set[tuple[type, torch.dtype]] = set()
+    plain, loss, _ = trained(None)
+    assert {dtype for _, dtype in seen} == {torch.float32}
+    seen.clear()
+    rough, rough_loss, scores = trained("bf16")
+    parts = {type(rough.cloud.large.answers.language.model.layers[0].mlp): torch.bfloat16}
+    assert dict(seen) == parts | {type(rough.cloud.large.generator): torch.float32}
+    assert rough_loss != loss
+    assert rough_loss == pytest.approx(loss, rel=2e-2)
+    assert {x.dtype for state in states(rough) for x in state.values()} == {torch.float32}
+    assert scores.keys() == plain.evaluate().keys()
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 
@@ -446,6 +471,10 @@ def test_the_model_of_a_run_is_the_servers_large_one(tmp_path: Path) -> None:
         (
             {"language": "tiny", "mlecs": {"exchange": "proxy", "proximal": 0.1}},
             "mlecs.proximal: with mlecs.exchange=lora alone",
+        ),
+        (
+            {"training": {"autocast": "bf16", "precision": "float32"}},
+            "training.autocast: mlecs.language=none",
         ),
         ({"mlecs": {"width": 6}}, "mlecs.width: must be a multiple of 4"),
         ({"data": {"missing": {"rate": 0.5, "per": "sample"}}}, "data.missing.per: mlecs"),
