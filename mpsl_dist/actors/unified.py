@@ -117,6 +117,12 @@ def _width(experiment: Experiment) -> int:
     return SMOLLM2.width if rules.language == "smollm2" else rules.width
 
 
+def narrowed(experiment: Experiment) -> Experiment:
+    """Return the experiment whose tokenizers are ML-ECS' own: of width ``mlecs.features``."""
+    encoder = Encoder("custom", width=experiment.mlecs.features, depth=1, heads=_HEADS)
+    return replace(experiment, model=replace(experiment.model, encoder=encoder))
+
+
 def _tokenizers(
     experiment: Experiment,
     splits: Splits,
@@ -125,9 +131,7 @@ def _tokenizers(
     width: int,
 ) -> Connected:
     rules, model = experiment.mlecs, experiment.model
-    encoder = Encoder("custom", width=rules.features, depth=1, heads=_HEADS)
-    narrow = replace(experiment, model=replace(model, encoder=encoder))
-    parts = build_tokenizers(narrow, splits, modalities=modalities)
+    parts = build_tokenizers(narrowed(experiment), splits, modalities=modalities)
     with _drawn(experiment.seed + 3):
         connector = Connector(
             *(fused, rules.features, rules.shared, rules.fused, rules.tokens, width, rules.dropout)
@@ -172,7 +176,8 @@ def _language_answers(experiment: Experiment, splits: Splits, blocks: int, rank:
 
 
 def _language(kind: str, shape: LanguageShape) -> nn.Module:
-    if kind == "smollm2":
+    # What is counted on shapes alone needs no file.
+    if kind == "smollm2" and torch.get_default_device().type != "meta":
         return read_smollm2(shape.blocks, "mlecs.language")
     model = build_language(shape)
     # Frozen, Llama's own small table could hardly prefer one word to another.

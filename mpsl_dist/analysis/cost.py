@@ -16,7 +16,7 @@ from torch import nn
 
 from mpsl_dist.actors.choices import clients_own_head, writes_captions
 from mpsl_dist.actors.cut_cache import limit_of
-from mpsl_dist.analysis import flops, mlecs_cost, traffic_model, unimodal
+from mpsl_dist.analysis import flops, mlecs_compute, mlecs_cost, traffic_model, unimodal
 from mpsl_dist.analysis.cost_inputs import Inputs, inputs_of
 from mpsl_dist.analysis.flops import CONNECTOR, HEAD, NORM, Flops, ModelParts
 from mpsl_dist.config import ConfigError, Experiment
@@ -200,6 +200,24 @@ def _edge_rows(experiment: Experiment, inputs: Inputs) -> Iterator[Row]:
         yield Row("bytes_per_epoch", "mlecs", "client", kind, way, value, "bytes")
     for way, value in totals.items():
         yield Row("bytes_per_epoch", "mlecs", "client", "total", way, value, "bytes")
+    if mlecs_compute.countable(experiment):
+        yield from _edge_compute(experiment, inputs)
+
+
+def _edge_compute(experiment: Experiment, inputs: Inputs) -> Iterator[Row]:
+    """Yield the operations and the memory of ML-ECS' models."""
+    models = mlecs_compute.build(experiment, inputs)
+    for owner, counted in mlecs_compute.operations(models).items():
+        named = {
+            name if name in (TOWER, CONNECTOR) or "model" in name else f"tokenize {name}": value
+            for name, value in counted.items()
+        }
+        for name, value in mlecs_compute.totals(named, TOWER):
+            yield from _flop_rows("mlecs", owner, name, value)
+    batch = experiment.training.batch_size // experiment.clients
+    for owner, items in mlecs_compute.memory(models, batch).items():
+        for part, value in (items | {"total": sum(items.values())}).items():
+            yield Row("memory", "mlecs", owner, part, "peak", value, "bytes")
 
 
 class Measured:
@@ -364,11 +382,10 @@ def _held(parts: ModelParts, part: str, settings: OptimizerSettings) -> dict[str
     """Return the bytes that lie in memory whatever the batch."""
     module = parts.tokenizers if part == "client" else parts.server_model
     trained = traffic_model.trained_bytes(parts, part)
-    moments = 2 if settings.name != "sgd" else int(settings.momentum > 0)
     return {
         "parameters": sum(p.numel() for p in module.parameters()) * parts.bytes_per_number,
         "gradients": trained,
-        "optimizer": moments * trained,
+        "optimizer": flops.moments(settings) * trained,
     }
 
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpsl_dist.actors import assembly, choices, halves
 from mpsl_dist.analysis.cost_inputs import Inputs
 from mpsl_dist.config import ConfigError, Experiment
+from mpsl_dist.config import Optimizer as OptimizerSettings
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.models.clip_text import ClipText
 from mpsl_dist.models.connector import Connected
@@ -64,22 +65,19 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class ModelParts:
-    """A method's modules on the meta device.
+class ClientParts:
+    """Tokenizers on the meta device.
 
     Attributes
     ----------
     tokenizers : Tokenizers
         W_h, without its frozen text tower's weights where ``model.text=clip``; and W_t, where
         clients own it.
-    server_model : ServerModel
-        W_b, and otherwise W_t; M²FedSA's upper halves.
     """
 
     experiment: Experiment
     inputs: Inputs
     tokenizers: Tokenizers
-    server_model: ServerModel
 
     @property
     def width(self) -> int:
@@ -95,6 +93,19 @@ class ModelParts:
     def bytes_per_number(self) -> int:
         """Bytes of one number of a parameter or activation."""
         return self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelParts(ClientParts):
+    """A method's modules on the meta device.
+
+    Attributes
+    ----------
+    server_model : ServerModel
+        W_b, and W_t where clients own none; M²FedSA's upper halves.
+    """
+
+    server_model: ServerModel
 
     @property
     def task(self) -> Task:
@@ -120,7 +131,7 @@ def build(experiment: Experiment, inputs: Inputs) -> ModelParts:
     return ModelParts(experiment, inputs, *parts)
 
 
-def meta_inputs(parts: ModelParts, batch: int) -> dict[str, Tensor]:
+def meta_inputs(parts: ClientParts, batch: int) -> dict[str, Tensor]:
     """Return inputs without content of ``batch`` samples, by modality, on the meta device."""
     found = {}
     for name, shape in parts.inputs.shapes.items():
@@ -130,7 +141,7 @@ def meta_inputs(parts: ModelParts, batch: int) -> dict[str, Tensor]:
     return found
 
 
-def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
+def embed(parts: ClientParts, name: str, batch: int) -> Tensor:
     """Return a modality's tokens (b, l, d) as :class:`Tokenizers` would."""
     tokenizer, x = parts.tokenizers.by_modality[name], meta_inputs(parts, batch)[name]
     # A tower's own pass keeps what it saw, by content; here there is none.
@@ -138,7 +149,7 @@ def embed(parts: ModelParts, name: str, batch: int) -> Tensor:
     return parts.tokenizers.pre_norm(tokenizer(x) if tokens_bld is None else tokens_bld)
 
 
-def leaving(parts: ModelParts, batch: int) -> dict[str, Tensor]:
+def leaving(parts: ClientParts, batch: int) -> dict[str, Tensor]:
     """Return what crosses the cut, (b, l, d): every modality's tokens, or a connector's.
 
     The tokens of several captions of a sample follow each other.
@@ -149,14 +160,24 @@ def leaving(parts: ModelParts, batch: int) -> dict[str, Tensor]:
     return {SOFT: own.connect(tokens)} if isinstance(own, Connected) else tokens
 
 
-def leaving_names(parts: ModelParts) -> list[str]:
+def leaving_names(parts: ClientParts) -> list[str]:
     """Return the names that :func:`leaving` has, without computing."""
     return [SOFT] if isinstance(parts.tokenizers, Connected) else list(parts.inputs.shapes)
 
 
 def count_client(parts: ModelParts) -> dict[str, Flops]:
-    """Return a client's operations per sample, by modality and, if it owns one, those of its head;
-    the frozen text tower apart.
+    """Return a client's operations per sample, as :func:`count_tokenizers` and, if it owns one,
+    those of its head.
+    """
+    counted, own = count_tokenizers(parts), parts.tokenizers.head
+    if (head := count(own, lambda: own(features(parts)))).forward:
+        counted[HEAD] = head
+    return counted
+
+
+def count_tokenizers(parts: ClientParts) -> dict[str, Flops]:
+    """Return operations per sample by modality, of small encoders and connector together; the
+    frozen text tower apart.
     """
     counted = {}
     for name, tokenizer in parts.tokenizers.by_modality.items():
@@ -174,9 +195,6 @@ def count_client(parts: ModelParts) -> dict[str, Flops]:
         known = {n: embed(parts, n, 1) for n in parts.inputs.shapes}
         tokens = {n: torch.empty_like(x, requires_grad=x.requires_grad) for n, x in known.items()}
         counted[CONNECTOR] = count(connected, lambda: connected.connect(tokens))
-    own = parts.tokenizers.head
-    if (head := count(own, lambda: own(features(parts)))).forward:
-        counted[HEAD] = head
     return counted
 
 
@@ -364,6 +382,11 @@ def kept_bytes(
         total = sum(storage.nbytes() for storage in kept.values())
     del graph
     return total
+
+
+def moments(settings: OptimizerSettings) -> int:
+    """Return how many numbers an optimizer keeps for each that it steps."""
+    return 2 if settings.name != "sgd" else int(settings.momentum > 0)
 
 
 def parameters(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:

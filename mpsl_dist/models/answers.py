@@ -173,7 +173,9 @@ class HeadAnswers(nn.Module):
         if self.language is None:
             return self.head(soft_bld.mean(1))
         with computing_in(self.autocast, soft_bld.device):
-            read = self.language.model(inputs_embeds=soft_bld, use_cache=False)
+            read = self.language.model(
+                inputs_embeds=soft_bld, attention_mask=_mask(soft_bld), use_cache=False
+            )
         return self.head(read.last_hidden_state[:, -1].to(soft_bld.dtype))
 
 
@@ -192,8 +194,21 @@ def answer_loss(answers: Answers, logits_bpv: Tensor, labels_b: Tensor) -> Tenso
 def _logits(answers: LabelAnswers | CaptionAnswers, read_bld: Tensor, places: int) -> Tensor:
     """Return logits (b, p, v) at the last places, in the type of what is read."""
     with computing_in(answers.autocast, read_bld.device):
-        read = answers.language(inputs_embeds=read_bld, logits_to_keep=places, use_cache=False)
+        read = answers.language(
+            inputs_embeds=read_bld,
+            attention_mask=_mask(read_bld),
+            logits_to_keep=places,
+            use_cache=False,
+        )
     return read.logits.to(read_bld.dtype)
+
+
+def _mask(read_bld: Tensor) -> Tensor | None:
+    """Return no mask, and of shapes alone one of attention's own shape: transformers reads numbers
+    to learn that it needs none.
+    """
+    batch, length, _ = read_bld.shape
+    return read_bld.new_empty(batch, 1, length, length) if read_bld.is_meta else None
 
 
 def _embedded(language: Any, soft_bld: Tensor, instruction_l: Tensor, written_bl: Tensor) -> Tensor:
