@@ -141,11 +141,32 @@ def check_missing(experiment: Experiment, splits: Splits) -> None:
             "data.missing.at_test: a client lacks at test what it lacks in training; take true, or "
             "data.missing.per=sample"
         )
-    gaps = missing.rate or presence(splits.train) or presence(splits.test)
-    if gaps and not missing.zeros and "data.missing" in facts_of(experiment).reads:
+    own = presence(splits.train) or presence(splits.test)
+    if own and not missing.rate and experiment.method == "mlecs":
+        errors.append(_whole(experiment.data.name))
+    if (missing.rate or own) and not missing.zeros and "data.missing" in facts_of(experiment).reads:
         errors += _not_with_gaps(experiment, splits)
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+def check_whole(name: str, splits: Splits) -> None:
+    """Refuse samples of a dataset that lack parts of their own, for ML-ECS.
+
+    Raises
+    ------
+    ConfigError
+        If there are any; before gaps are drawn.
+    """
+    if presence(splits.train) or presence(splits.test):
+        raise ConfigError(_whole(name))
+
+
+def _whole(name: str) -> str:
+    return (
+        f"data.name: samples of {name} lack parts, and mlecs' devices lack whole modalities; take "
+        "another method"
+    )
 
 
 def _not_with_gaps(experiment: Experiment, splits: Splits) -> list[str]:

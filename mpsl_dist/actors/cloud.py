@@ -86,6 +86,8 @@ class Cloud:
             stepper.plan(max(1, rules.server_steps), rounds)
         #: φ: what every device begins its next round with.
         self.shared: dict[str, Tensor] = shared_state(small, rules.exchange)
+        #: How far the averages of A and B apart were from the average of their products.
+        self.gap = 0.0
         #: What the large model wrote of its test samples, at its last test.
         self.captions: list[Written] = []
 
@@ -170,9 +172,14 @@ class Cloud:
 
     def save(self, path: Path) -> str:
         """Write both models, their optimizers and φ; return the file's SHA-256."""
-        steppers = {name: stepper.state() for name, stepper in self._steppers().items()}
-        models = {"large": trainable_state(self.large), "small": trainable_state(self.small)}
-        return state.save(path, {**models, "shared": self.shared, "optimizers": steppers})
+        kept = {
+            "large": trainable_state(self.large),
+            "small": trainable_state(self.small),
+            "shared": self.shared,
+            "gap": self.gap,
+            "optimizers": {name: stepper.state() for name, stepper in self._steppers().items()},
+        }
+        return state.save(path, kept)
 
     def restore(self, path: Path) -> None:
         """Continue from :meth:`save`."""
@@ -180,8 +187,11 @@ class Cloud:
             load_trainable(self.large, kept["large"])
             load_trainable(self.small, kept["small"])
             self.shared = dict(kept["shared"])
+            self.gap = kept["gap"]
             for name, stepper in self._steppers().items():
                 stepper.load(kept["optimizers"][name])
 
     def _steppers(self) -> dict[str, Stepper]:
-        return {"large": self.large_stepper, "small": self.small_stepper}
+        """Return those that step: without transfer the small model rests."""
+        found = {"large": self.large_stepper}
+        return found | {"small": self.small_stepper} if self.rules.transfer else found

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpsl_dist import data
 from mpsl_dist.actors.agreement import Agreement, Elsewhere, Offer, renumbered
+from mpsl_dist.actors.checks import check_whole
 from mpsl_dist.actors.choices import forms_of, pixels_of, writes_captions
 from mpsl_dist.actors.local_data import LocalData, TestData
 from mpsl_dist.config import Experiment
@@ -119,11 +120,22 @@ class Public:
 
     @classmethod
     def draw(cls, experiment: Experiment, splits: Splits) -> Public:
-        """Draw them by the experiment's seed; as many of every split, rounded, as the fraction."""
+        """Draw them by the experiment's seed; as many of every split, rounded, as the fraction.
+
+        Raises
+        ------
+        ConfigError
+            If that is no training sample.
+        """
         fraction, seed = experiment.data.public_fraction, experiment.seed
         sizes = [len(split.labels) for split in (splits.train, splits.test)]
         if experiment.data.test_at == "server":
             sizes[1] = 0  # the server has them all
+        if not round(fraction * sizes[0]):
+            raise ConfigError(
+                f"data.public_fraction: {fraction} of {sizes[0]} training samples is less than "
+                "one; take more"
+            )
         rng = np.random.default_rng([seed, 3])
         return cls(*(np.sort(rng.permutation(size)[: round(fraction * size)]) for size in sizes))
 
@@ -211,6 +223,7 @@ class Holdings:
         tests = [part for part in tests for _ in range(each)]
         public = Public()
         if experiment.data.public_fraction:
+            check_whole(experiment.data.name, splits)
             public = Public.draw(experiment, splits)
             own, tests = public.left(dealt.parts, tests)
             dealt = replace(dealt, parts=own)

@@ -39,6 +39,8 @@ from mpsl_dist.models.volume import VolumeContrast
 
 #: Heads of the small encoders' and the tiny model's attention.
 _HEADS = 4
+#: Of the configuration: what asks for a language model.
+_KEY = "mlecs.language"
 
 
 def language_shape(experiment: Experiment, blocks: int) -> LanguageShape | None:
@@ -160,10 +162,10 @@ def _language_answers(experiment: Experiment, splits: Splits, blocks: int, rank:
         model = None if shape is None else _language(rules.language, shape)
         if model is not None:
             alpha = rules.alpha * rank / rules.rank  # one scale, whatever the rank
-            add_lora(model, rank, alpha, ATTENTION, rules.lora_dropout)
+            add_lora(model, rank, alpha, ATTENTION, rules.lora_dropout, _KEY)
         if model is None or rules.answer == "head":
             return HeadAnswers(model, _width(experiment), len(splits.classes))
-    words = smollm2_pieces("mlecs.language") if rules.language == "smollm2" else characters()
+    words = smollm2_pieces(_KEY) if rules.language == "smollm2" else characters()
     if rules.answer == "caption":
         return CaptionAnswers(model, rules.instruction, words, rules.caption_length)
     if len(splits.classes) > len(NAMES):
@@ -178,8 +180,8 @@ def _language_answers(experiment: Experiment, splits: Splits, blocks: int, rank:
 def _language(kind: str, shape: LanguageShape) -> nn.Module:
     # What is counted on shapes alone needs no file.
     if kind == "smollm2" and torch.get_default_device().type != "meta":
-        return read_smollm2(shape.blocks, "mlecs.language")
-    model = build_language(shape)
+        return read_smollm2(shape.blocks, _KEY)
+    model = build_language(shape, _KEY)
     # Frozen, Llama's own small table could hardly prefer one word to another.
     nn.init.normal_(model.get_input_embeddings().weight, std=shape.width**-0.5)
     return model

@@ -113,12 +113,14 @@ def memory(models: EdgeModels, batch: int) -> dict[str, dict[str, int]]:
     training, rules = models.experiment.training, models.experiment.mlecs
     small, large = models.device, models.large
     student = small.proxy or small
-    tuned = [*large.parameters(), *student.answers.parameters(), *student.generator.parameters()]
+    tuned = [*large.parameters()]
+    if rules.transfer:
+        tuned += [*student.answers.parameters(), *student.generator.parameters()]
     device = _held([small], small.parameters(), training.client)
     server = _held([small, large], tuned, training.server)
     device["kept for backward"] = _kept_by_device(models, batch)
     server["kept for backward"] = _kept_by_server(models, batch)
-    if rules.contrast:
+    if rules.contrast and rules.public_steps:
         public = round(models.experiment.data.public_fraction * models.inputs.train)
         table = public * rules.fused * next(small.parameters()).itemsize
         device["fused table"] = server["fused table"] = table

@@ -52,7 +52,7 @@ def round_bytes(
     if rules.exchange in ("all", "proxy"):
         # The server tells everybody all: it does not know who has what.
         down = shared_numbers(experiment, inputs, number, list(inputs.shapes)) * each
-    table = public * rules.fused * each if rules.contrast else 0
+    table = public * rules.fused * each if rules.contrast and rules.public_steps else 0
     found = {"fused_down": table, "lora_down": down, "lora_up": up}
     return {kind: size for kind, size in found.items() if size}
 
@@ -112,7 +112,8 @@ def trained_numbers(experiment: Experiment, inputs: Inputs) -> dict[tuple[str, s
     # What learns from the server's large model reads through a generator of its own.
     generator, proxy = _trained(built["server"].generator), rules.exchange == "proxy"
     small = generator + language(rules.proxy_blocks if proxy else rules.edge_blocks)
-    found["server", "proxy" if proxy else "small language model"] = small
+    if rules.transfer:
+        found["server", "proxy" if proxy else "small language model"] = small
     return found | ({("client", "proxy"): small} if proxy else {})
 
 

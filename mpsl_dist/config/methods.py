@@ -150,7 +150,7 @@ METHODS: dict[str, MethodFacts] = {
         ),
         ignores=(
             *("model.encoder", "model.head", "model.fusion", "model.pooling"),
-            "training.checkpoint_blocks",
+            *("client_share", "training.checkpoint_blocks"),
         ),
         tolerant=True,
         common=False,

@@ -43,11 +43,18 @@ def _ranges(experiment: Experiment) -> list[str]:
         for name in ("dropout", "lora_dropout")
         if isfinite(getattr(rules, name)) and not 0 <= getattr(rules, name) < 1
     ]
-    for name in ("features", "width"):
-        if getattr(rules, name) < 4 or getattr(rules, name) % 4:
-            found.append(f"mlecs.{name}: must be a multiple of 4, its heads of attention")
-    if rules.language == "smollm2" and max(rules.edge_blocks, rules.server_blocks) > 30:
-        found.append("mlecs.server_blocks: SmolLM2 has 30 blocks; take at most 30")
+    # Rotary positions turn pairs of a head's numbers.
+    for name, step in {"features": 4, "width": 8 if rules.language == "tiny" else 4}.items():
+        if getattr(rules, name) < step or getattr(rules, name) % step:
+            found.append(
+                f"mlecs.{name}: must be a multiple of {step}, of 4 heads of attention; found "
+                f"{getattr(rules, name)}"
+            )
+    found += [
+        f"mlecs.{name}: SmolLM2 has 30 blocks; take at most 30"
+        for name in ("edge_blocks", "server_blocks")
+        if rules.language == "smollm2" and getattr(rules, name) > 30
+    ]
     if rules.language == "none" and rules.answer != "head":
         found.append(
             f"mlecs.answer: without a language model nobody writes a {rules.answer}; take head"
@@ -83,6 +90,16 @@ def _public_problems(experiment: Experiment) -> list[str]:
         ]
     elif not rules.server_steps and rules.transfer:
         found.append("mlecs.transfer: needs mlecs.server_steps, or turn it off")
+    if experiment.data.test_at == "server":
+        if not rules.server_steps:
+            found.append(
+                "data.test_at: server, whose model has no steps (mlecs.server_steps); take clients"
+            )
+        if experiment.data.missing.at_test:
+            found.append(
+                "data.missing.at_test: the server's model has every modality; take false, or "
+                "data.test_at=clients"
+            )
     return found
 
 

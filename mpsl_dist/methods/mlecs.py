@@ -56,8 +56,6 @@ class Mlecs:
         self.held = clients.describe()
         batch, steps = batch_of(experiment), self.rules.public_steps + self.rules.private_steps
         self.plan = np.full((1, len(self.held)), batch * steps)
-        #: How far the averages of A and B apart were from the average of their products.
-        self.gap = 0.0
 
     @property
     def traffic(self) -> Traffic:
@@ -72,7 +70,8 @@ class Mlecs:
 
         Devices that are lost on the way are left out; None if there is none at all.
         """
-        anchors_vs = self.cloud.fused_table() if self.rules.contrast else None
+        asked = self.rules.contrast and self.rules.public_steps
+        anchors_vs = self.cloud.fused_table() if asked else None
         updates = self.clients.train_round(step, anchors_vs, self._sent(self.clients.present))
         if not updates:
             return None
@@ -85,7 +84,8 @@ class Mlecs:
         weights = [weight_of(update, self.rules.aggregate) for update in updates.values()]
         if self.rules.ranks:
             return average_by_rank(states, weights)
-        self.gap = product_gap(states, weights) if self.rules.exchange in _FACTORS else 0.0
+        if self.rules.exchange in _FACTORS:
+            self.cloud.gap = product_gap(states, weights)
         return average(states, weights)
 
     def _sent(self, clients: Sequence[int]) -> dict[int, dict[str, Tensor]]:
@@ -109,12 +109,14 @@ class Mlecs:
         for name in next(iter(by_device.values()), {}):
             found[name] = sum(scores[name] for scores in by_device.values()) / len(by_device)
             found |= {f"{name}_{n}": scores[name] for n, scores in by_device.items()}
-        at_server = self.cloud.test()[0]
+        # What nobody has trained has nothing to say.
+        at_server = self.cloud.test()[0] if self.rules.server_steps else {}
         found |= {f"server_{name}": score for name, score in at_server.items()}
         if self.cloud.captions:
             path = self.experiment.run_directory / captions.FILE
             captions.save(self.cloud.captions, path)
-        found["product_gap"] = self.gap
+        if self.rules.exchange in _FACTORS and not self.rules.ranks:
+            found["product_gap"] = self.cloud.gap
         return at_server | found  # the server's own where no device has test samples
 
     def read_tests(self) -> Iterator[int]:
@@ -134,9 +136,12 @@ class Mlecs:
         return self.experiment.training.test_batch_size
 
     def deployable(self) -> Deployable | None:
-        """Return the server's large model; every device keeps its own to itself."""
-        if self.rules.answer not in ("label", "head"):
-            return None  # what it writes is no class
+        """Return the server's large model; every device keeps its own to itself.
+
+        There is none where nobody has trained it, or where it writes captions, which are no class.
+        """
+        if self.rules.answer == "caption" or not self.rules.server_steps:
+            return None
         large = self.cloud.large
         return UnifiedDeployable(large.tokenizers, large.answers, TASKS["classification"])
 

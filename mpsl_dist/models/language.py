@@ -74,8 +74,8 @@ def shape_of(width: int, blocks: int, heads: int, like: LanguageShape | None) ->
     return LanguageShape(width, blocks, heads, heads, 8 * width // 3, 1)
 
 
-def build_language(shape: LanguageShape) -> LlamaForCausalLM:
-    """Build a causal language model with random weights.
+def build_language(shape: LanguageShape, key: str = "model.encoder.kind") -> LlamaForCausalLM:
+    """Build a causal language model with random weights; ``key``, which asks for it, is for errors.
 
     Its norms compute in the model's own type, as torch's do; transformers' own compute in float32
     whatever it is, and would round a model of float64.
@@ -85,7 +85,7 @@ def build_language(shape: LanguageShape) -> LlamaForCausalLM:
     ConfigError
         If transformers is not installed.
     """
-    llama = _llama()
+    llama = _llama(key)
     config = llama.LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -126,7 +126,7 @@ def read_smollm2(blocks: int = SMOLLM2.blocks, key: str = "weights.encoder") -> 
         If a package of ``mpsl_dist[lm]`` is not installed, or the file is damaged.
     """
     with torch.device("meta"):
-        model = build_language(replace(SMOLLM2, blocks=blocks))
+        model = build_language(replace(SMOLLM2, blocks=blocks), key)
     model.load_state_dict(dict(_smollm2_tensors(blocks, key)), strict=False, assign=True)
     model.tie_weights()
     # Rotary frequencies are made, not read.
@@ -278,11 +278,11 @@ def _gguf(key: str) -> Any:
 _ADVICE = "which is not installed here; pip install 'mpsl_dist[lm]' (docs/lm.md)"
 
 
-def _llama() -> Any:
+def _llama(key: str) -> Any:
     try:
         from transformers.models.llama import modeling_llama
     except ImportError as error:
         raise ConfigError(
-            f"model.encoder.kind: lm needs the package transformers, {_ADVICE}"
+            f"{key}: a language model needs the package transformers, {_ADVICE}"
         ) from error
     return modeling_llama

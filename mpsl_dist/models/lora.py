@@ -23,6 +23,7 @@ def add_lora(
     alpha: float,
     targets: Sequence[str] = ATTENTION,
     dropout: float = 0.0,
+    key: str = "model.encoder.lora",
 ) -> None:
     """Freeze a module and put trained factors beside its linear layers of these names, in place.
 
@@ -38,6 +39,8 @@ def add_lora(
         Last names of linear layers, as ``q_proj``.
     dropout : float
         Of what goes into A.
+    key : str
+        Of the configuration, that asks for it.
 
     Raises
     ------
@@ -48,7 +51,7 @@ def add_lora(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(
-            "model.encoder.lora: needs the package peft, which is not installed here; "
+            f"{key}: needs the package peft, which is not installed here; "
             "pip install 'mpsl_dist[lm]' (docs/lm.md)"
         ) from error
     names = {name.rpartition(".")[2] for name, m in module.named_modules() if _linear(m)}

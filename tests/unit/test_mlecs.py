@@ -11,8 +11,10 @@ import pytest
 import torch
 import toys
 from local_fleet import WatchedFleet
+from torch.nn import functional
 
-from mpsl_dist.actors import predictor
+from mpsl_dist.actors import cloud, predictor
+from mpsl_dist.actors.checks import check_missing
 from mpsl_dist.actors.edge_device import DeviceUpdate, EdgeDevice
 from mpsl_dist.actors.holdings import Holdings
 from mpsl_dist.actors.host import Host
@@ -26,7 +28,7 @@ from mpsl_dist.methods.mlecs import Mlecs, build_cloud, build_devices
 from mpsl_dist.models.answers import answer_loss
 from mpsl_dist.models.average import trainable_state
 from mpsl_dist.models.lora import average_by_rank, edited, to_rank
-from mpsl_dist.models.unified import shared_state
+from mpsl_dist.models.unified import load_shared, shared_state
 from mpsl_dist.records.traffic import Traffic, nbytes
 
 #: No public samples, and nothing that needs them.
@@ -48,6 +50,10 @@ def experiment(language: str = "none", public: float = 0.3, **changes: Any) -> E
     own = {"language": language, "answer": "head" if language == "none" else "label"}
     rules = SMALL | own | changes.pop("mlecs", {})
     data = {"name": "toy-image+audio", "public_fraction": public} | changes.pop("data", {})
+    if not public:  # the server's model learns nothing, and so is not tested
+        data["test_at"] = "clients"
+        if "missing" in data:
+            data["missing"] = data["missing"] | {"at_test": True}
     training = {"batch_size": 12, "precision": "float64", "epochs": 3}
     training |= changes.pop("training", {})
     whole = {"method": "mlecs", "clients": 3, "mlecs": rules, "data": data, "training": training}
@@ -89,20 +95,25 @@ def assert_same(ours: Any, theirs: Any, tolerance: float = 0.0) -> None:
 # -- limits ------------------------------------------------------------------------------------
 
 
-def trained_alone(chosen: Experiment, device: EdgeDevice, steps: int) -> Any:
+class Alone:
     """Plain torch on a copy of a device's model and its own mini-batches."""
-    model, rules = copy.deepcopy(device.model), device.stepper.settings
-    own = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(own, lr=rules.lr, weight_decay=rules.weight_decay, fused=True)
-    data = Holdings.load(chosen).of(device.number)[0]
-    batches = [batch for _, _, batch in Stream(data, mlecs.batch_of(chosen)).part(0, steps)]
-    for batch in batches:
-        fused = model.read(model.encode(batch.inputs)).fused_bs
-        logits = model.answers(model.prompt(fused), batch.labels)
-        optimizer.zero_grad()
-        answer_loss(model.answers, logits, batch.labels).backward()
-        optimizer.step()
-    return model
+
+    def __init__(self, chosen: Experiment, device: EdgeDevice) -> None:
+        self.model, rules = copy.deepcopy(device.model), device.stepper.settings
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            own, lr=rules.lr, weight_decay=rules.weight_decay, fused=True
+        )
+        data = Holdings.load(chosen).of(device.number)[0]
+        self.stream = Stream(data, mlecs.batch_of(chosen))
+
+    def train(self, round_: int, steps: int) -> None:
+        for _, _, batch in self.stream.part(round_, steps):
+            fused = self.model.read(self.model.encode(batch.inputs)).fused_bs
+            logits = self.model.answers(self.model.prompt(fused), batch.labels)
+            self.optimizer.zero_grad()
+            answer_loss(self.model.answers, logits, batch.labels).backward()
+            self.optimizer.step()
 
 
 @pytest.mark.parametrize("exchange", ["lora", "all"])
@@ -111,33 +122,40 @@ def test_of_one_device_without_public_samples_it_is_centralized_tuning(exchange:
     rules = PRIVATE | {"private_steps": 1, "exchange": exchange, "dropout": 0, "lora_dropout": 0}
     chosen = experiment("tiny", 0, clients=1, mlecs=rules)
     method = in_one_process(chosen)
-    alone = trained_alone(chosen, devices_of(method)[0], 5)
+    alone = Alone(chosen, devices_of(method)[0])
+    alone.train(0, 5)
     before = states(method)[0]
     rounds(method, 5)
-    assert_same([states(method)[0]], [trainable_state(alone)])
+    assert_same([states(method)[0]], [trainable_state(alone.model)])
     moved = {key for key in before if not torch.equal(before[key], states(method)[0][key])}
     assert any("lora_B" in key for key in moved) and any("by_modality" in key for key in moved)
 
 
 def test_uniform_weights_without_contrast_and_transfer_are_fedavg_over_the_factors() -> None:
+    """Over two rounds: every device goes on from the mean, with its own encoders and connector."""
     pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
     rules = PRIVATE | {"aggregate": "uniform", "dropout": 0, "lora_dropout": 0}
     chosen = experiment("tiny", 0, mlecs=rules, data={"missing": {"rate": 0.5}})
     method = in_one_process(chosen)
-    alone = [trained_alone(chosen, device, 3) for device in devices_of(method).values()]
-    rounds(method, 1)
-    sent = [trainable_state(model) for model in alone]
-    for key, value in method.cloud.shared.items():
-        by_hand = sum(state[key] for state in sent) / 3
-        torch.testing.assert_close(value, by_hand, rtol=1e-13, atol=1e-16)
-    assert all("lora_" in key for key in method.cloud.shared)
-    # Every device goes on from the mean, with its own connector.
-    method.evaluate()
-    rounds(method, 1, 1)
-    for device, model in zip(devices_of(method).values(), alone, strict=True):
-        received = dict(device._received)
-        assert_same([received], [{k: method.cloud.shared[k] for k in received}], 1.0)
-        assert model.modalities == device.model.modalities
+    devices = devices_of(method)
+    assert len({device.model.modalities for device in devices.values()}) > 1
+    alone = [Alone(chosen, device) for device in devices.values()]
+    for round_ in range(2):
+        for one in alone:
+            one.train(round_, 3)
+        rounds(method, 1, round_)
+        sent = [shared_state(one.model, "lora") for one in alone]
+        assert sent[0].keys() == method.cloud.shared.keys()
+        assert all("lora_" in key for key in sent[0])
+        for key, value in method.cloud.shared.items():
+            by_hand = sum(state[key] for state in sent) / 3
+            torch.testing.assert_close(value, by_hand, rtol=1e-12, atol=1e-15)
+        for one in alone:
+            load_shared(one.model, "lora", method.cloud.shared)
+    method.evaluate()  # which sends the mean
+    for device, one in zip(devices.values(), alone, strict=True):
+        assert_same([shared_state(device.model, "lora")], [method.cloud.shared])
+        assert_same([trainable_state(device.model)], [trainable_state(one.model)], 1e-12)
 
 
 def test_without_exchange_every_device_is_a_run_of_its_own() -> None:
@@ -291,6 +309,77 @@ def test_who_has_what_is_nested_in_the_rate() -> None:
         assert cells.mean() == pytest.approx(rate - rate**3 / 3, abs=0.01)
 
 
+# -- losses ------------------------------------------------------------------------------------
+
+
+def test_a_devices_first_public_step_is_equation_11_by_hand() -> None:
+    """Cross-entropy, and the volume contrast with what the server makes of the same samples."""
+    chosen = experiment(mlecs={"dropout": 0.0})
+    method, holdings = in_one_process(chosen), Holdings.load(chosen)
+    device, large = devices_of(method)[0], method.cloud.large
+    _, rows, batch = next(iter(device.public.part(0, 1)))
+    assert rows != list(range(len(rows)))
+    model = copy.deepcopy(device.model)
+    read = model.read(model.encode(batch.inputs))
+    logits = model.answers(model.prompt(read.fused_bs), batch.labels)
+    whole = holdings.splits.train.fetch(holdings.public.train[rows].tolist())
+    anchors_bs = large.read(large.encode(whole.inputs)).fused_bs.detach()
+    said = functional.cross_entropy(logits[:, 0], batch.labels)
+    by_hand = said + model.contrast(anchors_bs, read.modalities_bmh)
+    assert by_hand.item() - said.item() > 0.1
+    losses = []
+    step = device._step
+    device._step = lambda round_, at, loss: losses.append(loss.item()) or step(round_, at, loss)
+    device.train_round(0, method.cloud.fused_table(), method.cloud.shared)
+    assert losses[0] == pytest.approx(by_hand.item(), rel=1e-12)
+
+
+def test_the_servers_steps_are_equations_15_and_16_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model's cross-entropy and divergence from the other; the large one's contrast of a
+    modality, drawn for the step, with all others.
+    """
+    method = in_one_process(experiment(mlecs={"dropout": 0.0}))
+    rounds(method, 2)  # the two begin alike
+    large, small = method.cloud.large, method.cloud.small
+    found: list[tuple[Any, float]] = []
+    monkeypatch.setattr(
+        cloud, "step_on", lambda loss, stepper, _: found.append((stepper, loss.item()))
+    )
+    (_, _, batch) = next(iter(method.cloud.public.part(0, 1)))
+    read = large.read(large.encode(batch.inputs))
+    large_bk = large.answers(large.prompt(read.fused_bs), batch.labels)[:, 0]
+    small_bk = small.answers(small.prompt(read.fused_bs), batch.labels)[:, 0]
+
+    def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        logs = [functional.log_softmax(x, dim=1) for x in (student, teacher)]
+        return functional.kl_div(*logs, log_target=True, reduction="batchmean")  # the pool has all
+
+    assert divergence(large_bk, small_bk) > 1e-6
+    method.cloud._step(0, batch)
+    said = functional.cross_entropy(small_bk, batch.labels)
+    assert found[0][0] is method.cloud.small_stepper
+    assert found[0][1] == pytest.approx((said + divergence(small_bk, large_bk)).item(), 1e-12)
+    said = functional.cross_entropy(large_bk, batch.labels)
+    apart = large.contrast(read.modalities_bmh[:, 0], read.modalities_bmh[:, 1:])  # as 1 with 0
+    by_hand = said + apart + divergence(large_bk, small_bk)
+    assert found[1][0] is method.cloud.large_stepper
+    assert found[1][1] == pytest.approx(by_hand.item(), rel=1e-12)
+
+
+def test_the_servers_contrast_is_of_a_modality_that_is_drawn_with_all_others() -> None:
+    method = in_one_process(experiment())
+    draws = torch.Generator().manual_seed(0)
+    modalities_bmh = torch.randn(4, 3, 8, dtype=torch.float64, generator=draws)
+    found, drawn = [], []
+    for place in range(20):
+        found.append(method.cloud._contrast(place, modalities_bmh).item())
+        own = int(np.random.default_rng([method.experiment.seed, place, 4]).integers(3))
+        others = modalities_bmh[:, [m for m in range(3) if m != own]]
+        drawn.append(method.cloud.large.contrast(modalities_bmh[:, own], others).item())
+    assert found == drawn
+    assert len(set(found)) == 3
+
+
 @pytest.mark.parametrize("part", ["contrast", "transfer"])
 def test_contrast_and_transfer_are_trained_by_server_and_contrast_by_devices(part: str) -> None:
     def trained(**on: bool) -> tuple[Any, ...]:
@@ -373,6 +462,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert second.damage(folder, files) is None
     torch.manual_seed(123)  # nothing may rest on torch's own generator
     second.restore(folder, files)
+    assert second.evaluate() == first.evaluate()
     rounds(second, 2, 1)
     assert_same(states(whole), states(second))
     assert whole.evaluate() == second.evaluate()
@@ -404,6 +494,35 @@ def test_macro_f1_is_the_mean_over_classes_of_a_devices_own_test_samples(
     share = (labels == 0).double().mean().item()
     assert scores["accuracy"] == share and samples == len(labels) and 0 < share < 1
     assert scores["f1"] == pytest.approx(2 * share / (1 + share) / len(labels.unique()))
+
+
+@pytest.mark.parametrize(
+    "rules, told",
+    [({}, True), (CO_PLMS, True), ({"ranks": [1, 2, 2]}, False), ({"exchange": "all"}, False)],
+    ids=["ml-ecs", "co-plms", "ranks", "all"],
+)
+def test_how_far_averages_are_apart_is_told_of_factors_of_one_shape(
+    rules: dict[str, Any], told: bool
+) -> None:
+    pytest.importorskip("peft", reason="mpsl_dist[lm] is not installed")
+    method = in_one_process(experiment("tiny", mlecs={"transfer": "exchange" not in rules} | rules))
+    rounds(method, 1)
+    scores = method.evaluate()
+    assert ("product_gap" in scores) == told
+    assert scores.get("product_gap", 1) > 0
+
+
+def test_a_server_without_steps_has_no_model_and_no_score() -> None:
+    method = in_one_process(experiment(public=0, mlecs=PRIVATE))
+    rounds(method, 1)
+    assert method.deployable() is None
+    assert not [name for name in method.evaluate() if name.startswith("server")]
+
+
+def test_a_table_that_no_device_uses_is_not_sent() -> None:
+    method = in_one_process(experiment(mlecs={"public_steps": 0}))
+    rounds(method, 1)
+    assert set(method.traffic.by_kind()) == {"lora_down", "lora_up"}
 
 
 def test_the_model_of_a_run_is_the_servers_large_one(tmp_path: Path) -> None:
@@ -477,10 +596,28 @@ def test_autocast_computes_language_models_in_bfloat16_and_nothing_else(answer: 
             "training.autocast: mlecs.language=none",
         ),
         ({"mlecs": {"width": 6}}, "mlecs.width: must be a multiple of 4"),
+        ({"language": "tiny", "mlecs": {"width": 12}}, "mlecs.width: must be a multiple of 8"),
+        (
+            {"language": "smollm2", "mlecs": {"edge_blocks": 31}},
+            "mlecs.edge_blocks: SmolLM2 has 30",
+        ),
+        ({"mlecs": PRIVATE}, "data.test_at: server, whose model has no steps"),
+        (
+            {"data": {"missing": {"rate": 0.5, "at_test": True}}},
+            "data.missing.at_test: the server's model has every modality",
+        ),
+        ({"public": 0.004}, "data.public_fraction: 0.004 of 90 training samples is less than one"),
+        ({"data": {"name": "toy-gaps"}}, "data.name: samples of toy-gaps lack parts"),
+        (
+            {"public": 0, "mlecs": PRIVATE, "data": {"name": "toy-gaps"}},
+            "data.name: samples of toy-gaps lack parts",
+        ),
         ({"data": {"missing": {"rate": 0.5, "per": "sample"}}}, "data.missing.per: mlecs"),
     ],
 )
 def test_what_cannot_be_had_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         found = experiment(**changes)
-        mlecs.build_cloud(found, Holdings.load(found))
+        holdings = Holdings.load(found)
+        check_missing(found, holdings.splits)
+        mlecs.build_cloud(found, holdings)
