@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ def _cases() -> dict[str, dict]:
         "data": {"name": "toy-image+audio", "public_fraction": 0.3, "missing": {"rate": 0.5}},
         "mlecs": {"language": "none", "answer": "head", "private_steps": 2, "public_steps": 2},
     }
+    if None not in map(find_spec, ("transformers", "peft")):
+        small = {"language": "tiny", "width": 16, "edge_blocks": 1, "server_blocks": 1}
+        rules = found["mlecs"]["mlecs"] | small | {"answer": "label"}
+        found["mlecs label"] = found["mlecs"] | {"mlecs": rules}
     base = {"clients_per_worker": 2, "training": _training(epochs=STEPS)}
     return {name: base | case for name, case in found.items()}
 
@@ -112,8 +117,11 @@ def test_naive_psl_runs_one_server_backward_per_client(told: dict) -> None:
     assert len(psl["backwards"]) == sum(size > 0 for step in shares for size in step) > 3 * STEPS
 
 
-def test_ml_ecs_over_rpc_equals_one_process(told: dict) -> None:
-    chosen = toys.experiment(**_cases()["mlecs"])
+@pytest.mark.parametrize("case", ["mlecs", "mlecs label"])
+def test_ml_ecs_over_rpc_equals_one_process(told: dict, case: str) -> None:
+    if case not in told:
+        pytest.skip("mpsl_dist[lm] is not installed")
+    chosen = toys.experiment(**_cases()[case])
     torch.set_num_threads(1)
     holdings = Holdings.load(chosen)
 
@@ -122,9 +130,9 @@ def test_ml_ecs_over_rpc_equals_one_process(told: dict) -> None:
 
     alone = mlecs.build(Setup(chosen, holdings, 1, transport=transport))
     losses = [alone.step(0, step) for step in range(STEPS)]
-    assert told["mlecs"]["losses"] == pytest.approx(losses, rel=TOLERANCE)
-    assert_states_close(told["mlecs"]["server"], alone.cloud.shared, TOLERANCE)
-    assert told["mlecs"]["bytes"] == alone.traffic.by_kind()
+    assert told[case]["losses"] == pytest.approx(losses, rel=TOLERANCE)
+    assert_states_close(told[case]["server"], alone.cloud.shared, TOLERANCE)
+    assert told[case]["bytes"] == alone.traffic.by_kind()
 
 
 def test_fedavg_of_one_client_over_rpc_equals_centralized_step_for_step(told: dict) -> None:
