@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ from mpsl_dist.runtime.local import LocalFleet
 
 HERE = Path(__file__).parent
 STEPS = 5
+#: Of ML-ECS: who has which modality, and no language model.
+EDGES: dict[str, Any] = {
+    "data": {"name": "toy-image+audio", "public_fraction": 0.3, "missing": {"rate": 0.5}},
+    "mlecs": {"language": "none", "answer": "head", "private_steps": 2, "public_steps": 2},
+}
 #: Of float64, relative to the largest entry of each tensor.
 TOLERANCE = 1e-10
 SYNCS = {
@@ -62,11 +68,7 @@ def _cases() -> dict[str, dict]:
     gaps = {"name": "toy-image+audio", "missing": {"rate": 0.5, "seed": 3}}
     for method in ("mpsl", "psl", "fedavg", "fedclip"):
         found[f"{method} gaps"] = {"method": method, "data": gaps}
-    found["mlecs"] = {
-        "method": "mlecs",
-        "data": {"name": "toy-image+audio", "public_fraction": 0.3, "missing": {"rate": 0.5}},
-        "mlecs": {"language": "none", "answer": "head", "private_steps": 2, "public_steps": 2},
-    }
+    found["mlecs"] = {"method": "mlecs"} | EDGES
     if None not in map(find_spec, ("transformers", "peft")):
         small = {"language": "tiny", "width": 16, "edge_blocks": 1, "server_blocks": 1}
         rules = found["mlecs"]["mlecs"] | small | {"answer": "label"}
@@ -191,22 +193,21 @@ def _lines(folder: Path, name: str) -> int:
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("method", ["psl", "fedavg"])
+@pytest.mark.parametrize("method", ["psl", "fedavg", "mlecs"])
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     method: str, launch: Launch, tmp_path: Path
 ) -> None:
+    start = partial(_start, launch, tmp_path, method, **(EDGES if method == "mlecs" else {}))
     training = _training(epochs=40, batch_size=45)
-    whole = _start(launch, tmp_path, method, name="whole", training=training)
-    parts = _start(launch, tmp_path, method, name="parts", training=training)
+    whole = start(name="whole", training=training)
+    parts = start(name="parts", training=training)
     until(lambda: _lines(tmp_path, "parts") >= 4, 90, "some steps")
     os.kill(parts.rank(0), signal.SIGTERM)
     status, output = parts.finish()
     assert status != 0 and "--resume continues" in output, output
     summary = tmp_path / "runs" / "parts" / "summary.json"
     assert json.loads(summary.read_text())["status"] == "stopped"
-    status, output = _start(
-        launch, tmp_path, method, "--resume", name="parts", training=training
-    ).finish()
+    status, output = start("--resume", name="parts", training=training).finish()
     assert status == 0, output
     status, output = whole.finish()
     assert status == 0, output
@@ -223,6 +224,22 @@ def test_a_killed_worker_ends_the_run_and_leaves_no_process(
     os.kill(world.rank(2), signal.SIGKILL)
     status, _ = world.finish(60)
     assert status != 0
+
+
+@pytest.mark.campaign
+def test_ml_ecs_goes_on_without_devices_whose_worker_is_killed(
+    launch: Launch, tmp_path: Path
+) -> None:
+    faults = {"rejoin": "never", "client_timeout": 8.0, "exit_timeout": 15.0}
+    settings = EDGES | {"training": _training(epochs=60), "faults": faults}
+    world = _start(launch, tmp_path, "mlecs", name="killed", **settings)
+    until(lambda: _lines(tmp_path, "killed") >= 3, 90, "some rounds")
+    os.kill(world.rank(2, hosts=True), signal.SIGKILL)
+    status, output = world.finish(120)
+    assert status == 0, output
+    summary = json.loads((tmp_path / "runs/killed/summary.json").read_text())
+    assert (summary["clients_lost"], summary["epochs_completed"]) == (2, 60), output
+    assert "server_accuracy" in summary["test"]
 
 
 @pytest.mark.parametrize("method", ["psl", pytest.param("fedclip", marks=pytest.mark.campaign)])
