@@ -46,9 +46,11 @@ _SENT = {
 
 def experiment(method: str, name: str, **changes: Any) -> Experiment:
     """A toy of pictures and sounds among four clients, trained by a method."""
-    own = _OWN.get(method, {})
-    data = {"name": "toy-image+audio", **own.get("data", {}), **changes.pop("data", {})}
-    return toys.experiment(**(own | {"name": name, "method": method, "data": data} | changes))
+    values: dict[str, Any] = {"name": name, "method": method, "data": {"name": "toy-image+audio"}}
+    for changed in (_OWN.get(method, {}), changes):
+        for key, value in changed.items():
+            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return toys.experiment(**values)
 
 
 def write(folder: Path, chosen: Experiment, model: bool = False) -> Path:
@@ -78,6 +80,5 @@ def write(folder: Path, chosen: Experiment, model: bool = False) -> Path:
     }
     (path / "summary.json").write_text(json.dumps(summary))
     if model:
-        into = path / "model" / ("client-0001" if chosen.method == "standalone" else "")
-        deployable.build(chosen, splits).save(into, chosen, splits)
+        deployable.build(chosen, splits).save(path / "model", chosen, splits)
     return path
