@@ -14,7 +14,7 @@ from mpsl_dist.actors import deployable
 from mpsl_dist.actors.holdings import load_data
 from mpsl_dist.config import Experiment, to_dict
 
-SPLIT = ("activations", "predictions", "prediction_gradients", "cut_layer_gradients")
+_SPLIT = ("activations", "predictions", "prediction_gradients", "cut_layer_gradients")
 #: What a method's experiment has besides.
 _OWN: dict[str, dict[str, Any]] = {
     "m2fedsa": {"clients_per_worker": 2},
@@ -37,9 +37,9 @@ _TESTS: dict[str, dict[str, float]] = {
 }
 #: What crosses.
 _SENT = {
-    **dict.fromkeys(("mpsl", "psl"), SPLIT),
+    **dict.fromkeys(("mpsl", "psl"), _SPLIT),
     **dict.fromkeys(("fedavg", "fedclip"), ("model_down", "model_up")),
-    "m2fedsa": (*SPLIT, "sync_up", "sync_down"),
+    "m2fedsa": (*_SPLIT, "sync_up", "sync_down"),
     "mlecs": ("fused_down", "lora_down", "lora_up"),
 }
 

@@ -150,7 +150,7 @@ def show(experiment: Experiment, out: Path, console: Console | None = None) -> N
     sizes = found.sizes
     console.print(
         f"samples of a client: {sizes.min():,} to {sizes.max():,}, median {np.median(sizes):g}; "
-        f"{sizes.sum():,} in all",
+        f"{sizes[:: found.each].sum():,} in all",
         highlight=False,
     )
     out.parent.mkdir(parents=True, exist_ok=True)

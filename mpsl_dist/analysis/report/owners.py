@@ -148,7 +148,7 @@ def _modalities(held: PartitionTable) -> str:
     if held.each > 1:
         return who
     whole = held.sizes.sum()
-    shares = ", ".join(f"{name} {there.sum() / whole:.0%}" for name, there in held.has.items())
+    shares = ", ".join(f"{name} {percent(there.sum() / whole)}" for name, there in held.has.items())
     return f"{who} (of all samples: {shares})"
 
 

@@ -41,7 +41,8 @@ from mpsl_dist.records.run_directory import RunDirectory
 _MEANING = {
     "_fused": "accuracy_fused is of all modalities together; accuracy, which methods are compared "
     "by, is the mean over the modalities, each by itself.",
-    "server_": "server_… is of the server's model; what has no such name is the mean over clients.",
+    "server_": "server_… is of the server's model; other accuracies and scores are means over "
+    "clients.",
     "product_gap": "product_gap is how far the product of averaged LoRA factors is from the "
     "average of their products.",
 }
