@@ -18,9 +18,32 @@ from mpsl_dist.config.methods import facts_of
 from mpsl_dist.errors import ConfigError, DataError, RunError
 from mpsl_dist.reading import read_json
 from mpsl_dist.records.run_directory import RunDirectory, write_atomic
+from mpsl_dist.records.traffic import KINDS
+from mpsl_dist.typed import flatten
 
 #: What lies in an exported folder.
 _WEIGHTS, _DESCRIPTION, _CARD = "model.safetensors", "config.json", "README.md"
+#: What our methods are, and whose.
+_METHODS = {
+    "mpsl": "Multimodal Parallel Split Learning, arXiv 2502.06355",
+    "psl": "naive parallel split learning: a forward and a backward of the server for each client, "
+    "which Multimodal Parallel Split Learning, arXiv 2502.06355, makes one of",
+    "fedavg": "FedAvg, McMahan et al., 2017",
+    "fedclip": "FedCLIP, Lu et al., 2023",
+    "m2fedsa": "M²FedSA, Zhang, Qi and Xu, ICML 2024",
+    "standalone": "local training alone, every client a model of its own",
+    "mlecs": "ML-ECS, Liu et al.",
+    "centralized": "training in one place",
+}
+#: What devices of ML-ECS send, by ``mlecs.exchange``.
+_EXCHANGED = {
+    "lora": "their language models' trained LoRA factors",
+    "all": "all that they had trained",
+    "proxy": "their trained encoders and a proxy model's LoRA factors",
+    "none": "no parameters",
+}
+#: Keys of ``mlecs`` by which it is another method than the paper's.
+_RULES = ("exchange", "aggregate", "contrast", "transfer", "ranks", "edit", "proximal")
 
 
 def export(
@@ -121,7 +144,7 @@ def _card(
         "## Use",
         _use(modalities, bool(description["classes"])),
         "## Figures",
-        _figures(summary, client),
+        _figures(summary, client) + _explained(summary),
         "## Data",
         _data(experiment, summary),
         "## Method",
@@ -160,9 +183,14 @@ def _header(
 
 
 def _tested(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return the model's figures: the server's alone, where clients have models of their own."""
+    """Return the model's figures, first those of a call with all modalities.
+
+    These are the fusion's, where there is one; and the server's alone, where clients have models of
+    their own.
+    """
     test = summary["test"]
-    return {name: x for name, x in test.items() if name.startswith("server_")} or test
+    fused = {name: x for name, x in test.items() if name.endswith("_fused")}
+    return {name: x for name, x in test.items() if name.startswith("server_")} or fused | test
 
 
 def _about(experiment: Experiment, description: Mapping[str, Any], client: int | None) -> str:
@@ -198,10 +226,23 @@ def _figures(summary: Mapping[str, Any], client: int | None) -> str:
     return "\n".join(lines)
 
 
+def _explained(summary: Mapping[str, Any]) -> str:
+    if "accuracy_fused" not in summary["test"]:
+        return ""
+    return (
+        "\n\n`accuracy_fused` is of answers from all modalities together, as above; the others are "
+        "of one modality alone, and `accuracy` is their mean."
+    )
+
+
 def _data(experiment: Experiment, summary: Mapping[str, Any]) -> str:
     samples = {split: summary["data"][split]["samples"] for split in ("train", "test")}
     rule = experiment.data.partition
     how = f"Dir({rule.alpha:g})" if rule.kind == "dirichlet" else rule.kind
+    if facts_of(experiment).unimodal:
+        how += ", a client for each modality of a user"
+    if experiment.data.public_fraction:
+        how += f", {experiment.data.public_fraction:.0%} of the samples public"
     return (
         f"{experiment.data.name}: {samples['train']} samples for training, {samples['test']} for "
         f"testing; {experiment.clients} clients, {how}. Their licence is the data's own."
@@ -211,11 +252,8 @@ def _data(experiment: Experiment, summary: Mapping[str, Any]) -> str:
 def _method(experiment: Experiment, summary: Mapping[str, Any]) -> str:
     training, trained = experiment.training, summary["trainable_parameters"]
     sent = summary["communication"]
-    name = experiment.method
-    if facts_of(experiment).split:
-        name += " (Multimodal Parallel Split Learning, arXiv 2502.06355)"
     lines = [
-        f"- method: {name}",
+        f"- method: {_named(experiment)}",
         f"- {summary['epochs_completed']} epochs, {summary['steps_completed']} steps, global batch "
         f"{training.batch_size}, seed {summary['seed']}",
         f"- trained parameters: client {trained.get('client', 0)}, "
@@ -224,8 +262,30 @@ def _method(experiment: Experiment, summary: Mapping[str, Any]) -> str:
     if not facts_of(experiment).one_process:
         up, down = (sent[f"{way}_bytes_per_client_per_epoch"] / 2**20 for way in ("up", "down"))
         lines.append(f"- per client and epoch: {up:.2f} MiB up, {down:.2f} MiB down")
+        lines.append(f"- what crossed: {_crossed(sent)}")
     lines.append(f"- {summary['seconds']['total']:.0f} s")
     return "\n".join(lines)
+
+
+def _named(experiment: Experiment) -> str:
+    """Return a method's name, whose it is, and what of its rules is not the paper's."""
+    name = experiment.method
+    told = [_METHODS[name]] if name in _METHODS else []
+    if name == "mlecs":
+        usual, own = flatten(Experiment().mlecs), flatten(experiment.mlecs)
+        other = [f"mlecs.{key}={own[key]}" for key in _RULES if own[key] != usual[key]]
+        told += [f"here {', '.join(other)}"] if other else []
+    return f"{name} ({'; '.join(told)})" if told else name
+
+
+def _crossed(sent: Mapping[str, Any]) -> str:
+    """Return the kinds of tensors that were counted between clients and server."""
+    kinds = sent.get("total_bytes_by_kind")
+    if kinds is None:
+        return "not recorded"
+    ways = {way: [k for k in kinds if k in KINDS and KINDS[k][0] == way] for way in ("up", "down")}
+    told = [f"{way} {', '.join(named)}" for way, named in ways.items() if named]
+    return "; ".join(told) or "no tensor"
 
 
 def _versions(run: Path) -> str:
@@ -240,11 +300,17 @@ def _versions(run: Path) -> str:
 def _privacy(experiment: Experiment, summary: Mapping[str, Any], client: int | None) -> str:
     if facts_of(experiment).one_process:
         text = "All training data lay in one process: nothing was kept from it."
+    elif facts_of(experiment).alone:
+        text = "Raw inputs, labels and weights stayed with the clients; each trained alone."
     elif facts_of(experiment).split:
         text = (
             "Raw inputs and labels stayed with the clients; the server of the run saw activations "
-            "and gradients, which tell of both. Split learning is no differential privacy."
+            "and gradients, which tell of both, and for averages "
+            f"{'sums' if experiment.tokenizer_sync.masked else 'the weights'} of what clients had "
+            "trained. Split learning is no differential privacy."
         )
+    elif experiment.method == "mlecs":
+        text = _privacy_of_mlecs(experiment, summary)
     else:
         text = (
             "Raw inputs and labels stayed with the clients, which sent trained weights: those tell "
@@ -258,3 +324,14 @@ def _privacy(experiment: Experiment, summary: Mapping[str, Any], client: int | N
     if client is not None:
         text += f" Client {client}'s part was made of its data alone: hand it on with its consent."
     return text
+
+
+def _privacy_of_mlecs(experiment: Experiment, summary: Mapping[str, Any]) -> str:
+    exchange = experiment.mlecs.exchange
+    text = f"Raw inputs and labels stayed with the clients, which sent {_EXCHANGED[exchange]}"
+    text += "." if exchange == "none" else ": those tell of their data."
+    if "fused_down" in (summary["communication"].get("total_bytes_by_kind") or {}):
+        text += " They were sent a table of fused public samples."
+    if experiment.data.public_fraction:
+        text += " Public samples were everybody's, labels and all."
+    return f"{text} Tuning together is no differential privacy."

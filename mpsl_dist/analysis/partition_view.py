@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from mpsl_dist.actors.holdings import Holdings, load_data
+from mpsl_dist.actors.holdings import Holdings, clients_of_a_user, load_data
 from mpsl_dist.config import ConfigError, Experiment
 from mpsl_dist.data import presence
 
@@ -46,6 +46,10 @@ class PartitionTable:
     retrieval : bool
     has : mapping of str to array
         Modality -> (clients,) training samples that have it; empty where all have everything.
+    each : int
+        Clients in a row that are one user's, and have the same samples.
+    public : int
+        Training samples that are no client's own.
     """
 
     counts: NDArray[np.int64]
@@ -54,6 +58,8 @@ class PartitionTable:
     rule: str
     retrieval: bool = False
     has: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    each: int = 1
+    public: int = 0
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -75,7 +81,7 @@ def holdings(experiment: Experiment) -> PartitionTable:
         )
     splits = load_data(experiment)
     dealing = Holdings.deal(experiment, splits)
-    dealt, present = dealing.dealt, presence(dealing.splits.train)
+    dealt = dealing.dealt
     labels = splits.train.labels.numpy()
     held = [labels[part] for part in dealt.parts]
     if splits.retrieval:
@@ -89,11 +95,25 @@ def holdings(experiment: Experiment) -> PartitionTable:
         dealt.names or tuple(map(str, range(len(held)))),
         dealt.rule,
         splits.retrieval,
-        {
-            name: np.array([int(there[part].sum()) for part in dealt.parts])
-            for name, there in (present or {}).items()
-        },
+        _having(dealing),
+        clients_of_a_user(experiment, splits),
+        len(dealing.public.train),
     )
+
+
+def _having(dealing: Holdings) -> dict[str, NDArray[np.int64]]:
+    """Return modality -> (clients,) samples that have it, and that a client for it may see."""
+    names, parts = tuple(dealing.splits.shapes), dealing.dealt.parts
+    present = presence(dealing.splits.train)
+    seen = [dealing.modalities(number, tests=False) or names for number in range(len(parts))]
+    if present is None and all(own == names for own in seen):
+        return {}
+    has = np.zeros((len(names), len(parts)), dtype=np.int64)
+    for number, (own, part) in enumerate(zip(seen, parts, strict=True)):
+        for name in own:
+            there = len(part) if present is None else int(present[name][part].sum())
+            has[names.index(name), number] = there
+    return dict(zip(names, has, strict=True))
 
 
 def show(experiment: Experiment, out: Path, console: Console | None = None) -> None:
@@ -130,7 +150,7 @@ def show(experiment: Experiment, out: Path, console: Console | None = None) -> N
     sizes = found.sizes
     console.print(
         f"samples of a client: {sizes.min():,} to {sizes.max():,}, median {np.median(sizes):g}; "
-        f"{sizes.sum():,} in all",
+        f"{sizes[:: found.each].sum():,} in all",
         highlight=False,
     )
     out.parent.mkdir(parents=True, exist_ok=True)

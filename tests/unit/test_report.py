@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import finished_runs
 import pytest
 import yaml
 from test_compare import write_run
 
 from mpsl_dist.__main__ import main
+from mpsl_dist.analysis import compare
 from mpsl_dist.analysis.report import paper, pictures
 from mpsl_dist.analysis.report.gather import gather
 from mpsl_dist.records.run_directory import RunDirectory
@@ -377,3 +379,84 @@ def test_the_papers_figures_say_their_points_in_words(tmp_path: Path) -> None:
         "Figure 6: .* mpsl, N=25 S 30.0 %",
     ):
         assert any(re.search(wanted, text) for text in told), (wanted, told)
+
+
+# -- runs of several methods -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of five methods on one task, their data dealt in five ways."""
+    folder = tmp_path_factory.mktemp("several")
+    uneven, even = ({"partition": {"alpha": alpha, "minimum": 3}} for alpha in (0.1, 1000.0))
+    gaps = uneven | {"missing": {"rate": 0.5, "seed": 3}}
+    ways = [("mpsl", uneven), ("mpsl", even), ("fedavg", uneven), ("standalone", uneven)]
+    ways += [("mpsl", gaps), ("m2fedsa", uneven), ("mlecs", uneven)]
+    runs = [
+        finished_runs.write(
+            folder, finished_runs.experiment(method, f"{place}-{method}", data=data)
+        )
+        for place, (method, data) in enumerate(ways)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "client_gflop", lambda config: None)  # slow, and not looked at
+        assert main(["report", *map(str, runs), "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def test_every_partition_has_a_title_and_a_picture_of_its_own(several: Path) -> None:
+    page, written = Page(several / "report.html"), (several / "report.md").read_text("utf-8")
+    titles = [caption for caption in page.tables if caption.startswith("Samples of")]
+    for telling in ("alpha=0.1,", "alpha=1000.0,", "rate=0.5,", "=m2fedsa,", "fraction=0.3,"):
+        assert any(telling in title for title in titles), telling
+    drawn = re.findall(r"\(pictures/(partition-.*?\.svg)\)", written)
+    assert len(set(drawn)) == len(drawn) == len(titles) == 5
+    shapes = {
+        re.sub(r"partition-\d", "", (several / "pictures" / name).read_text()) for name in drawn[:2]
+    }
+    assert len(shapes) == 2
+
+
+def test_samples_of_users_with_several_clients_and_public_ones_are_the_runs(several: Path) -> None:
+    page = Page(several / "report.html")
+    assert "the data here are others than the run's" not in page.text
+    found = {
+        caption: dict(zip(*([text for text, _ in row] for row in rows), strict=True))
+        for caption, rows in page.tables.items()
+        if caption.startswith("Samples of")
+    }
+    (users,) = [row for caption, row in found.items() if "m2fedsa" in caption]
+    assert users["samples"] == "90" and users["modalities of clients"] == "image: 0, 2; audio: 1, 3"
+    (public,) = [row for caption, row in found.items() if "fraction=0.3" in caption]
+    assert (public["samples"], public["public"]) == ("63", "27")
+    (gaps,) = [row for caption, row in found.items() if "rate=0.5" in caption]
+    assert re.match("audio: 0, 2; image \\+ audio: 1; image: 3 ", gaps["modalities of clients"])
+    whole = [row for row in found.values() if "modalities of clients" not in row]
+    assert len(whole) == 3
+
+
+def test_further_metrics_of_a_test_are_told_by_name(several: Path) -> None:
+    (rows,) = [
+        rows
+        for caption, rows in Page(several / "report.html").tables.items()
+        if caption.startswith("Further test results")
+    ]
+    told = {(row[0][0].split()[0], row[1][0]): row[2][0] for row in rows[1:]}
+    assert told == {
+        ("m2fedsa", "accuracy_image"): "60.0 %",
+        ("m2fedsa", "accuracy_audio"): "40.0 %",
+        ("m2fedsa", "accuracy_fused"): "75.0 %",
+        ("mlecs", "f1"): "40.0 %",
+        ("mlecs", "server_accuracy"): "70.0 %",
+        ("mlecs", "server_f1"): "65.0 %",
+        ("mlecs", "product_gap"): "0.0125",
+        ("mlecs", "accuracy of single clients"): "20.0 % to 80.0 %",
+    }
+
+
+def test_nobody_averages_the_models_of_clients_that_learn_alone(several: Path) -> None:
+    page = Page(several / "report.html")
+    (alone,) = page.table("Clients' own models").values()
+    assert alone["averaged model"] == ("–", None)
+    assert alone["own, mean of clients"] == ("35.0 %", 0.35)
+    assert "nobody averages their models" in page.text

@@ -13,6 +13,8 @@ import yaml
 
 from mpsl_dist.analysis import compare
 from mpsl_dist.analysis.finished_run import FinishedRun
+from mpsl_dist.config import from_dict
+from mpsl_dist.config.methods import METHODS, MethodFacts, facts_of
 from mpsl_dist.errors import ConfigError, UserError
 from mpsl_dist.reading import read_json
 from mpsl_dist.records.run_directory import RunDirectory
@@ -118,6 +120,14 @@ def environment_text(run: FinishedRun) -> str:
 def setting(run: FinishedRun, key: str) -> Any:
     """Return a value of the run's configuration by ``key.path``; None where it has none."""
     return flatten(run.config).get(key)
+
+
+def facts(run: FinishedRun) -> MethodFacts | None:
+    """Return the facts of a run's method; None where it is a plugin's that is not here."""
+    try:
+        return facts_of(from_dict(run.config))
+    except UserError:
+        return METHODS.get(run.summary["method"])
 
 
 def by_task(groups: Sequence[compare.Group]) -> Mapping[tuple[str, int], list[compare.Group]]:

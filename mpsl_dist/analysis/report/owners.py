@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from mpsl_dist.analysis import partition_view
 from mpsl_dist.analysis.compare import Group
 from mpsl_dist.analysis.finished_run import FinishedRun
+from mpsl_dist.analysis.partition_view import PartitionTable
 from mpsl_dist.analysis.report import pictures
 from mpsl_dist.analysis.report.content import (
     Cell,
@@ -21,14 +21,13 @@ from mpsl_dist.analysis.report.content import (
     Words,
     chunks,
     count,
-    key_of,
     mean_and_spread,
     mib,
+    number,
     percent,
 )
-from mpsl_dist.analysis.report.gather import Gathered, one_of
+from mpsl_dist.analysis.report.gather import Gathered, facts, one_of
 from mpsl_dist.config import from_dict
-from mpsl_dist.config.methods import METHODS
 from mpsl_dist.errors import UserError
 from mpsl_dist.records.run_directory import RunDirectory
 from mpsl_dist.records.traffic import KINDS
@@ -36,23 +35,23 @@ from mpsl_dist.typed import flatten
 
 #: Partitions that are drawn; the others are said to be left out.
 _PARTITIONS = 6
-#: What of the configuration tells a partition from another, seeds apart.
-_DEALT_BY = ("clients", "data")
+#: Clients that are named; of more it is said how many they are.
+_NAMED = 40
 
 
 def partition(found: Gathered) -> Section:
     """Return who holds what, dealt again as the runs dealt it."""
     section = Section("partition", "Partition: who holds what")
-    tasks: dict[str, FinishedRun] = {}
+    tasks: dict[str, tuple[FinishedRun, dict[str, Any]]] = {}
     for run in found.runs:
-        facts = METHODS.get(run.summary["method"])
-        if facts and facts.one_process:
+        if (known := facts(run)) and known.one_process:
             continue
         # One of every rule: the seeds of a rule differ, and are as alike as its draws are.
-        rule = {key: run.config.get(key) for key in _DEALT_BY}
-        tasks.setdefault(json.dumps(rule, sort_keys=True, default=str), run)
-    for run in itertools.islice(tasks.values(), _PARTITIONS):
-        section.parts.extend(_partition_of(run))
+        rule = _dealt_by(run)
+        tasks.setdefault(json.dumps(rule, sort_keys=True, default=str), (run, rule))
+    rules = [rule for _, rule in tasks.values()]
+    for place, (run, rule) in enumerate(list(tasks.values())[:_PARTITIONS], start=1):
+        section.parts.extend(_partition_of(f"partition-{place}", run, _told(run, rule, rules)))
     if len(tasks) > _PARTITIONS:
         section.parts.append(Words(f"{len(tasks) - _PARTITIONS} more partitions are not drawn."))
     if not tasks:
@@ -60,8 +59,24 @@ def partition(found: Gathered) -> Section:
     return section
 
 
-def _partition_of(run: FinishedRun) -> Iterator[Any]:
-    told = f"{run.summary['dataset']}, N={run.summary['clients']}, seed {run.summary['seed']}"
+def _dealt_by(run: FinishedRun) -> dict[str, Any]:
+    """Return what tells a run's partition from another, seeds apart: key -> value."""
+    known = facts(run)
+    dealt = {k: v for k, v in run.settings.items() if k == "clients" or k.startswith("data.")}
+    return dealt | ({"method": run.summary["method"]} if known and known.unimodal else {})
+
+
+def _told(run: FinishedRun, rule: dict[str, Any], rules: Sequence[dict[str, Any]]) -> str:
+    """Return a partition in words, with what tells it from others of its data and clients."""
+    task = ("data.name", "clients")
+    rivals = [other for other in rules if all(other.get(k) == rule.get(k) for k in task)]
+    differing = [k for k in sorted(rule) if any(other.get(k) != rule[k] for other in rivals)]
+    told = [str(run.summary["dataset"]), f"N={run.summary['clients']}"]
+    told += [f"{key}={rule[key]}" for key in differing]
+    return ", ".join([*told, f"seed {run.summary['seed']}"])
+
+
+def _partition_of(key: str, run: FinishedRun, told: str) -> Iterator[Any]:
     try:
         held = partition_view.holdings(from_dict(run.config))
     except UserError as error:
@@ -70,38 +85,71 @@ def _partition_of(run: FinishedRun) -> Iterator[Any]:
         return
     sizes = held.sizes
     samples = flatten(run.summary).get("data.train.samples")
-    # In retrieval a sample is a caption, or a picture with all of its own.
-    here = {int(sizes.sum()), *([int(held.counts[:, 0].sum())] if held.retrieval else [])}
+    # Clients of a user have the same. In retrieval a sample is a caption, or a picture with all of
+    # its own.
+    here = {int(sizes[:: held.each].sum()) + held.public}
+    if held.retrieval:
+        here.add(int(held.counts[:, 0].sum()))
     if samples is not None and samples not in here:
         yield Words(f"{told}: the data here are others than the run's, and not shown.")
         return
-    rows = [
-        [
-            Cell(told),
-            Cell(held.rule),
-            count(int(sizes.sum())),
-            count(int(sizes.min())),
-            Cell(f"{np.median(sizes):,g}", float(np.median(sizes))),
-            count(int(sizes.max())),
-            Cell("–" if held.retrieval else f"{(held.counts > 0).sum(1).mean():.1f}"),
-        ]
-    ]
-    head = ["run", "rule", "samples", "least of a client", "median", "most", "classes of a client"]
-    yield Table(f"Samples of {told}", head, rows)
-    key = key_of(f"partition-{told}")
+    yield _sizes_of(held, told)
     if held.retrieval:
         values = dict(zip(held.clients, map(float, sizes), strict=True))
-        if len(values) <= 40:
+        if len(values) <= _NAMED:
             yield Picture(
                 key,
                 f"Samples by client, {told}",
-                f"{sizes.min()} to {sizes.max()}.",
+                f"Samples by client, {told}: {sizes.min()} to {sizes.max()}.",
                 pictures.bars(key, values, "samples"),
             )
         return
     what = f"Training samples by client and class, {told}; the larger a dot, the more"
     alt = f"{what}. A client has {sizes.min()} to {sizes.max()} samples. {held.rule}."
     yield Picture(key, what, alt, pictures.grid(key, held.counts, held.clients, held.columns))
+
+
+def _sizes_of(held: PartitionTable, told: str) -> Table:
+    """Return a table of what clients hold, and where any lacks a modality of who has which."""
+    sizes = held.sizes
+    row = [
+        Cell(told),
+        Cell(held.rule),
+        count(int(sizes[:: held.each].sum())),
+        count(int(sizes.min())),
+        Cell(f"{np.median(sizes):,g}", float(np.median(sizes))),
+        count(int(sizes.max())),
+        Cell("–" if held.retrieval else f"{(held.counts > 0).sum(1).mean():.1f}"),
+    ]
+    head = ["run", "rule", "samples", "least of a client", "median", "most", "classes of a client"]
+    remarks = []
+    if held.has:
+        head.append("modalities of clients")
+        row.append(Cell(_modalities(held)))
+    if held.each > 1:
+        remarks.append(f"A user has {held.each} clients in a row, which hold the same samples.")
+    if held.public:
+        head.append("public")
+        row.append(count(held.public))
+        remarks.append("Public samples are no client's own: the server and every client read them.")
+    return Table(f"Samples of {told}", head, [row], " ".join(remarks))
+
+
+def _modalities(held: PartitionTable) -> str:
+    """Say who has which: by client where these are few, then how many samples have each."""
+    having: dict[str, list[str]] = {}
+    for place, client in enumerate(held.clients):
+        own = " + ".join(name for name, there in held.has.items() if there[place])
+        having.setdefault(own, []).append(client)
+    if len(held.clients) <= _NAMED:
+        who = "; ".join(f"{own}: {', '.join(some)}" for own, some in having.items())
+    else:
+        who = "; ".join(f"{own}: {number(len(some), 'client')}" for own, some in having.items())
+    if held.each > 1:
+        return who
+    whole = held.sizes.sum()
+    shares = ", ".join(f"{name} {percent(there.sum() / whole)}" for name, there in held.has.items())
+    return f"{who} (of all samples: {shares})"
 
 
 def traffic(found: Gathered) -> Section:
@@ -199,23 +247,28 @@ def clients(found: Gathered) -> Section:
 
 
 def _own_models(groups: Sequence[Group]) -> Table | None:
-    rows = []
+    rows, remark = [], ""
     for one in groups:
-        for name, _ in one.runs[0].summary["test"].items():
+        known = facts(one.runs[0])
+        unaveraged = known is not None and known.alone
+        for name in one.runs[0].summary["test"]:
             if not name.endswith("_own_mean"):
                 continue
             base = name.removesuffix("_own_mean")
             cells = [Cell(one_of(one)), Cell(base)]
             for key in (base, name, f"{base}_own_min", f"{base}_own_max"):
                 values = [run.summary["test"].get(key) for run in one.runs]
-                if None in values:
+                if None in values or (key == base and unaveraged):
                     cells.append(Cell("–"))
                 else:
                     mean, spread = mean_and_spread(values)
                     cells.append(Cell(percent(mean, spread), mean))
             rows.append(cells)
+            if unaveraged:
+                remark = "–: these clients learn alone, and nobody averages their models."
     head = ["method", "metric", "averaged model", "own, mean of clients", "least", "greatest"]
-    return Table("Clients' own tokenizers beside their average", head, rows) if rows else None
+    caption = "Clients' own models beside the averaged one"
+    return Table(caption, head, rows, remark) if rows else None
 
 
 def _when(run: FinishedRun) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,15 @@ from mpsl_dist.analysis.report.gather import (
 )
 from mpsl_dist.records.run_directory import RunDirectory
 
+#: What a metric's name has in it, and what is said of it beneath.
+_MEANING = {
+    "_fused": "accuracy_fused is of all modalities together; accuracy, which methods are compared "
+    "by, is the mean over the modalities, each by itself.",
+    "server_": "server_… is of the server's model; other accuracies and scores are means over "
+    "clients.",
+    "product_gap": "product_gap is how far the product of averaged LoRA factors is from the "
+    "average of their products.",
+}
 #: Points of a curve of losses.
 _POINTS = 200
 
@@ -97,6 +107,8 @@ def results(found: Gathered) -> Section:
     parts: list[Any] = [_matrix(groups)]
     if any(g.runs[0].metric == "mean recall" for g in groups):
         parts.append(_recalls([g for g in groups if g.runs[0].metric == "mean recall"]))
+    if further := _further(groups):
+        parts.append(further)
     parts.append(_details(groups))
     return Section("results", "Methods beside each other", parts)
 
@@ -155,6 +167,38 @@ def _recalls(groups: Sequence[Group]) -> Table:
         rows.append(row)
     heads = [name.replace("_r", " R@").replace("_", " ") for name in names]
     return Table("Recall", ["method", *heads], rows)
+
+
+def _further(groups: Sequence[Group]) -> Table | None:
+    """Return what the tests of methods with several models told besides, metric by metric."""
+    rows, remarks = [], {}
+    for one in groups:
+        first = one.runs[0]
+        numbered: dict[str, list[float]] = {}
+        for name in first.summary["test"]:
+            shown = re.fullmatch(r"\w+_own_\w+|\w+_r\d+", name) or name == first.metric
+            values = [run.summary["test"].get(name) for run in one.runs]
+            if shown or None in values:
+                continue
+            if own := re.fullmatch(r"(\w+)_\d+", name):
+                numbered.setdefault(own[1], []).extend(values)
+                continue
+            mean, spread = mean_and_spread(values)
+            rows.append([Cell(one_of(one)), Cell(name), _figure(name, mean, spread)])
+            remarks |= {part: told for part, told in _MEANING.items() if part in name}
+        for name, values in numbered.items():
+            ends = " to ".join(_figure(name, x).text for x in (min(values), max(values)))
+            rows.append([Cell(one_of(one)), Cell(f"{name} of single clients"), Cell(ends)])
+    head = ["method", "metric", "test"]
+    caption = "Further test results in the last round, mean ± standard deviation over seeds"
+    return Table(caption, head, rows, " ".join(remarks.values())) if rows else None
+
+
+def _figure(name: str, value: float, spread: float | None = None) -> Cell:
+    """Return a metric's cell: a share in per cent, any other figure as it is."""
+    if any(part in name for part in ("accuracy", "f1", "rouge")):
+        return Cell(percent(value, spread), value)
+    return Cell(f"{value:.3g}" + ("" if spread is None else f" ± {spread:.2g}"), value)
 
 
 def _details(groups: Sequence[Group]) -> Table:
