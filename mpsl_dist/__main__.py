@@ -1,17 +1,22 @@
 """The command line: ``python -m mpsl_dist COMMAND CONFIG.yaml [key.path=value ...]``.
 
-Exit status 0 success, 2 the user's to mend (a message, no traceback), 1 anything else.
+Exit status 0 success, 2 the user's to mend (a message, no traceback), 141 what is printed has no
+reader any more (as a shell says of programs that SIGPIPE ended), 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 
 from mpsl_dist.commands import models, planning, results, train, ways
 from mpsl_dist.commands.ending import user_error
 from mpsl_dist.errors import RefusedError, UserError
+
+_NO_READER = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +32,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SystemExit
         With status 2, after a usage error; with status 0, after ``--help``.
     """
+    try:
+        try:
+            status = _command(arguments)
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # rich has met it first
+                return _NO_READER
+            _flush()
+            raise
+        _flush()
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        # Python's own end flushes what is left, into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NO_READER
+    return status
+
+
+def _flush() -> None:
+    """Send out what was printed; of a disk that does not take it Python's own end will tell."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError):
+        pass
+
+
+def _unread() -> bool:
+    """Return whether standard output is a pipe whose reader has ended; other pipes break too."""
+    try:
+        looked = select.poll()
+        looked.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in looked.poll(0))
+
+
+def _command(arguments: Sequence[str] | None) -> int:
+    """Read the command line, run its command and return the exit status."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     for word in rest:  # argparse takes no positionals after an option

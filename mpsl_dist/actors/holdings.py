@@ -65,7 +65,9 @@ def load_data(experiment: Experiment, needs: Sequence[str] = ("train", "test")) 
 
 def _zeros(experiment: Experiment) -> bool:
     """Return whether zeros stand in for what is absent: as asked for, or all that a method can."""
-    return experiment.data.missing.zeros or "data.missing" not in facts_of(experiment).reads
+    facts = facts_of(experiment)
+    # A client of one modality would have nothing but zeros to go by: what lacks parts is refused.
+    return experiment.data.missing.zeros or not (facts.unimodal or "data.missing" in facts.reads)
 
 
 def _with_zeros(split: Dataset) -> Dataset:

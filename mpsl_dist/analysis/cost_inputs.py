@@ -84,7 +84,8 @@ def inputs_of(experiment: Experiment) -> Inputs:
     if facts.shapes and facts.samples is not None and not data.options:
         sounds = forms_of(experiment)["sounds"]
         sizes = data.text_length, data.image_size, data.audio_frames
-        shapes = facts.shapes_at(*sizes, None if sounds is None else BINS[sounds])
+        bins = None if sounds is None else BINS[sounds]
+        shapes = facts.shapes_at(*sizes, bins, data.modalities)
         found = Inputs(shapes, facts.classes, *facts.samples)
         return found.in_unit(data.unit) if found.retrieval else found
     splits = load_data(experiment)

@@ -79,14 +79,18 @@ class Standing:
         The run directory.
     status : str
         ``waiting`` (not begun), ``starting``, ``running``, ``completed``, ``stopped``, ``failed``,
-        or ``gone``: its process ended without a word.
+        ``gone``: its process ended without a word; or ``unknown``: it ended, and its summary
+        cannot be read.
     who : str
         The process that has the run directory, or had it last.
     config, summary : dict
-        What ``config.yaml`` (flattened) and ``summary.json`` hold; empty where there is none.
+        What ``config.yaml`` (flattened) and ``summary.json`` hold; empty where there is none, or
+        it cannot be read.
     steps_per_epoch : int or None
         None until the run has told.
     tally : Tally
+    damage : tuple of str
+        A line for each file that is there and cannot be read.
     """
 
     folder: Path
@@ -96,26 +100,28 @@ class Standing:
     summary: dict[str, Any]
     steps_per_epoch: int | None
     tally: Tally
+    damage: tuple[str, ...] = ()
 
     @property
     def ended(self) -> bool:
         """Whether nothing more is to come."""
-        return self.status in ("completed", "stopped", "failed", "gone")
+        return self.status not in ("waiting", "starting", "running")
 
     @property
     def exit_status(self) -> int:
-        """0 while it runs and once it is completed, else 1."""
-        return int(self.status not in ("starting", "running", "completed"))
+        """0 while it runs and once it is completed, with every file whole, else 1."""
+        well = self.status in ("starting", "running", "completed")
+        return int(not well or bool(self.damage))
 
     @property
     def epochs(self) -> int:
-        """Epochs of the run."""
+        """Epochs of the run; 0 where ``config.yaml`` does not say."""
         return self.config.get("training.epochs", 0)
 
     @property
     def steps(self) -> int | None:
         """Steps of the run."""
-        return self.steps_per_epoch * self.epochs if self.steps_per_epoch else None
+        return (self.steps_per_epoch or 0) * self.epochs or None
 
     @property
     def seconds_left(self) -> float | None:
@@ -143,7 +149,7 @@ class Watcher:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._tally, self._file, self._offset = Tally(), 0, 0
+        self._forget(0)
         begun = not folder.is_dir() or any(folder.iterdir())
         marks = (folder / name for name in ("config.yaml", lock.LOCK))
         if folder.exists() and begun and not any(mark.is_file() for mark in marks):
@@ -156,27 +162,50 @@ class Watcher:
         # In this order: a run ends by writing its summary and leaving its lock.
         taken, who = lock.holder(self.folder)
         self._read_metrics()
-        summary = _there(lambda: read_json(self.folder / "summary.json"))
-        environment = _there(lambda: read_json(self.folder / "environment.json"))
+        damage = list(self._torn)
+        summary = self._read("summary.json", damage)
+        environment = self._read("environment.json", damage)
+        config = self._config(damage)
         steps = environment.get("steps_per_epoch") or self._tally.steps_per_epoch
-        config = flatten(_there(lambda: read_yaml(self.folder / "config.yaml")))
+        if not taken and not self._file and summary.get("steps_completed"):
+            damage.append("metrics.jsonl: not there, and summary.json tells of steps")
         status = self._status(taken, summary)
-        return Standing(self.folder, status, who, config, summary, steps, self._tally)
+        whole = tuple(damage)
+        return Standing(self.folder, status, who, config, summary, steps, self._tally, whole)
 
     def _status(self, taken: bool | None, summary: dict[str, Any]) -> str:
         running = "running" if self._tally.step else "starting"
         if taken:
             return running
-        if summary and self._age("summary.json") >= self._age("metrics.jsonl"):
+        # A resumed run leaves the summary of its stop behind, and goes on beyond it; what a copy
+        # has for times says nothing.
+        told = summary.get("steps_completed", self._tally.step)
+        if summary and (told == self._tally.step or not self._file):
             return summary.get("status", "failed")
+        if not summary and (self.folder / "summary.json").exists():
+            return "unknown"
         return "gone" if taken is False else running
 
-    def _age(self, name: str) -> int:
-        """Return when a file was written last; a resumed run leaves its summary behind."""
+    def _read(self, name: str, damage: list[str]) -> dict[str, Any]:
+        """Return what a file holds; nothing where there is none, or, with a line, no whole one."""
+        path = self.folder / name
         try:
-            return (self.folder / name).stat().st_mtime_ns
-        except OSError:
-            return 0
+            found = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
+        except RunError as error:
+            if path.exists():
+                damage.append(str(error).removeprefix(f"{self.folder}/"))
+            return {}
+        if not found:
+            damage.append(f"{name}: empty")
+        return found
+
+    def _config(self, damage: list[str]) -> dict[str, Any]:
+        found = flatten(self._read("config.yaml", damage))
+        kinds = {"method": str, "data.name": str, "clients": int, "training.epochs": int}
+        wrong = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind)]
+        if found and wrong:
+            damage.append(f"config.yaml: no {', '.join(wrong)}, or no value of its type")
+        return {} if wrong else found
 
     def _read_metrics(self) -> None:
         """Add what is new, up to the last whole line; begin again with a file that is another."""
@@ -184,18 +213,24 @@ class Watcher:
             with (self.folder / "metrics.jsonl").open("rb") as file:
                 now = os.fstat(file.fileno())
                 if now.st_ino != self._file or now.st_size < self._offset:
-                    self._tally, self._file, self._offset = Tally(), now.st_ino, 0
+                    self._forget(now.st_ino)
                 file.seek(self._offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:
-            self._tally, self._file, self._offset = Tally(), 0, 0
+            self._forget(0)
             return
         self._offset += len(whole) + len(newline)
         for line in whole.splitlines():
+            self._lines += 1
             try:
                 self._tally.add(json.loads(line))
             except (ValueError, KeyError, TypeError):
-                continue  # torn by a writer that died; a resumed run removes it
+                self._torn = self._torn or (f"metrics.jsonl: line {self._lines} is no whole line",)
+
+    def _forget(self, file: int) -> None:
+        """Begin anew with this file, 0 for none."""
+        self._tally, self._file, self._offset, self._lines = Tally(), file, 0, 0
+        self._torn: tuple[str, ...] = ()
 
 
 def follow(
@@ -211,30 +246,24 @@ def follow(
         wait()
 
 
-def _there(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what a file holds; nothing where it is not there, or not whole, yet."""
-    try:
-        return read()
-    except RunError:
-        return {}
-
-
 def rows(standing: Standing) -> list[tuple[str, str]]:
     """Return what there is to tell, each with its name; only what the run has told yet."""
     tally, told = standing.tally, [("run", str(standing.folder)), ("status", _status(standing))]
+    told += [("damaged", line) for line in standing.damage]
     if standing.config:
         names = [str(standing.config.get(key)) for key in ("method", "data.name", "clients")]
         told.append(("what", f"{names[0]} on {names[1]}, {names[2]} clients"))
     if tally.step:
-        epoch = min(tally.epoch + 1, standing.epochs)
+        epochs = standing.epochs
+        epoch = f"{min(tally.epoch + 1, epochs)} of {epochs}" if epochs else f"{tally.epoch + 1}"
         steps = f"{tally.step} of {standing.steps or 'an unknown number'}"
-        told.append(("step", f"{steps}, epoch {epoch} of {standing.epochs}"))
+        told.append(("step", f"{steps}, epoch {epoch}"))
     if tally.losses:
         told.append(("loss", f"{tally.losses[-1]:.4f}"))
     told += [(_spoken(name), _tested(tally, name)) for name in (tally.tests or [{}])[-1]]
     if tally.step and tally.up + tally.down:
         told.append(("traffic", _traffic(standing)))
-    if tally.step and standing.config.get("method") != "centralized":
+    if tally.step and standing.config.get("method", "centralized") != "centralized":
         told.append(("clients", _clients(standing)))
     if tally.recent:
         told.append(("time", _time(standing)))
@@ -249,6 +278,7 @@ def _status(standing: Standing) -> str:
         "running": f"running{at}",
         "failed": f"failed: {standing.summary.get('reason', 'see error.txt there')}",
         "stopped": "stopped; train with --resume continues",
+        "unknown": "ended, it cannot be read how",
         "gone": f"gone without a word{at}; train with --resume continues",
     }.get(standing.status, standing.status)
 
@@ -263,7 +293,7 @@ def _tested(tally: Tally, name: str) -> str:
 def _traffic(standing: Standing) -> str:
     tally, both = standing.tally, standing.tally.up + standing.tally.down
     each = ""
-    if standing.steps_per_epoch:
+    if standing.steps_per_epoch and standing.config:
         per = standing.config.get("clients", 1) * tally.step / standing.steps_per_epoch * 2**20
         each = f"{tally.up / per:.2f} MiB up, {tally.down / per:.2f} down a client and epoch; "
     return f"{each}{both / 2**20:,.0f} MiB in all"
@@ -319,7 +349,13 @@ def panel(standing: Standing, width: int) -> Panel:
             table.add_row("", ProgressBar(standing.steps, tally.step, width=max(10, width - 40)))
         if len(curves.get(name, [])) > 1:
             table.add_row("", Text(curve(curves[name], max(10, width - 40)), style="cyan"))
-    colour = {"completed": "green", "running": "blue", "failed": "red", "gone": "red"}
+    colour = {
+        "completed": "green",
+        "running": "blue",
+        "failed": "red",
+        "gone": "red",
+        "unknown": "red",
+    }
     body = Group(Text(_status(standing)), table)
     style = colour.get(standing.status, "yellow")
     title = Text(str(standing.folder))

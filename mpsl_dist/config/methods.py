@@ -125,7 +125,7 @@ METHODS: dict[str, MethodFacts] = {
     ),
     "m2fedsa": MethodFacts(
         "mpsl_dist.methods.m2fedsa:build",
-        reads=(*_REMOTE, "m2fedsa"),
+        reads=(*(key for key in _REMOTE if key != "data.missing"), "m2fedsa"),
         unimodal=True,
         tolerant=True,
     ),

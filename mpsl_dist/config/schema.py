@@ -67,8 +67,8 @@ class Data:
     partition: Partition = field(default_factory=Partition)
     #: Length of a text in tokens, start and end included; null is the dataset's own.
     text_length: int | None = None
-    #: ``manifest`` and plugins' datasets that have a choice: what to read, in the order of fusion;
-    #: null is all that there is.
+    #: ``manifest``, ``mnist-fsdd`` and plugins' datasets that have a choice: what to read, in the
+    #: order of fusion; null is all that there is.
     modalities: list[str] | None = None
     #: Loader processes for each client, shared by the clients of a process (one a core is enough);
     #: 0 loads in the worker itself.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mpsl_dist import plugins
-from mpsl_dist.data.dataset import Splits
+from mpsl_dist.data.dataset import Splits, chosen
 from mpsl_dist.errors import DataError
 
 #: What an experiment may ask of a dataset, under ``data`` of its configuration.
@@ -124,6 +124,7 @@ class DatasetFacts:
         image_size: int | None = None,
         audio_frames: int | None = None,
         mel_bins: int | None = None,
+        modalities: Sequence[str] | None = None,
     ) -> dict[str, tuple[int, ...]]:
         """Return ``shapes`` as these options of an experiment change them; None leaves its own.
 
@@ -137,6 +138,13 @@ class DatasetFacts:
             Frames of a spectrogram.
         mel_bins : int, optional
             Mel bins of a frame.
+        modalities : sequence of str, optional
+            What of them is read, where there is a choice.
+
+        Raises
+        ------
+        DataError
+            If there is no such modality.
         """
         shapes = dict(self.shapes)
         if "text" in shapes and "text_length" in self.reads and text_length is not None:
@@ -148,7 +156,7 @@ class DatasetFacts:
                 shapes[name] = (audio_frames, shapes[name][1])
         if "audio" in shapes and mel_bins is not None:
             shapes["audio"] = (shapes["audio"][0], mel_bins)
-        return shapes
+        return chosen(shapes, modalities) if "modalities" in self.reads else shapes
 
 
 def find(name: str, modules: Sequence[str] = ()) -> DatasetFacts:
@@ -211,7 +219,7 @@ DATASETS: dict[str, DatasetFacts] = {
     ),
     "mnist-fsdd": DatasetFacts(
         f"{_SETS}.mnist_fsdd:load",
-        reads=("audio_frames", "sounds"),
+        reads=("audio_frames", "modalities", "sounds"),
         place="MNIST: yann.lecun.com/exdb/mnist; spoken digits: the recordings of "
         "github.com/Jakobovski/free-spoken-digit-dataset",
         by_hand="put the two gzipped IDX files into mnist/ and the wav files into fsdd/",

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mpsl_dist.data.decode.view import View
+from mpsl_dist.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,20 @@ def presence(split: Dataset) -> Mapping[str, Tensor] | None:
     present = None if getattr(split, "zeros", False) else getattr(split, "present", None)
     whole = present is None or all(bool(there.all()) for there in present.values())
     return None if whole else present
+
+
+def chosen(known: Mapping[str, T], modalities: Sequence[str] | None) -> dict[str, T]:
+    """Return what a dataset has of these modalities, in their order; all of it for None.
+
+    Raises
+    ------
+    DataError
+        If it has none of a name.
+    """
+    for name in modalities or ():
+        if name not in known:
+            raise DataError(f"data.modalities: unknown '{name}'; valid: {', '.join(known)}")
+    return {name: known[name] for name in (known if modalities is None else modalities)}
 
 
 @dataclass(frozen=True)

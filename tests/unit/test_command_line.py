@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest.mock import Mock
 
 import pytest
 import toys
 from conftest import small_disk
+from rich.console import Console
 
 from mpsl_dist.__main__ import main
 from mpsl_dist.actors import deployable, holdings
@@ -229,3 +232,40 @@ def test_a_run_on_a_disk_that_fills_says_so_and_ends(disk: Path, tmp_path: Path)
         )
     assert done.returncode == 1, done.stderr
     assert "error: [Errno 28] No space left on device" in done.stderr
+
+
+@pytest.fixture
+def unread() -> Iterator[IO[str]]:
+    """A real pipe, buffered, whose reader has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        yield file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for what a failed test left in it
+
+
+@pytest.mark.parametrize("prints", [print, lambda line: Console().print(line)], ids=["", "rich"])
+def test_a_reader_that_ends_early_ends_a_command_without_a_word(
+    unread: IO[str], capsys, monkeypatch: pytest.MonkeyPatch, prints: Callable[[str], None]
+) -> None:
+    monkeypatch.setattr("mpsl_dist.__main__._perform", lambda options: prints("a table"))
+    with redirect_stdout(unread):
+        assert main(["explain"]) == 141
+        print("what is left", flush=True)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("words", [["explain", "data.missing.rate"], ["--help"]], ids=" ".join)
+def test_the_end_of_python_has_no_word_for_it_either(unread: IO[str], words: list[str]) -> None:
+    line = [sys.executable, "-m", "mpsl_dist", *words]
+    variables = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(line, stdout=unread, stderr=subprocess.PIPE, env=variables, timeout=120)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "mpsl_dist.__main__._perform", Mock(side_effect=BrokenPipeError("a worker"))
+    )
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        main(["explain"])

@@ -64,9 +64,9 @@ def test_check_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "an epoch: 5,768 samples in 91 global batches of 64\n  usable\n" in said
     status, said = _check(capsys, str(PAPER / "t4sa.yaml"), f"data.root={tmp_path}")
     assert status == 2 and "ask for access at t4sa.it" in said
-    words = ["data.name=mnist-fsdd", f"data.root={tmp_path}", "data.modalities=[image]"]
+    words = ["data.name=mnist-fsdd", f"data.root={tmp_path}", "data.image_size=32"]
     status, said = _check(capsys, QUICKSTART, *words)
-    assert status == 2 and "data.modalities: mnist-fsdd has no use for it" in said
+    assert status == 2 and "data.image_size: mnist-fsdd has no use for it" in said
     assert main(["data", "check", QUICKSTART, "data.name=coco"]) == 2
     assert "coco is built in or unknown; read from files are: coco-qa," in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mpsl_dist.data import DataError
+from mpsl_dist.data.catalog import DATASETS
 from mpsl_dist.data.sets import mnist_fsdd
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -61,6 +62,19 @@ def test_pairs_share_the_digit_and_splits_share_nothing(made: Path) -> None:
     ]
     assert [len(group) for group in sounds] == [20, 20] and not sounds[0] & sounds[1]
     assert torch.bincount(splits.train.labels).tolist() == [8] * 10
+
+
+def test_one_modality_alone_is_of_the_same_samples(made: Path) -> None:
+    both, facts = mnist_fsdd.load(made, train_samples=80, test_samples=20), DATASETS["mnist-fsdd"]
+    for name in ("image", "audio"):
+        alone = mnist_fsdd.load(made, train_samples=80, test_samples=20, modalities=[name])
+        assert dict(alone.shapes) == facts.shapes_at(modalities=[name]) == {name: both.shapes[name]}
+        assert alone.train.view.modalities == (name,) and list(alone.test.inputs) == [name]
+        assert torch.equal(alone.train.inputs[name], both.train.inputs[name])
+        assert torch.equal(alone.train.labels, both.train.labels)
+    for refused in (facts.shapes_at, lambda **chosen: mnist_fsdd.load(made, **chosen)):
+        with pytest.raises(DataError, match="data.modalities: unknown 'text'; valid: image, audio"):
+            refused(modalities=["text"])
 
 
 def test_three_sensors_meet_one_digit_and_no_take_is_in_both_splits(made: Path) -> None:

@@ -709,9 +709,11 @@ def test_what_it_never_reads_or_cannot_do_is_refused() -> None:
             tokenizer_sync={"mode": "weights"},
             training={"autocast": "bf16", "precision": "float32"},
             m2fedsa={"lambdas": [1.0], "cut_block": -1},
+            data={"missing": {"rate": 0.3}},
         )
     for said in (
         "tokenizer_sync.mode: method=m2fedsa never reads it",
+        "data.missing.rate: method=m2fedsa never reads it",
         "training.autocast: method=m2fedsa cuts",
         "m2fedsa.lambdas: expected three",
         "m2fedsa.cut_block: must be at least 0",
@@ -727,6 +729,9 @@ def test_what_it_never_reads_or_cannot_do_is_refused() -> None:
             "cut_block": 2,
         },
     }
+    gaps = experiment(data={"name": "toy-gaps"})  # of the data's own
+    (said,) = refusals_with_data(gaps, load_data(gaps))
+    assert said.startswith("data.name: samples of toy-gaps lack parts")
     for said, change in cases.items():
         values = to_dict(experiment())
         values = (

@@ -31,11 +31,7 @@ from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tokenizers import modality_of
 
 ROUNDS = 2
-READ_GAPS = [
-    name
-    for name, facts in METHODS.items()
-    if "data.missing" in facts.reads and facts.common and not facts.unimodal
-]
+READ_GAPS = [n for n, facts in METHODS.items() if "data.missing" in facts.reads and facts.common]
 SAMPLE = {"data": {"missing": MISSING | {"per": "sample"}}}
 
 

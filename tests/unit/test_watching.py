@@ -268,6 +268,51 @@ def test_a_run_on_another_host_is_not_gone_because_its_lock_is_not_seen(run, hol
     assert look(run).status == "starting"
 
 
+def test_a_run_has_ended_by_its_last_step_whatever_times_its_files_have(run: RunDirectory) -> None:
+    for step in (1, 2):
+        run.append_metrics(**line(step))
+    (run.path / ".lock").write_text(f"process 17 on {os.uname().nodename}")
+    run.write_json("summary", {"status": "completed", "steps_completed": 2})
+    os.utime(run.path / "metrics.jsonl", ns=(2**62, 2**62))
+    for host in (os.uname().nodename, "node3"):  # where it ran, and a copy elsewhere
+        (run.path / ".lock").write_text(f"process 17 on {host}")
+        assert (look(run).status, look(run).exit_status) == ("completed", 0)
+    run.append_metrics(**line(3))  # resumed, with more epochs
+    os.utime(run.path / "metrics.jsonl", ns=(0, 0))
+    assert look(run).status == "running"
+
+
+@pytest.mark.parametrize(
+    "name, text, status, said",
+    [
+        ("config.yaml", "", "completed", "config.yaml: empty"),
+        ("config.yaml", "clients: [", "completed", "config.yaml: not valid YAML"),
+        ("config.yaml", "clients: 4", "completed", "config.yaml: no method, data.name, training"),
+        ("summary.json", "{", "ended, it cannot be read how", "summary.json: not valid JSON"),
+        ("environment.json", "{", "completed", "environment.json: not valid JSON"),
+        ("metrics.jsonl", None, "completed", "metrics.jsonl: not there, and summary.json tells"),
+        ("metrics.jsonl", "torn\n", "completed", "metrics.jsonl: line 1 is no whole line"),
+    ],
+)
+def test_a_damaged_file_is_named_and_is_a_failure(
+    run: RunDirectory, capsys, name: str, text: str | None, status: str, said: str
+) -> None:
+    (run.path / ".lock").write_text(f"process 17 on {os.uname().nodename}")
+    if name == "metrics.jsonl" and text:
+        (run.path / name).write_text(text)
+    run.append_metrics(**line(1))
+    run.write_json("summary", {"status": "completed", "steps_completed": 1})
+    if text is None:
+        (run.path / name).unlink()
+    elif name != "metrics.jsonl":
+        (run.path / name).write_text(text)
+    assert main(["watch", str(run.path), "--once"]) == 1
+    told = dict(row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines())
+    assert told["status"].startswith(status) and told["damaged"].startswith(said)
+    assert "of 0" not in " ".join(told.values())
+    assert look(run).ended
+
+
 @pytest.mark.parametrize("summary, status", [("completed", 0), ("failed", 1), (None, 0)])
 def test_without_a_terminal_one_plain_summary_is_printed(
     run: RunDirectory, capsys, summary: str | None, status: int

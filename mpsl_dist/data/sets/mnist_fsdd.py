@@ -18,13 +18,14 @@ import gzip
 import wave
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpsl_dist.data.dataset import Splits, TensorDataset
+from mpsl_dist.data.dataset import Splits, TensorDataset, chosen
 from mpsl_dist.data.decode import audio
 from mpsl_dist.data.decode.view import View
 from mpsl_dist.errors import DataError
@@ -51,6 +52,7 @@ def load(
     test_speakers: Sequence[str] = ("theo",),
     audio_frames: int = 64,
     sounds: audio.Sounds = "kaldi",
+    modalities: Sequence[str] | None = None,
 ) -> Splits:
     """Pair pictures and utterances of the same digit.
 
@@ -66,6 +68,8 @@ def load(
         Frames of 10 ms; shorter utterances are padded with silence, longer ones cut.
     sounds : "kaldi" or "whisper"
         Kaldi's log-mel of 128 bins, standardised, or Whisper's of 80 as it is.
+    modalities : sequence of str, optional
+        ``image``, ``audio`` or both, in the order of fusion; the pairs are the same.
 
     Returns
     -------
@@ -103,14 +107,13 @@ def load(
             count = total // 10 + (digit < total % 10)
             rows.append(_pair(own, utterances, count, digit, generator))
     split = [torch.cat(rows) for rows in (train, test)]
-    view = view_of(audio_frames, sounds)
-    datasets = [
-        TensorDataset(
-            {"image": images[rows[:, 0]], "audio": spectrograms[rows[:, 1]]}, rows[:, 2], view=view
-        )
-        for rows in split
-    ]
     shapes = {"image": (1, 28, 28), "audio": (audio_frames, audio.BINS[sounds])}
+    shapes = chosen(shapes, modalities)
+    view = replace(view_of(audio_frames, sounds), modalities=tuple(shapes))
+    datasets = []
+    for rows in split:
+        inputs = {"image": images[rows[:, 0]], "audio": spectrograms[rows[:, 1]]}
+        datasets.append(TensorDataset(chosen(inputs, modalities), rows[:, 2], view=view))
     return Splits(datasets[0], datasets[1], shapes, CLASSES)
 
 
