@@ -312,9 +312,10 @@ def _gaps(model: Deployable, experiment: Experiment, description: Mapping[str, A
     missing = experiment.data.missing
     if facts.unimodal:
         return "others"
-    masks = facts.common and "data.missing" in facts.reads and not missing.zeros
+    if not facts.common or "data.missing" not in facts.reads or missing.zeros:
+        return "none"
     whole = chosen.encoder.kind == "lm" or chosen.connector.tokens or model.server_model.apart
-    if not masks or whole or model.task.name != "classification":
+    if whole or model.task.name != "classification":
         return "none"
     if missing.rate:  # of a client alone, that draws per client, all samples are alike
         return "none" if facts.alone and missing.per == "client" else "some"
