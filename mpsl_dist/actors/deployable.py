@@ -75,7 +75,14 @@ class Deployable(nn.Module):
         if present is not None:
             tokens = self.wire.through(self.tokenizers(inputs, present))
             return self.tokenizers.head(self.server_model(tokens, 0, mask_of(present)))
-        smashed = fuse(self.tokenizers(inputs), self.server_model.fusion)
+        tokens, lengths = self.tokenizers(inputs), self.server_model.lengths
+        if len(tokens) < len(
+            lengths
+        ):  # a client's own part, loaded: nothing is there of the others
+            there_bm = (torch.tensor(lengths) > 0).expand(len(tokens[0]), -1)
+            own = self.server_model(self.wire.through(tokens), 0, there_bm)
+            return self.tokenizers.head(own)
+        smashed = fuse(tokens, self.server_model.fusion)
         return self.tokenizers.head(self.server_model(self.wire.through(smashed)))
 
     def only(self, modalities: Collection[str]) -> Deployable:
@@ -190,7 +197,7 @@ class UnimodalDeployable(Deployable):
         """
         halves, heads = self.server_model.encoders, self.tokenizers.head.by_modality
         lower = self.tokenizers.by_modality
-        features = {m: halves[m](lower[m](x)) for m, x in inputs.items() if m in halves}
+        features = {m: halves[m](lower[m](x)) for m, x in inputs.items() if m in lower}
         found = {m: heads[m](feature_bd) for m, feature_bd in features.items()}
         if len(features) == len(halves):
             found["fused"] = self.server_model.fusion([features[m] for m in halves])[0]
@@ -207,7 +214,7 @@ class UnimodalDeployable(Deployable):
                 right[name] = right.get(name, 0) + self.task.score(logits_bk, batch.labels)
             samples += len(batch)
         each = {f"accuracy_{name}": number / samples for name, number in right.items()}
-        alone = [each[f"accuracy_{name}"] for name in self.server_model.encoders]
+        alone = [each[f"accuracy_{name}"] for name in self.modalities]
         return {"accuracy": sum(alone) / len(alone)} | each
 
 

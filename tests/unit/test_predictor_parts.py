@@ -21,6 +21,7 @@ from mpsl_dist.__main__ import main
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.deployable import Deployable, UnimodalDeployable
 from mpsl_dist.actors.holdings import Holdings, load_data
+from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.actors.predictor import Predictor
 from mpsl_dist.actors.raw import Reader
 from mpsl_dist.config import Experiment, to_dict
@@ -146,6 +147,10 @@ def test_a_clients_own_part_takes_the_modalities_that_it_has(
     own = mpsl_dist.load(gapped.path, client=3).predict(image=picture)
     assert exported(gapped.path, 3, tmp_path).predict(image=picture) == own
     assert "\nFrom image, it tells" in (tmp_path / "hub" / "README.md").read_text()
+    loaded, _, _ = deployable.load(tmp_path / "hub")
+    with torch.no_grad():
+        logits_bk = mpsl_dist.load(gapped.path, client=3)(gapped.inputs)
+        assert torch.equal(loaded(gapped.inputs), logits_bk)
 
 
 def test_a_unimodal_client_predicts_by_its_own_classifier_from_its_modality(
@@ -171,6 +176,8 @@ def test_a_unimodal_client_predicts_by_its_own_classifier_from_its_modality(
     own = mpsl_dist.load(users.path, client=3).predict(text=QUESTION)
     assert own != mpsl_dist.load(users.path, client=1).predict(text=QUESTION)
     assert exported(users.path, 3, tmp_path).predict(text=QUESTION) == own
+    loaded, _, _ = deployable.load(tmp_path / "hub")
+    assert loaded.test(TestData(method.splits.test), 30).keys() == {"accuracy", "accuracy_text"}
 
 
 # -- a part of a sample ----------------------------------------------------------------------------
