@@ -39,6 +39,7 @@ def load(path: str | Path, *overrides: str, client: int | None = None) -> Predic
     """Load a trained model with its preprocessing: :func:`mpsl_dist.actors.predictor.load`."""
     from mpsl_dist.actors import predictor
 
+    _check_words(overrides)
     return predictor.load(path, *overrides, client=client)
 
 
@@ -80,6 +81,7 @@ def train(
         raise LaunchError(
             "local=False: several hosts start their ranks by torchrun or Slurm (docs/clusters.md)"
         )
+    _check_words(overrides)
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
     variables = _variables()
@@ -96,6 +98,15 @@ def train(
             run.stop()
             raise
     return run
+
+
+def _check_words(overrides: tuple[str, ...]) -> None:
+    for word in overrides:
+        if not isinstance(word, str):
+            raise ConfigError(
+                "overrides: expected key.path=value, each a text of its own as on the command "
+                f"line, like 'training.epochs=3'; found {word!r}"
+            )
 
 
 def _start(

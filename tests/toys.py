@@ -11,6 +11,7 @@ import torch
 from mpsl_dist.config import Experiment, from_dict
 from mpsl_dist.data import DatasetFacts, Splits, TensorDataset
 from mpsl_dist.data.decode.text import VOCABULARY
+from mpsl_dist.data.decode.view import View
 
 SHAPES = {"image": (3, 8, 8), "audio": (26, 36), "text": (6,)}
 CLASSES = ("a", "b", "c")
@@ -44,6 +45,13 @@ def load_gaps() -> Splits:
     place = torch.arange(SAMPLES)
     present = {"image": place % 3 > 0, "text": (place % 4 > 0) | (place % 3 == 0)}
     return replace(splits, train=splits.train.without(present))
+
+
+def load_viewed() -> Splits:
+    """Pictures and texts that say how files become such inputs."""
+    splits, view = load(("image", "text")), View(("image", "text"), image_size=8, text_length=6)
+    train, test = (replace(split, view=view) for split in (splits.train, splits.test))
+    return replace(splits, train=train, test=test)
 
 
 def load_pairs() -> Splits:
@@ -86,6 +94,7 @@ datasets: dict[str, DatasetFacts] = {
     for name, make in {
         "toy-pairs": load_pairs,
         "toy-gaps": load_gaps,
+        "toy-viewed": load_viewed,
         "toy-captions": load_captions,
         "toy-image+text": partial(load, ("image", "text")),
         "toy-image+audio": partial(load, ("image", "audio")),

@@ -15,17 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsl_dist.actors.assembly import build_server_model, build_tokenizers
-from mpsl_dist.actors.choices import device_of, pixels_of, task_of, wire_of
+from mpsl_dist.actors.choices import device_of, pixels_of, task_of, wire_of, writes_captions
 from mpsl_dist.actors.halves import build_lower, build_upper
 from mpsl_dist.actors.local_data import TestData
 from mpsl_dist.actors.unified import build_large
 from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.loading import override
 from mpsl_dist.config.methods import facts_of
-from mpsl_dist.data import Batch, Splits, catalog
+from mpsl_dist.data import Batch, Splits, catalog, presence
 from mpsl_dist.errors import ConfigError, DiskError, RunError, UserError
 from mpsl_dist.models.codecs import Wire
 from mpsl_dist.models.gapped import mask_of
+from mpsl_dist.models.halves import Heads
 from mpsl_dist.models.server_model import ServerModel
 from mpsl_dist.models.tasks import Task
 from mpsl_dist.models.tokenizers import Tokenizers, fuse
@@ -60,6 +61,11 @@ class Deployable(nn.Module):
         self.task = task
         self.wire = wire
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that it has tokenizers of, in the order of fusion."""
+        return tuple(self.tokenizers.by_modality)
+
     def forward(
         self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
     ) -> Tensor:
@@ -69,7 +75,14 @@ class Deployable(nn.Module):
         if present is not None:
             tokens = self.wire.through(self.tokenizers(inputs, present))
             return self.tokenizers.head(self.server_model(tokens, 0, mask_of(present)))
-        smashed = fuse(self.tokenizers(inputs), self.server_model.fusion)
+        tokens, lengths = self.tokenizers(inputs), self.server_model.lengths
+        if len(tokens) < len(
+            lengths
+        ):  # a client's own part, loaded: nothing is there of the others
+            there_bm = (torch.tensor(lengths) > 0).expand(len(tokens[0]), -1)
+            own = self.server_model(self.wire.through(tokens), 0, there_bm)
+            return self.tokenizers.head(own)
+        smashed = fuse(tokens, self.server_model.fusion)
         return self.tokenizers.head(self.server_model(self.wire.through(smashed)))
 
     def only(self, modalities: Collection[str]) -> Deployable:
@@ -124,10 +137,13 @@ class Deployable(nn.Module):
         partial = folder / "model.safetensors.partial"
         # A model that is loaded knows no more where its weights came from.
         told = replace(experiment.data, pixels=pixels_of(experiment))
+        # What others have on their hosts may lack parts, and nobody here knows.
+        gaps = None if told.place == "own" else presence(splits.train) is not None
         description = {
             "experiment": to_dict(replace(experiment, data=told)),
             "shapes": {name: list(shape) for name, shape in splits.shapes.items()},
             "classes": list(splits.classes),
+            "gaps": gaps,
             "view": asdict(splits.view) if splits.view else None,
         }
         try:
@@ -152,9 +168,28 @@ class UnimodalDeployable(Deployable):
     def forward(
         self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Return logits (b, classes): of all modalities the fusion's, of one its own."""
-        found = self.predictions(inputs)
-        return found["fused"] if "fused" in found else next(iter(found.values()))
+        """Return logits (b, classes): of all modalities the fusion's, of one its own.
+
+        A sample of which one modality is ``present`` is answered by that one's classifier.
+        """
+        if present is None:
+            found = self.predictions(inputs)
+            return found["fused"] if "fused" in found else next(iter(found.values()))
+        present_bm = mask_of(present)
+        logits: dict[int, Tensor] = {}
+        for kind_m in present_bm.unique(dim=0):
+            rows = (present_bm == kind_m).all(1).nonzero().flatten()
+            there = [name for name, is_there in zip(present, kind_m, strict=True) if is_there]
+            own = {name: inputs[name][rows.to(inputs[name].device)] for name in there}
+            logits |= zip(rows.tolist(), self(own), strict=True)
+        return torch.stack([logits[row] for row in range(len(present_bm))])
+
+    def only(self, modalities: Collection[str]) -> Deployable:
+        """Return the same for these modalities alone; every part is shared."""
+        own = self.tokenizers.only(modalities)
+        heads = self.tokenizers.head.by_modality
+        own.head = Heads({name: heads[name] for name in own.by_modality})
+        return UnimodalDeployable(own, self.server_model, self.task, self.wire)
 
     def predictions(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the logits (b, classes) of each modality that there are inputs of, and of all of
@@ -162,7 +197,7 @@ class UnimodalDeployable(Deployable):
         """
         halves, heads = self.server_model.encoders, self.tokenizers.head.by_modality
         lower = self.tokenizers.by_modality
-        features = {m: halves[m](lower[m](x)) for m, x in inputs.items() if m in halves}
+        features = {m: halves[m](lower[m](x)) for m, x in inputs.items() if m in lower}
         found = {m: heads[m](feature_bd) for m, feature_bd in features.items()}
         if len(features) == len(halves):
             found["fused"] = self.server_model.fusion([features[m] for m in halves])[0]
@@ -179,7 +214,7 @@ class UnimodalDeployable(Deployable):
                 right[name] = right.get(name, 0) + self.task.score(logits_bk, batch.labels)
             samples += len(batch)
         each = {f"accuracy_{name}": number / samples for name, number in right.items()}
-        alone = [each[f"accuracy_{name}"] for name in self.server_model.encoders]
+        alone = [each[f"accuracy_{name}"] for name in self.modalities]
         return {"accuracy": sum(alone) / len(alone)} | each
 
 
@@ -213,7 +248,7 @@ def build(
         As the builders of :mod:`mpsl_dist.actors.assembly`.
     """
     if facts_of(experiment).unimodal:
-        halves = build_lower(experiment, splits), build_upper(experiment, splits)
+        halves = build_lower(experiment, splits, modalities), build_upper(experiment, splits)
         return UnimodalDeployable(*halves, task_of(splits)).to(device_of(experiment))
     if "mlecs" in facts_of(experiment).reads:
         large = build_large(experiment, splits)
@@ -249,17 +284,22 @@ def load(
     Raises
     ------
     RunError
-        If a file of the folder is missing or damaged.
+        If a file of the folder is missing or damaged, or the model writes captions.
     ConfigError
         If an override would change the model, or its device is not here.
     """
     folder = Path(folder)
-    experiment, shapes, classes = _read_description(folder / "config.json", overrides)
+    experiment, shapes, classes, held = _read_description(folder / "config.json", overrides)
+    if writes_captions(experiment):
+        raise RunError(
+            f"{folder}: this model writes captions (mlecs.answer: caption), which are no classes "
+            "and no embeddings; its run's captions.jsonl has those of the test"
+        )
     splits = Splits(_NOTHING, _NOTHING, shapes, classes)
     gpu = experiment.device.partition(":")[2] or "0"
     if experiment.device.startswith("cuda") and int(gpu) >= torch.cuda.device_count():
         raise ConfigError(f"device={experiment.device}: no such GPU here; take device=cpu")
-    model = build(experiment, splits)
+    model = build(experiment, splits, held)
     weights = folder / "model.safetensors"
     try:
         model.load_state_dict(load_file(weights))
@@ -271,12 +311,13 @@ def load(
 
 def _read_description(
     path: Path, overrides: Sequence[str]
-) -> tuple[Experiment, dict[str, tuple[int, ...]], tuple[str, ...]]:
+) -> tuple[Experiment, dict[str, tuple[int, ...]], tuple[str, ...], list[str] | None]:
     description = read_json(path, advice=_WRITE_AGAIN)
     try:
         trained = dict(description["experiment"])
         shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
         classes = tuple(description["classes"])
+        held = [name for name in shapes if name in description.get("modalities", shapes)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: describes no model; {_WRITE_AGAIN}") from error
     changed = override(trained, overrides)
@@ -286,7 +327,7 @@ def _read_description(
     except ConfigError as error:
         lines = str(error).splitlines()
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from error
-    return _as_trained(experiment, shapes), shapes, classes
+    return _as_trained(experiment, shapes), shapes, classes, None if [*shapes] == held else held
 
 
 def _as_trained(experiment: Experiment, shapes: Mapping[str, tuple[int, ...]]) -> Experiment:

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from mpsl_dist.actors import deployable
 from mpsl_dist.actors.assembly import tokenizer_facts
 from mpsl_dist.actors.deployable import Deployable
-from mpsl_dist.actors.raw import Reader
+from mpsl_dist.actors.model_folder import client_of, find, own_weights
+from mpsl_dist.actors.raw import Gaps, Reader
 from mpsl_dist.config import Experiment
 from mpsl_dist.config.methods import facts_of
 from mpsl_dist.data.decode.view import View
 from mpsl_dist.errors import ConfigError, DataError, RunError
 from mpsl_dist.models.average import load_trainable
+from mpsl_dist.models.gapped import mask_of
+from mpsl_dist.models.tokenizers import modality_of
 from mpsl_dist.reading import read_json
-from mpsl_dist.records import checkpoint, state
-from mpsl_dist.records.run_directory import RunDirectory
 
 #: Mistakes listed in one message.
 _LISTED = 10
@@ -62,34 +63,69 @@ class Predictor(nn.Module):
         Class names in label order; none for retrieval.
     batch_size : int
         Samples that are read and computed at once.
+    trained : sequence of str
+        All modalities that it was trained with, in the order of fusion; a client's own part may
+        take fewer.
     """
 
     def __init__(
-        self, model: Deployable, reader: Reader, classes: Sequence[str], batch_size: int
+        self,
+        model: Deployable,
+        reader: Reader,
+        classes: Sequence[str],
+        batch_size: int,
+        trained: Sequence[str],
     ) -> None:
         super().__init__()
         self.model = model
         self.reader = reader
         self.classes = tuple(classes)
         self.batch_size = batch_size
+        self.trained = tuple(trained)
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """What a sample is made of, in the order of fusion."""
         return tuple(self.reader.shapes)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def forward(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return logits (b, k), or embeddings (b, 2, d) in retrieval, on the model's device.
 
         Parameters
         ----------
         inputs : mapping of str to Tensor
             By modality, as :meth:`inputs` returns them or a dataset's ``Batch`` holds them.
+        present : mapping of str to Tensor, optional
+            Which samples have a modality, (b,) bool for each, as a ``Batch`` says it; by default
+            all of them have those that there are inputs of.
+
+        Raises
+        ------
+        DataError
+            If a modality is absent that must be there.
         """
-        return self.model(self.model.to_own(inputs))
+        own = {name: inputs[name] for name in self.modalities if name in inputs}
+        there = self._there(own, present)
+        return self.model(self.model.to_own(own), there)
+
+    def _there(
+        self, own: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor] | None:
+        """Return which samples have a modality; None where all of them have everything."""
+        if present is None:
+            self.reader.check(own)
+            all_b = torch.ones(len(next(iter(own.values()))), dtype=torch.bool)
+            present = dict.fromkeys(own, all_b)
+        none_b = torch.zeros(len(next(iter(present.values()))), dtype=torch.bool)
+        found = {name: present[name] if name in own else none_b for name in self.trained}
+        for kind_m in mask_of(found).unique(dim=0):
+            self.reader.check([name for name, has in zip(found, kind_m, strict=True) if has])
+        return None if all(bool(there_b.all()) for there_b in found.values()) else found
 
     def inputs(self, **given: Any) -> dict[str, Tensor]:
-        """Return what the model computes with, (b, *shape) by modality, on CPU.
+        """Return what the model computes with, (b, *shape) by modality that is given, on CPU.
 
         Parameters
         ----------
@@ -99,10 +135,13 @@ class Predictor(nn.Module):
         Raises
         ------
         DataError
-            As :meth:`predict`.
+            As :meth:`predict`, or if one sample lacks what another has.
         """
         samples, _ = self.reader.samples(given)
-        return self.reader.batch(_all_read(self.reader, samples))
+        read = _all_read(self.reader, samples)
+        if any(sample.keys() != read[0].keys() for sample in read):
+            raise DataError("samples lack different parts: ask for the inputs of each kind apart")
+        return {name: x for name, x in self.reader.batch(read).items() if name in read[0]}
 
     def predict(self, **given: Any) -> Prediction | list[Prediction]:
         """Return the class of a sample, or of each of several.
@@ -123,7 +162,8 @@ class Predictor(nn.Module):
             Prepared tensors of a plugin's modalities.
 
         A list of any of these, or a tensor (b, *shape) of prepared ones, is several samples; then
-        all that is given must be as many.
+        all that is given must be as many. Where a model takes samples that lack a part, what is
+        not given, or None in a list, is absent.
 
         Returns
         -------
@@ -148,8 +188,10 @@ class Predictor(nn.Module):
 
     def classified(self, read: Sequence[Mapping[str, Tensor]]) -> list[Prediction]:
         """Return the classes of samples that the reader has read, as one batch."""
+        names = self.modalities
+        has = {name: torch.tensor([name in sample for sample in read]) for name in names}
         with torch.no_grad():
-            logits_bk = self(self.reader.batch(read)).cpu()
+            logits_bk = self(self.reader.batch(read), has).cpu()
         found = []
         for best, row in zip(
             logits_bk.argmax(1).tolist(), logits_bk.double().softmax(1).tolist(), strict=True
@@ -235,7 +277,8 @@ def load(path: str | Path, *overrides: str, client: int | None = None) -> Predic
         ``training.test_batch_size=64``.
     client : int, optional
         The client, from 0, whose own tokenizers (and head, where it has one) are taken from the
-        run's last checkpoint in place of the average of all.
+        run's last checkpoint in place of the average of all, or whose own whole model. It takes
+        the modalities that the client has.
 
     Raises
     ------
@@ -244,40 +287,42 @@ def load(path: str | Path, *overrides: str, client: int | None = None) -> Predic
     ConfigError
         If an override would change the model.
     """
-    folder = find(path)
+    folder = find(path, client)
     model, experiment, classes = deployable.load(folder, overrides)
     description = read_json(folder / "config.json")
-    shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
-    if client is not None:
-        own = _own_weights(folder, experiment, client)
-        load_trainable(model.tokenizers, own)
+    if client is not None and client != client_of(folder):
+        model = _with_own(model, own_weights(folder, experiment, client), client)
+    shapes = {name: tuple(description["shapes"][name]) for name in model.modalities}
     integers = [name for name in shapes if tokenizer_facts(experiment, name).integers]
-    reader = Reader(shapes, _view(folder, description), integers, str(folder / "config.json"))
-    return Predictor(model, reader, classes, experiment.training.test_batch_size).eval()
+    reader = Reader(
+        shapes,
+        _view(folder, description),
+        integers,
+        source=str(folder / "config.json"),
+        gaps=_gaps(model, experiment, description),
+        called="the model" if client is None else f"client {client}'s model",
+    )
+    size = experiment.training.test_batch_size
+    return Predictor(model, reader, classes, size, [*description["shapes"]]).eval()
 
 
-def find(path: str | Path) -> Path:
-    """Return the folder of a model: the path itself, or ``model/`` in it.
-
-    Raises
-    ------
-    RunError
-        If there is none.
-    """
-    path = Path(path)
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file():
-            return folder
-    if (path / "config.yaml").is_file():
-        raise RunError(f"{path}: no model/ there; the run must be completed")
-    what = "no model/ and no config.json there" if path.is_dir() else "no such folder"
-    raise RunError(f"{path}: {what}; name a run directory, its model/ or an exported folder")
-
-
-def run_of(folder: Path) -> Path | None:
-    """Return the run directory that a model's folder lies in; None for one that stands alone."""
-    run = folder.absolute().parent
-    return run if folder.absolute().name == "model" and (run / "config.yaml").is_file() else None
+def _gaps(model: Deployable, experiment: Experiment, description: Mapping[str, Any]) -> Gaps:
+    """Return what a sample may lack, going by what the model met in training."""
+    facts, chosen = facts_of(experiment), experiment.model
+    missing = experiment.data.missing
+    if facts.unimodal:
+        return "others"
+    if not facts.common or "data.missing" not in facts.reads or missing.zeros:
+        return "none"
+    whole = chosen.encoder.kind == "lm" or chosen.connector.tokens or model.server_model.apart
+    if whole or model.task.name != "classification":
+        return "none"
+    if missing.rate:  # of a client alone, that draws per client, all samples are alike
+        return "none" if facts.alone and missing.per == "client" else "some"
+    met = description.get("gaps")
+    if met is None:  # an older version wrote it, or the data lie elsewhere: only a manifest has any
+        met = experiment.data.name == "manifest"
+    return "some" if met else "none"
 
 
 def _view(folder: Path, description: Mapping[str, Any]) -> View | None:
@@ -288,25 +333,16 @@ def _view(folder: Path, description: Mapping[str, Any]) -> View | None:
         raise RunError(f"{folder / 'config.json'}: {error}; a newer version wrote it?") from error
 
 
-def _own_weights(folder: Path, experiment: Experiment, client: int) -> dict[str, Tensor]:
-    """Return a client's trained parameters from the run's last checkpoint."""
-    run, which = run_of(folder), f"client={client}"
-    if not facts_of(experiment).split:
-        raise ConfigError(f"{which}: with method={experiment.method} clients keep no own part")
-    if not 0 <= client < experiment.clients:
-        raise ConfigError(f"{which}: the run has the clients 0 to {experiment.clients - 1}")
-    if run is None:
-        raise RunError(f"{which}: {folder} is no run directory, where each client's own part lies")
-    found = checkpoint.latest(run / "checkpoints")
-    if found is None:
-        raise RunError(f"{which}: {run / 'checkpoints'} holds no checkpoint")
-    at, manifest = found
-    told = RunDirectory(run).summary()
-    if told.get("status") != "completed" or told.get("steps_completed") != manifest.step:
-        raise RunError(f"{which}: {at} is not of the step that {folder} was written at; --resume")
-    path = at / state.client_file(client)
-    if manifest.files and path.name not in manifest.files:
-        raise RunError(f"{which}: not in {at}: lost before the end of the run")
-    if damage := state.damage(path, manifest.files.get(path.name)):
-        raise RunError(f"{which}: {damage}")
-    return state.load(path)["tokenizers"]
+def _with_own(model: Deployable, own: Mapping[str, Tensor], client: int) -> Deployable:
+    """Return a model of a client's trained parameters, and of the modalities that it has alone."""
+    trained = {name for name, p in model.tokenizers.named_parameters() if p.requires_grad}
+    lacks = {*map(modality_of, trained)} - {*map(modality_of, own)}
+    if lacks:
+        model = model.only([name for name in model.modalities if name not in lacks])
+    try:
+        load_trainable(model.tokenizers, own)
+    except ValueError as error:
+        raise RunError(
+            f"client={client}: its last checkpoint is of another model: {error}"
+        ) from error
+    return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from mpsl_dist.errors import DataError
 
 #: What a clip stands for where it is not given itself.
 _OF_A_CLIP = ("image", "audio")
+#: What may be absent of a sample: nothing, all but one modality, or all others but none of several.
+Gaps = Literal["none", "some", "others"]
 
 
 class Reader:
@@ -36,6 +38,10 @@ class Reader:
     integers : collection of str
         The modalities whose inputs are whole numbers.
     source : str
+        The model's file, for messages.
+    gaps : "none", "some" or "others"
+        What a sample may lack: nothing; any modalities but one; or all but one, and no fewer.
+    called : str
         The model, for messages.
     """
 
@@ -45,18 +51,22 @@ class Reader:
         view: View | None,
         integers: Collection[str] = ("text",),
         source: str = "the model",
+        gaps: Gaps = "none",
+        called: str = "the model",
     ) -> None:
         self.shapes = dict(shapes)
         self.view = view
         self.integers = frozenset(integers)
         self.source = source
+        self.gaps = gaps if len(self.shapes) > 1 else "none"
+        self.called = called
 
     # -- what is given -------------------------------------------------------------------------
 
     def samples(self, given: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
         """Return sample by sample what is given, and whether several are.
 
-        A single thing beside several of another kind is each sample's.
+        A single thing beside several of another kind is each sample's; None in a list is absent.
 
         Raises
         ------
@@ -74,13 +84,21 @@ class Reader:
         if not count:
             raise DataError(f"{', '.join(counts)}: an empty list; give at least one")
         columns = {name: [given[name]] * count if m is None else m for name, m in lists.items()}
-        rows = [{name: column[row] for name, column in columns.items()} for row in range(count)]
+        rows = [
+            {name: column[row] for name, column in columns.items() if column[row] is not None}
+            for row in range(count)
+        ]
+        for kind in {tuple(row): row for row in rows}.values():
+            self.check(kind)
         return rows, bool(counts)
 
-    def check(self, given: Collection[str], missing: bool = True) -> None:
-        """Refuse what the model has no use for and, if asked, a modality that is not there."""
-        takes = f"the model takes {' and '.join(self.shapes)}"
-        covered = {*given} | ({*_OF_A_CLIP} if "video" in given else set())
+    def check(self, given: Collection[str], columns: bool = False) -> None:
+        """Refuse what the model has no use for, and that a modality is not there which must be.
+
+        ``columns`` says that a table's are given, whose cells may be empty.
+        """
+        takes = f"{self.called} takes {self._taken()}"
+        there = self.there(given)
         clip_serves = any(name in self.shapes and name not in given for name in _OF_A_CLIP)
         wrong = []
         for name in given:
@@ -89,11 +107,21 @@ class Reader:
                     wrong.append(f"video: {takes}, for which no clip is needed; leave it out")
             elif name not in self.shapes:
                 wrong.append(f"{name}: {takes}, no {name}; leave it out")
-        if missing:
-            absent = [name for name in self.shapes if name not in covered]
+        absent = [name for name in self.shapes if name not in there]
+        some = self.gaps == "some" or (self.gaps == "others" and (columns or len(there) == 1))
+        if not (some and there):
             wrong += [f"{name}: not given, and {takes}" for name in absent]
         if wrong:
             raise DataError("\n".join(wrong))
+
+    def there(self, given: Collection[str]) -> list[str]:
+        """Return the model's modalities that are given, those of a clip among them."""
+        covered = {*given, *(_OF_A_CLIP if "video" in given else ())}
+        return [name for name in self.shapes if name in covered]
+
+    def _taken(self) -> str:
+        may = {"none": "", "some": ", or some of them", "others": ", all together or one alone"}
+        return " and ".join(self.shapes) + may[self.gaps]
 
     def apart(self, given: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Return by modality the things that are given, one or more of each; refuses as above."""

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from safetensors.torch import save_file
 
-from mpsl_dist.actors import predictor
+from mpsl_dist.actors import model_folder, predictor
 from mpsl_dist.config import Experiment, from_dict, to_dict
 from mpsl_dist.config.loading import HOST_KEYS
 from mpsl_dist.config.methods import facts_of
@@ -69,8 +69,9 @@ def export(
     UserError
         If there is no model, the run tells nothing of it, or the folder stands in the way.
     """
-    source = predictor.find(model)
-    run = predictor.run_of(source)
+    source = model_folder.find(model, client)
+    client = model_folder.client_of(source) if client is None else client
+    run = model_folder.run_of(source)
     if run is None:
         raise RunError(f"{source}: the card is filled from the run; export from its directory")
     _check_folder(source, to, overwrite)
@@ -78,6 +79,7 @@ def export(
     description = read_json(source / _DESCRIPTION)
     experiment = from_dict(description["experiment"] | {"weights": {}})
     description["experiment"] = _without_places(description["experiment"])
+    description["modalities"] = [*loaded.modalities]
     card = _card(RunDirectory(run), experiment, description, client, licence)
     with _writing(to):
         to.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def _card(
     summary = run.summary()
     if summary.get("status") != "completed":
         raise RunError(f"{run.path}: summary.json is of no completed run; --resume completes it")
-    modalities = list(description["shapes"])
+    modalities = description["modalities"]
     parts = [
         f"---\n{yaml.safe_dump(_header(summary, modalities, client, licence), sort_keys=False)}---",
         f"# {experiment.name}",
@@ -201,8 +203,9 @@ def _about(experiment: Experiment, description: Mapping[str, Any], client: int |
         if classes
         else "tells which things of two modalities belong together"
     )
-    whose = "" if client is None else f" It holds client {client}'s own part, not the average."
-    inputs = " and ".join(description["shapes"])
+    part = "model" if facts_of(experiment).alone else "part"
+    whose = "" if client is None else f" It holds client {client}'s own {part}, not the average."
+    inputs = " and ".join(description["modalities"])
     return f"From {inputs}, it {does}. Trained by mpsl_dist on {experiment.data.name}.{whose}"
 
 
@@ -222,7 +225,9 @@ def _figures(summary: Mapping[str, Any], client: int | None) -> str:
     lines += [f"| test {name} | {value:.4f} |" for name, value in _tested(summary).items()]
     lines += [f"| baseline {name} | {value:.4f} |" for name, value in summary["baselines"].items()]
     if client is not None:
-        lines += ["", "The test is of the average of all clients, not of this client's own part."]
+        alone = summary["method"] == "standalone"
+        what = "all clients' own models" if alone else "the average of all clients"
+        lines += ["", f"The test is of {what}, not of this client's alone."]
     return "\n".join(lines)
 
 

@@ -54,7 +54,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     what = "a run directory, its model/ or an exported folder"
     parser.add_argument("model", metavar="MODEL", help=what)
-    client = "with this client's own part, not the average of all"
+    client = "with this client's own part, or its own model, not the average of all"
     parser.add_argument("--client", type=int, metavar="K", help=client)
 
 
@@ -90,6 +90,10 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _show_classes(model: Predictor, given: Mapping[str, list[str]]) -> None:
     found = model.predict(**{part: one[0] if len(one) == 1 else one for part, one in given.items()})
+    if model.reader.gaps != "none":
+        there = model.reader.there(given)
+        whose = " alone" if len(there) == 1 else " together"
+        print(f"from {' and '.join(there)}{whose}:", file=sys.stderr)
     if not isinstance(found, list):
         best = sorted(found.probabilities.items(), key=lambda named: -named[1])
         for name, probability in best[:_SHOWN]:
@@ -146,7 +150,7 @@ def _check_columns(model: Predictor, path: Path, header: Sequence[str]) -> None:
     there = {name: "" for name in _PARTS if name in header}
     used = _used(model, there)
     try:
-        model.reader.check(used)
+        model.reader.check(used, columns=True)
     except DataError as error:
         raise DataError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
     for name in there.keys() - used.keys():

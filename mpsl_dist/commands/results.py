@@ -60,17 +60,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     from mpsl_dist.actors.agreement import renumbered
     from mpsl_dist.actors.holdings import Holdings, load_data, loaders_of
     from mpsl_dist.actors.local_data import TestData
+    from mpsl_dist.actors.model_folder import find
     from mpsl_dist.config.methods import facts_of
 
-    folder = Path(options.run_directory)
-    if not (folder / "config.json").is_file():  # no folder of a model itself
-        folder /= "model"
-    if not (folder / "config.json").is_file():
-        own = [found.parent for found in sorted(folder.glob("*/config.json"))]
-        why = "the run is not completed, or its clients keep their own tokenizers "
-        why += "(defences.secret_tokenizers)"
-        why = f"its clients have each their own: {own[0]}, ..." if own else why
-        raise ConfigError(f"{options.run_directory}: no model/ there; {why}")
+    folder = find(options.run_directory)
     model, experiment, classes = deployable.load(folder, options.overrides)
     place = (experiment.data.place, experiment.data.test_at)
     needs = ("test",) if place == ("own", "server") else ("train", "test")

@@ -167,6 +167,9 @@ def test_mistakes_are_told_before_anything_is_started(tmp_path: Path) -> None:
         mpsl_dist.train({}, local=False)
     with pytest.raises(ConfigError, match="exclude each other"):
         mpsl_dist.train({}, resume=True, overwrite=True)
+    for start in (mpsl_dist.train, mpsl_dist.load):
+        with pytest.raises(ConfigError, match="overrides: expected key.path=value.*'epochs': 1"):
+            start("quickstart", {"training": {"epochs": 1}})
 
 
 def test_the_command_leaves_word_of_why_it_failed(
@@ -177,7 +180,7 @@ def test_the_command_leaves_word_of_why_it_failed(
     assert main(["evaluate", str(tmp_path)]) == 2
     told = caller.told(tmp_path)
     assert told and f"error: {told.message}\n" == capsys.readouterr().err
-    assert told.kind == "ConfigError"
+    assert told.kind == "RunError"
     caller.tell(RunError("a later one"))
     assert caller.told(tmp_path) == told
 
