@@ -76,9 +76,8 @@ class Deployable(nn.Module):
             tokens = self.wire.through(self.tokenizers(inputs, present))
             return self.tokenizers.head(self.server_model(tokens, 0, mask_of(present)))
         tokens, lengths = self.tokenizers(inputs), self.server_model.lengths
-        if len(tokens) < len(
-            lengths
-        ):  # a client's own part, loaded: nothing is there of the others
+        # A client's own part, loaded: nothing is there of the others.
+        if len(tokens) < len(lengths):
             there_bm = (torch.tensor(lengths) > 0).expand(len(tokens[0]), -1)
             own = self.server_model(self.wire.through(tokens), 0, there_bm)
             return self.tokenizers.head(own)
