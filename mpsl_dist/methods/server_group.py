@@ -246,7 +246,7 @@ class _Together(nn.Module):
     def __init__(self, group: ServerGroup) -> None:
         super().__init__()
         self.shards = group.own.server.model
-        self.fusion = self.shards.fusion
+        self.fusion, self.lengths = self.shards.fusion, self.shards.lengths
         self._group = group
 
     def forward(self, smashed: Sequence[Tensor]) -> Tensor:
