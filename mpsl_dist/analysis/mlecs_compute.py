@@ -20,6 +20,7 @@ from mpsl_dist.actors.unified import build_device, build_large, narrowed
 from mpsl_dist.analysis import flops
 from mpsl_dist.analysis.cost_inputs import Inputs
 from mpsl_dist.analysis.flops import ClientParts, Flops
+from mpsl_dist.analysis.mlecs_cost import table_bytes
 from mpsl_dist.config import Experiment
 from mpsl_dist.config import Optimizer as OptimizerSettings
 from mpsl_dist.models.answers import answer_loss
@@ -120,9 +121,7 @@ def memory(models: EdgeModels, batch: int) -> dict[str, dict[str, int]]:
     server = _held([small, large], tuned, training.server)
     device["kept for backward"] = _kept_by_device(models, batch)
     server["kept for backward"] = _kept_by_server(models, batch)
-    if rules.contrast and rules.public_steps:
-        public = round(models.experiment.data.public_fraction * models.inputs.train)
-        table = public * rules.fused * next(small.parameters()).itemsize
+    if table := table_bytes(models.experiment, models.inputs):
         device["fused table"] = server["fused table"] = table
     return {"client": device, "server": server}
 

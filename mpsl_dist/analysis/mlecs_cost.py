@@ -47,14 +47,21 @@ def round_bytes(
         Those that it has.
     """
     rules, each = experiment.mlecs, dtype_of(experiment).itemsize
-    public = round(experiment.data.public_fraction * inputs.train)
     down = up = shared_numbers(experiment, inputs, number, modalities) * each
     if rules.exchange in ("all", "proxy"):
         # The server tells everybody all: it does not know who has what.
         down = shared_numbers(experiment, inputs, number, list(inputs.shapes)) * each
-    table = public * rules.fused * each if rules.contrast and rules.public_steps else 0
-    found = {"fused_down": table, "lora_down": down, "lora_up": up}
+    found = {"fused_down": table_bytes(experiment, inputs), "lora_down": down, "lora_up": up}
     return {kind: size for kind, size in found.items() if size}
+
+
+def table_bytes(experiment: Experiment, inputs: Inputs) -> int:
+    """Return the bytes of the server's fused table; 0 where no device uses one."""
+    rules = experiment.mlecs
+    if not (rules.contrast and rules.public_steps):
+        return 0
+    public = round(experiment.data.public_fraction * inputs.train)
+    return public * rules.fused * dtype_of(experiment).itemsize
 
 
 def shared_numbers(
